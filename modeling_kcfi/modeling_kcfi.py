@@ -1,0 +1,445 @@
+"""The KCFI models: two dates of one place -> a sentence of what changed and a mask of where.
+
+Letters: B pairs, L stages, C width of the vision tower, h x w grid of patches, N = h * w, D width of the language
+model, T tokens, H x W pixels.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, torch_compilable_check
+
+from .change_detection_head import ChangeDetectionHead, mask_loss
+from .configuration_kcfi import KCFIConfig
+from .key_change_perceiver import KeyChangePerceiver
+
+
+@dataclass
+class KCFIImageFeatures(BaseModelOutputWithPooling):
+    r"""What the pairs give to the language model and to the user.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, N, L*C)`): key change features (with context: wider).
+        pooler_output (`list[torch.FloatTensor]`): per pair the `(num_image_tokens * N, D)` features that replace its
+            `<image>` placeholders.
+        hidden_states, attentions: of the vision tower, for both dates (`2B` rows: before, after, before, ...).
+        mask_logits (`torch.FloatTensor` of shape `(B, num_change_classes, H, W)`): None without a head.
+    """
+
+    mask_logits: torch.FloatTensor | None = None
+
+
+@dataclass
+class KCFIModelOutputWithPast(BaseModelOutputWithPast):
+    r"""Output of `KCFIModel`.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, T, D)`): last states of the language model.
+        past_key_values, hidden_states, attentions: of the language model.
+        image_hidden_states (`torch.FloatTensor` of shape `(B, num_image_tokens * N, D)`): what replaced `<image>`.
+        mask_logits (`torch.FloatTensor` of shape `(B, num_change_classes, H, W)`): None without pixels or head.
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+    mask_logits: torch.FloatTensor | None = None
+
+
+@dataclass
+class KCFICausalLMOutputWithPast(ModelOutput):
+    r"""Output of `KCFIForConditionalGeneration`.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`): sum of the losses below that could be computed, equal weights.
+        logits (`torch.FloatTensor` of shape `(B, T, vocabulary)`): next-token scores.
+        past_key_values, hidden_states, attentions: of the language model.
+        image_hidden_states (`torch.FloatTensor` of shape `(B, num_image_tokens * N, D)`): what replaced `<image>`.
+        caption_loss (`torch.FloatTensor` of shape `()`): eq. 8, given `labels`.
+        mask_loss (`torch.FloatTensor` of shape `()`): eq. 9, given `mask_labels`.
+        mask_logits (`torch.FloatTensor` of shape `(B, num_change_classes, H, W)`): class scores per pixel.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+    caption_loss: torch.FloatTensor | None = None
+    mask_loss: torch.FloatTensor | None = None
+    mask_logits: torch.FloatTensor | None = None
+
+
+def vision_tower_arguments(vision_config: PreTrainedConfig) -> dict[str, Any]:
+    """Arguments that build the tower without a pooler: nothing reads it, and parameters without gradient stop DDP."""
+    parameters = inspect.signature(MODEL_MAPPING[type(vision_config)].__init__).parameters
+    return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
+
+
+class KCFIProjector(nn.Module):
+    """Features (B, N, C_in) -> embeddings (B, N, D) of the language model (eq. 4), scattered over `<image>`."""
+
+    def __init__(self, config: KCFIConfig) -> None:
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.change_width, width)
+        self.act = ACT2FN["gelu"] if config.projector == "mlp2x_gelu" else None
+        self.linear_2 = nn.Linear(width, width) if config.projector == "mlp2x_gelu" else None
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        hidden = self.linear_1(features)
+        if self.linear_2 is not None:
+            hidden = self.linear_2(self.act(hidden))
+        return hidden
+
+
+@auto_docstring
+class KCFIPreTrainedModel(PreTrainedModel):
+    config: KCFIConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (transformers' own convention)
+
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+
+@auto_docstring(
+    custom_intro="""
+    The vision tower, the key change perceiver, the projector, the change detection head and the language model
+    without its output layer.
+    """
+)
+class KCFIModel(KCFIPreTrainedModel):
+    def __init__(self, config: KCFIConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config, **vision_tower_arguments(config.vision_config))
+        self.key_change_perceiver = KeyChangePerceiver(config) if config.use_key_change_perceiver else None
+        self.projector = KCFIProjector(config)
+        self.change_detection_head = ChangeDetectionHead(config) if config.use_change_detection_head else None
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_stage_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], BaseModelOutputWithPooling]:
+        """Run the shared tower on both dates (eq. 1).
+
+        Args:
+            pixel_values: (B, 2, 3, H, W), before then after.
+            **kwargs: for the tower, for example `output_attentions`.
+
+        Returns:
+            Stage features before and after, two lists of L maps (B, C, h, w), taken before the final norm and without
+            class or register tokens; and the tower's own output.
+
+        Raises:
+            ValueError: shape other than (B, 2, 3, H, W), or sides that the patch size does not divide.
+        """
+        patch = self.config.patch_size
+        if pixel_values.ndim != 5 or pixel_values.shape[1] != 2:
+            raise ValueError(f"pixel_values must be pairs, (B, 2, 3, H, W), not {tuple(pixel_values.shape)}.")
+        height, width = pixel_values.shape[-2:]
+        if height % patch or width % patch:
+            raise ValueError(f"pixel_values of {height} x {width} px do not divide into patches of {patch} px.")
+        images = pixel_values.flatten(0, 1)  # (2B,3,H,W)
+        layers = self.config.vision_feature_layers
+        if self.config.vision_config.model_type == "timm_wrapper":
+            # timm counts blocks from 0 and returns a compact list of maps
+            outputs = self.vision_tower(images, output_hidden_states=[layer - 1 for layer in layers], norm=False)
+            maps = list(outputs.hidden_states)
+        else:
+            if (height, width) != (self.config.vision_native_size,) * 2 and self._tower_must_be_told_to_interpolate():
+                kwargs["interpolate_pos_encoding"] = True
+            kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or layers
+            outputs = self.vision_tower(images.to(self.vision_tower.dtype), **kwargs)
+            grid = (height // patch, width // patch)
+            states = [outputs.hidden_states[layer][:, -grid[0] * grid[1] :] for layer in layers]  # (2B,N,C), no CLS
+            maps = [state.transpose(1, 2).unflatten(2, grid) for state in states]
+        return [stage[0::2] for stage in maps], [stage[1::2] for stage in maps], outputs
+
+    def _tower_must_be_told_to_interpolate(self) -> bool:
+        # CLIP, SigLIP and ViT refuse other sizes unless asked; DINOv2 always interpolates and has no such argument.
+        return "interpolate_pos_encoding" in inspect.signature(self.vision_tower.forward).parameters
+
+    def get_change_features(self, before: list[torch.Tensor], after: list[torch.Tensor]) -> torch.Tensor:
+        """Stage features of both dates, two lists of L maps (B, C, h, w) -> change features (B, N, change_width)."""
+        if self.key_change_perceiver is not None:
+            change = self.key_change_perceiver(before, after)
+        else:
+            change = (flatten_stages(after) - flatten_stages(before)).abs()
+        context = {"none": (), "after": (after,), "bitemporal": (before, after)}[self.config.change_context]
+        return torch.cat([change, *(flatten_stages(stages) for stages in context)], dim=-1)
+
+    @can_return_tuple
+    @auto_docstring(custom_intro="Encodes pairs: features for the language model, key change features, mask logits.")
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | KCFIImageFeatures:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(B, 2, 3, H, W)`):
+            Pairs of images, before then after.
+        """
+        before, after, outputs = self.get_stage_features(pixel_values, **kwargs)
+        change = self.get_change_features(before, after)
+        inputs = {
+            "change": lambda: [change],
+            "bitemporal": lambda: [flatten_stages(before), flatten_stages(after)],
+            "bitemporal_change": lambda: [flatten_stages(before), flatten_stages(after), change],
+        }[self.config.visual_inputs]()
+        embeddings = torch.cat([self.projector(features) for features in inputs], dim=1)  # (B,num_image_tokens*N,D)
+        mask_logits = None
+        if self.change_detection_head is not None:
+            grid = (before[0].shape[-2], before[0].shape[-1])
+            mask_logits = self.change_detection_head(change, grid, (pixel_values.shape[-2], pixel_values.shape[-1]))
+        return KCFIImageFeatures(
+            last_hidden_state=change,
+            pooler_output=list(embeddings),
+            hidden_states=outputs.hidden_states,
+            attentions=getattr(outputs, "attentions", None),
+            mask_logits=mask_logits,
+        )
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor, image_features: torch.FloatTensor
+    ) -> torch.BoolTensor:
+        """Positions (B, T, 1) of the `<image>` placeholders, checked against the number of features.
+
+        Raises:
+            ValueError: the numbers of placeholders and of features differ.
+        """
+        if input_ids is None:
+            token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+            placeholders = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        else:
+            placeholders = input_ids == self.config.image_token_id
+        tokens, features = placeholders.sum(), image_features.shape[0]
+        torch_compilable_check(
+            tokens == features,
+            f"Image features and image tokens do not match, tokens: {tokens}, features: {features}",
+        )
+        return placeholders.unsqueeze(-1).to(inputs_embeds.device)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_encoder_outputs: dict[str, KCFIImageFeatures] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | KCFIModelOutputWithPast:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(B, 2, 3, H, W)`):
+            Pairs of images, before then after.
+        mm_encoder_outputs (`dict`, *optional*):
+            `{"image": output of get_image_features}`: pairs that are already encoded, instead of `pixel_values`.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if pixel_values is not None and mm_encoder_outputs is not None:
+            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        image = (mm_encoder_outputs or {}).get("image")
+        if image is None and pixel_values is not None:
+            image = self.get_image_features(pixel_values=pixel_values, return_dict=True)
+        if image is not None:
+            features = torch.cat(list(image.pooler_output), dim=0).to(inputs_embeds.device, inputs_embeds.dtype)
+            placeholders = self.get_placeholder_mask(input_ids, inputs_embeds, features)
+            inputs_embeds = inputs_embeds.masked_scatter(placeholders, features)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return KCFIModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=None if image is None else torch.stack(list(image.pooler_output)),
+            mask_logits=None if image is None else image.mask_logits,
+        )
+
+
+def flatten_stages(stages: list[torch.Tensor]) -> torch.Tensor:
+    """L maps (B, C, h, w) -> features (B, N, L*C)."""
+    return torch.cat(stages, dim=1).flatten(2).transpose(1, 2)
+
+
+@auto_docstring(
+    custom_intro="""
+    The KCFI model: captions of what changed between two dates, and masks of where.
+    """
+)
+class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+
+    def __init__(self, config: KCFIConfig) -> None:
+        super().__init__(config)
+        self.model = KCFIModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str | dict[str, Any],
+        text: str,
+        dtype: torch.dtype = torch.float32,
+        **settings: Any,
+    ) -> "KCFIForConditionalGeneration":
+        """Join two pretrained towers; perceiver, projector and head start from random weights.
+
+        Args:
+            vision: Hub id or folder of a ViT (of a CLIP or SigLIP model the vision half is taken), or a dict, the
+                config of a tower that starts from random weights.
+            text: Hub id or folder of a causal language model.
+            dtype: of the whole model.
+            **settings: fields of `KCFIConfig`. `image_token_id` should be the processor's
+                (`KCFIProcessor.image_token_id`); embeddings are added when it lies behind the vocabulary. Without it
+                one is added and its id taken.
+
+        Raises:
+            ValueError: the language model's output layer is not a plain linear map of its last state.
+        """
+        if isinstance(vision, str):
+            vision_config = AutoConfig.from_pretrained(vision)
+            vision_config = getattr(vision_config, "vision_config", vision_config)
+        else:
+            vision_config = vision
+        language_model = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
+        text_config, lm_head = language_model.config, language_model.get_output_embeddings()
+        for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            if getattr(text_config, field, None) not in (None, 1, 1.0):
+                raise ValueError(f"{text}: {field} is not supported; choose a language model with plain logits.")
+        if getattr(lm_head, "bias", None) is not None:
+            raise ValueError(f"{text}: an output layer with a bias is not supported; choose another language model.")
+
+        settings.setdefault("image_token_id", text_config.vocab_size)
+        config = KCFIConfig(vision_config=vision_config, text_config=text_config, **settings)
+        model = cls(config).to(dtype)
+        if isinstance(vision, str):
+            model.model.vision_tower = AutoModel.from_pretrained(
+                vision, config=config.vision_config, dtype=dtype, **vision_tower_arguments(config.vision_config)
+            )
+        model.model.language_model = language_model.base_model
+        model.lm_head = lm_head
+        model.tie_weights()
+        if config.image_token_id >= text_config.vocab_size:
+            model.resize_token_embeddings(config.image_token_id + 1)
+        model.generation_config = language_model.generation_config
+        return model
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output layer of the language model."""
+        return self.lm_head
+
+    @auto_docstring
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | KCFIImageFeatures:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(B, 2, 3, H, W)`):
+            Pairs of images, before then after.
+        """
+        return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        mask_labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, KCFIImageFeatures] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | KCFICausalLMOutputWithPast:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(B, 2, 3, H, W)`):
+            Pairs of images, before then after.
+        mask_labels (`torch.LongTensor` of shape `(B, H, W)`, *optional*):
+            Class ids, 255 = no label. A pair without a mask has 255 everywhere and adds nothing to the loss.
+        mm_encoder_outputs (`dict`, *optional*):
+            `{"image": output of get_image_features}`: pairs that are already encoded, instead of `pixel_values`.
+
+        Example:
+
+        ```python
+        >>> from PIL import Image
+        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+        >>> import kcfi
+
+        >>> folder = kcfi.embedded_model()
+        >>> model = AutoModelForImageTextToText.from_pretrained(folder)
+        >>> processor = AutoProcessor.from_pretrained(folder)
+        >>> pair = [Image.open("before.png"), Image.open("after.png")]
+        >>> inputs = processor(images=[pair], text=[processor.prompt()], return_tensors="pt")
+        >>> caption = processor.decode(model.generate(**inputs)[0, inputs.input_ids.shape[1] :])
+        ```"""
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+
+        caption_loss = detection_loss = None
+        if labels is not None:  # eq. 8
+            caption_loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        if mask_labels is not None and outputs.mask_logits is not None:
+            detection_loss = mask_loss(outputs.mask_logits, mask_labels)
+        losses = [loss for loss in (caption_loss, detection_loss) if loss is not None]
+
+        return KCFICausalLMOutputWithPast(
+            loss=sum(losses[1:], losses[0]) if losses else None,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            caption_loss=caption_loss,
+            mask_loss=detection_loss,
+            mask_logits=outputs.mask_logits,
+        )
+
+
+__all__ = ["KCFIForConditionalGeneration", "KCFIModel", "KCFIPreTrainedModel"]
