@@ -1,17 +1,29 @@
 """KCFI: remote sensing image change captioning, native to Hugging Face Transformers.
 
-`import kcfi` registers the Auto classes.
+`import kcfi` registers the Auto classes and the `change-captioning` pipeline.
 """
 
 from importlib.resources import files
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from kcfi.modeling_kcfi import KCFIConfig, KCFIForConditionalGeneration, KCFIModel
+from kcfi.processing import ChangeCaptioningPipeline, KCFIImageProcessor, KCFIImageProcessorPil, KCFIProcessor
 
 AutoConfig.register("kcfi", KCFIConfig)
 AutoModel.register(KCFIConfig, KCFIModel)
 AutoModelForImageTextToText.register(KCFIConfig, KCFIForConditionalGeneration)
+AutoImageProcessor.register(
+    KCFIConfig, image_processor_classes={"torchvision": KCFIImageProcessor, "pil": KCFIImageProcessorPil}
+)
+AutoProcessor.register(KCFIConfig, KCFIProcessor)
+PIPELINE_REGISTRY.register_pipeline(
+    "change-captioning",
+    pipeline_class=ChangeCaptioningPipeline,
+    pt_model=AutoModelForImageTextToText,
+    type="multimodal",
+)
 
 
 def embedded_model() -> str:
@@ -19,4 +31,12 @@ def embedded_model() -> str:
     return str(files("kcfi.hub_configs") / "kcfi-tiny")
 
 
-__all__ = ["KCFIConfig", "KCFIForConditionalGeneration", "KCFIModel", "embedded_model"]
+__all__ = [
+    "ChangeCaptioningPipeline",
+    "KCFIConfig",
+    "KCFIForConditionalGeneration",
+    "KCFIImageProcessor",
+    "KCFIModel",
+    "KCFIProcessor",
+    "embedded_model",
+]

@@ -1,20 +1,31 @@
 """KCFIConfig: the two towers and every setting that is part of the model."""
 
+import copy
 import functools
 import json
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import torch
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 # Section III.B removes dropout from the vision tower; these are the names its probabilities have in transformers.
 DROPOUT_FIELDS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "drop_path_rate")
 
 
+class TowerGeometry(NamedTuple):
+    """What KCFI must know of a vision tower, which transformers and timm keep in different places."""
+
+    hidden_size: int
+    patch_size: int  # side in pixels
+    num_blocks: int
+    image_size: int  # side in pixels that the position embeddings are made for
+
+
 @functools.cache
-def timm_geometry(architecture: str, model_args: str) -> tuple[int, int, int, int]:
-    """Width, patch size, number of blocks and native side of a timm ViT, which its config does not tell.
+def timm_geometry(architecture: str, model_args: str) -> TowerGeometry:
+    """Geometry of a timm ViT, read off the model itself, since its config does not tell.
 
     Args:
         architecture: timm's name, for example "vit_tiny_patch16_224".
@@ -23,16 +34,16 @@ def timm_geometry(architecture: str, model_args: str) -> tuple[int, int, int, in
     Raises:
         ValueError: the architecture is not a plain ViT (no list of blocks behind one patch embedding).
     """
-    import timm
-    import torch
-
+    config = AutoConfig.for_model("timm_wrapper", architecture=architecture, model_args=json.loads(model_args))
     with torch.device("meta"):
-        tower = timm.create_model(architecture, pretrained=False, num_classes=0, **json.loads(model_args))
+        tower = AutoModel.from_config(config).timm_model
     if not (hasattr(tower, "blocks") and hasattr(tower, "patch_embed")):
         raise ValueError(
             f"timm architecture {architecture!r} is not a ViT: it has no `blocks` behind a `patch_embed`."
         )
-    return tower.embed_dim, tower.patch_embed.patch_size[0], len(tower.blocks), tower.patch_embed.img_size[0]
+    return TowerGeometry(
+        tower.embed_dim, tower.patch_embed.patch_size[0], len(tower.blocks), tower.patch_embed.img_size[0]
+    )
 
 
 @strict
@@ -43,7 +54,7 @@ class KCFIConfig(PreTrainedConfig):
         vision_config: any ViT of transformers (ViT, CLIP, SigLIP, DINOv2) or a timm ViT through `timm_wrapper`. Its
             dropout probabilities are set to 0 (section III.B). Default: ViT-L/16 at 256 px.
         text_config: any causal language model. Default: Qwen2-1.5B.
-        image_token_id: id of the `<image>` placeholder in the vocabulary of the language model.
+        image_token_id: id of the `<image>` placeholder, inside the vocabulary of the language model.
         image_size: side in pixels of the images fed to the tower, a multiple of the patch size; position embeddings
             are interpolated where it is not the tower's own. None = the tower's own.
         vision_feature_layers: numbers of the blocks whose outputs are read (1 = first block), ascending. None = four
@@ -102,8 +113,8 @@ class KCFIConfig(PreTrainedConfig):
         ),
     }
 
-    vision_config: dict[str, Any] | PreTrainedConfig | None = None
-    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    vision_config: Any = None  # a dict or a config; always a config after construction, as text_config
+    text_config: Any = None
     image_token_id: int = 151655  # "<|image_pad|>" of Qwen2's vocabulary
     image_size: int | None = None
     vision_feature_layers: list[int] | None = None
@@ -120,34 +131,44 @@ class KCFIConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        self.vision_config = vision = copy.deepcopy(self.vision_config)  # the caller's own stays as it is
         for name in DROPOUT_FIELDS:
-            if getattr(self.vision_config, name, 0):
-                setattr(self.vision_config, name, 0.0)
-        if self.vision_config.model_type == "siglip_vision_model":
-            self.vision_config.vision_use_head = False  # a pooler nobody reads has no gradient, which stops DDP
-        if self.vision_config.model_type == "timm_wrapper":
-            self.vision_config.do_pooling = False
+            if getattr(vision, name, 0):
+                setattr(vision, name, 0.0)
         if self.image_size is None:
-            self.image_size = self.vision_native_size
+            self.image_size = self.tower.image_size
         if self.vision_feature_layers is None:
-            blocks = self.vision_num_blocks
-            self.vision_feature_layers = sorted({max(1, round(blocks * quarter / 4)) for quarter in (1, 2, 3, 4)})
+            evenly = [self.tower.num_blocks * quarter / 4 for quarter in (1, 2, 3, 4)]
+            self.vision_feature_layers = sorted({max(1, round(block)) for block in evenly})
         # as LLaVA: the language models save the flag in their own config
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        self.validate_architecture()  # `@strict` does it again, but wraps the ValueError in an error of its own
+        if vision.model_type == "dinov2":
+            vision.use_mask_token = False  # a parameter that nothing reads has no gradient, which stops DDP
+        if vision.model_type == "timm_wrapper":
+            vision.do_pooling = False
+            if self.image_size != self.tower.image_size:  # timm's name for interpolated position embeddings
+                vision.model_args = {**(vision.model_args or {}), "dynamic_img_size": True}
 
     def validate_architecture(self) -> None:
-        """Refuse what cannot work; called by `@strict` after every construction."""
+        """Refuse what cannot work, at construction and before saving."""
         super().validate_architecture()
-        layers, blocks = self.vision_feature_layers, self.vision_num_blocks
+        layers, blocks = self.vision_feature_layers or [], self.tower.num_blocks
         if layers != sorted(set(layers)) or not layers or layers[0] < 1 or layers[-1] > blocks:
             raise ValueError(
-                f"vision_feature_layers={layers} must be ascending block numbers between 1 and {blocks}, the number of "
-                "blocks of the vision tower."
+                f"vision_feature_layers={layers} must be ascending block numbers between 1 and {blocks}, the number "
+                "of blocks of the vision tower."
             )
-        if self.image_size % self.patch_size:
+        size, patch = self.image_size or 0, self.patch_size
+        if size < patch or size % patch:
             raise ValueError(
-                f"image_size={self.image_size} is not a multiple of the vision tower's patch size {self.patch_size}; "
-                f"the nearest is {max(1, round(self.image_size / self.patch_size)) * self.patch_size}."
+                f"image_size={size} is not a multiple of the vision tower's patch size {patch}; the nearest is "
+                f"{max(1, round(size / patch)) * patch}."
+            )
+        if not 0 <= self.image_token_id < self.text_config.vocab_size:
+            raise ValueError(
+                f"image_token_id={self.image_token_id} is not in the language model's vocabulary of "
+                f"{self.text_config.vocab_size} tokens."
             )
         if self.change_context != "none" and self.visual_inputs != "change":
             raise ValueError(
@@ -163,35 +184,33 @@ class KCFIConfig(PreTrainedConfig):
             )
 
     @property
-    def _timm(self) -> tuple[int, int, int, int] | None:
-        if self.vision_config.model_type != "timm_wrapper":
-            return None
-        return timm_geometry(self.vision_config.architecture, json.dumps(self.vision_config.model_args or {}))
+    def tower(self) -> TowerGeometry:
+        """Geometry of the vision tower.
 
-    @property
-    def vision_hidden_size(self) -> int:
-        """Width C of the vision tower."""
-        return self._timm[0] if self._timm else self.vision_config.hidden_size
+        Raises:
+            ValueError: not a ViT with square images and patches.
+        """
+        vision = self.vision_config
+        if vision.model_type == "timm_wrapper":
+            return timm_geometry(vision.architecture, json.dumps(vision.model_args or {}))
+        fields = ("hidden_size", "patch_size", "num_hidden_layers", "image_size")
+        values = {name: getattr(vision, name, None) for name in fields}
+        if not all(isinstance(value, int) for value in values.values()):
+            raise ValueError(
+                f"vision_config of type {vision.model_type!r} is not a ViT with square images and patches, whose "
+                f"{', '.join(fields)} are numbers: {values}."
+            )
+        return TowerGeometry(*(getattr(vision, name) for name in fields))
 
     @property
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
-        return self._timm[1] if self._timm else self.vision_config.patch_size
-
-    @property
-    def vision_num_blocks(self) -> int:
-        """Number of blocks of the vision tower."""
-        return self._timm[2] if self._timm else self.vision_config.num_hidden_layers
-
-    @property
-    def vision_native_size(self) -> int:
-        """Side in pixels that the tower's position embeddings are made for."""
-        return self._timm[3] if self._timm else self.vision_config.image_size
+        return self.tower.patch_size
 
     @property
     def num_patches(self) -> int:
         """Number N of patches of an image of `image_size`."""
-        return (self.image_size // self.patch_size) ** 2
+        return ((self.image_size or self.tower.image_size) // self.patch_size) ** 2
 
     @property
     def num_image_tokens(self) -> int:
@@ -199,9 +218,19 @@ class KCFIConfig(PreTrainedConfig):
         return {"change": 1, "bitemporal": 2, "bitemporal_change": 3}[self.visual_inputs]
 
     @property
+    def last_block(self) -> int:
+        """Number of the last block whose output is read; the vision tower ends there."""
+        return max(self.vision_feature_layers or [self.tower.num_blocks])
+
+    @property
+    def num_stages(self) -> int:
+        """Number L of stages, the blocks whose outputs are read."""
+        return len(self.vision_feature_layers or [])
+
+    @property
     def stage_width(self) -> int:
         """Channels L*C of the stages side by side."""
-        return len(self.vision_feature_layers) * self.vision_hidden_size
+        return self.num_stages * self.tower.hidden_size
 
     @property
     def change_width(self) -> int:

@@ -31,6 +31,11 @@ def warp(features: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
     return warped.to(features.dtype)
 
 
+def flatten_stages(stages: list[torch.Tensor]) -> torch.Tensor:
+    """L maps (B, C, h, w) -> features (B, N, L*C)."""
+    return torch.cat(stages, dim=1).flatten(2).transpose(1, 2)
+
+
 def stage_flow_net(channels: int) -> nn.Sequential:
     """Both dates of one stage, (B, 2C, h, w) -> their two flow fields, (B, 2 * 2, h, w).
 
@@ -62,8 +67,8 @@ def global_flow_net(channels: int) -> nn.Sequential:
 class KeyChangePerceiver(nn.Module):
     """Stage features before and after -> key change features, read by the projector and the change detection head.
 
-    Two lists of L maps (B, C, h, w) -> (B, N, L*C). Per stage: concatenate, estimate two flow fields, warp each date by
-    its own (eq. 2), subtract (eq. 3: its own date, or the other one with `flow_residual="cross"`), and take the
+    Two lists of L maps (B, C, h, w) -> (B, N, L*C). Per stage: concatenate, estimate two flow fields, warp each date
+    by its own (eq. 2), subtract (eq. 3: its own date, or the other one with `flow_residual="cross"`), and take the
     absolute difference of the two residuals. With `flow_scope="stage_and_global"` a second pair of fields, estimated
     from all stages, gives further residuals that are added to the first.
 
@@ -74,7 +79,7 @@ class KeyChangePerceiver(nn.Module):
     def __init__(self, config: KCFIConfig) -> None:
         super().__init__()
         self.flow_residual = config.flow_residual
-        channels, stages = config.vision_hidden_size, len(config.vision_feature_layers)
+        channels, stages = config.tower.hidden_size, config.num_stages
         self.flow_nets = nn.ModuleList([stage_flow_net(channels) for _ in range(stages)])
         self.global_flow_net = global_flow_net(stages * channels) if config.flow_scope == "stage_and_global" else None
 
@@ -100,4 +105,4 @@ class KeyChangePerceiver(nn.Module):
                 global_before, global_after = self.residuals(stage_before, stage_after, global_flows)
                 residual_before, residual_after = residual_before + global_before, residual_after + global_after
             changes.append((residual_before - residual_after).abs())
-        return torch.cat(changes, dim=1).flatten(2).transpose(1, 2)  # (B,N,L*C)
+        return flatten_stages(changes)

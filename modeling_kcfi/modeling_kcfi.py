@@ -10,19 +10,27 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, torch_compilable_check
 
 from .change_detection_head import ChangeDetectionHead, mask_loss
 from .configuration_kcfi import KCFIConfig
-from .key_change_perceiver import KeyChangePerceiver
+from .key_change_perceiver import KeyChangePerceiver, flatten_stages
+
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# config.json's entries for `trust_remote_code=True`: which class of which file each Auto class loads
+AUTO_MAP = {
+    "AutoConfig": "configuration_kcfi.KCFIConfig",
+    "AutoModel": "modeling_kcfi.KCFIModel",
+    "AutoModelForImageTextToText": "modeling_kcfi.KCFIForConditionalGeneration",
+}
 
 
 @dataclass
@@ -30,14 +38,18 @@ class KCFIImageFeatures(BaseModelOutputWithPooling):
     r"""What the pairs give to the language model and to the user.
 
     Args:
-        last_hidden_state (`torch.FloatTensor` of shape `(B, N, L*C)`): key change features (with context: wider).
-        pooler_output (`list[torch.FloatTensor]`): per pair the `(num_image_tokens * N, D)` features that replace its
+        last_hidden_state (`torch.Tensor` of shape `(B, 2 * S, C)`): last states of the vision tower, those of the
+            before image and then those of the after image, S each (patches, class and register tokens).
+        pooler_output (`list[torch.Tensor]`): per pair the `(num_image_tokens * N, D)` features that replace its
             `<image>` placeholders.
         hidden_states, attentions: of the vision tower, for both dates (`2B` rows: before, after, before, ...).
-        mask_logits (`torch.FloatTensor` of shape `(B, num_change_classes, H, W)`): None without a head.
+        change_features (`torch.Tensor` of shape `(B, N, L*C)`): key change features (with context: wider).
+        mask_logits (`torch.Tensor` of shape `(B, num_change_classes, H, W)`): None without a head.
     """
 
-    mask_logits: torch.FloatTensor | None = None
+    pooler_output: list[torch.Tensor] = None  # type: ignore[assignment]
+    change_features: torch.Tensor | None = None
+    mask_logits: torch.Tensor | None = None
 
 
 @dataclass
@@ -45,14 +57,14 @@ class KCFIModelOutputWithPast(BaseModelOutputWithPast):
     r"""Output of `KCFIModel`.
 
     Args:
-        last_hidden_state (`torch.FloatTensor` of shape `(B, T, D)`): last states of the language model.
+        last_hidden_state (`torch.Tensor` of shape `(B, T, D)`): last states of the language model.
         past_key_values, hidden_states, attentions: of the language model.
-        image_hidden_states (`torch.FloatTensor` of shape `(B, num_image_tokens * N, D)`): what replaced `<image>`.
-        mask_logits (`torch.FloatTensor` of shape `(B, num_change_classes, H, W)`): None without pixels or head.
+        image_hidden_states (`torch.Tensor` of shape `(B, num_image_tokens * N, D)`): what replaced `<image>`.
+        mask_logits (`torch.Tensor` of shape `(B, num_change_classes, H, W)`): None without pixels or head.
     """
 
-    image_hidden_states: torch.FloatTensor | None = None
-    mask_logits: torch.FloatTensor | None = None
+    image_hidden_states: torch.Tensor | None = None
+    mask_logits: torch.Tensor | None = None
 
 
 @dataclass
@@ -60,30 +72,38 @@ class KCFICausalLMOutputWithPast(ModelOutput):
     r"""Output of `KCFIForConditionalGeneration`.
 
     Args:
-        loss (`torch.FloatTensor` of shape `()`): sum of the losses below that could be computed, equal weights.
-        logits (`torch.FloatTensor` of shape `(B, T, vocabulary)`): next-token scores.
+        loss (`torch.Tensor` of shape `()`): sum of the losses below that could be computed, equal weights.
+        logits (`torch.Tensor` of shape `(B, T, vocabulary)`): next-token scores.
         past_key_values, hidden_states, attentions: of the language model.
-        image_hidden_states (`torch.FloatTensor` of shape `(B, num_image_tokens * N, D)`): what replaced `<image>`.
-        caption_loss (`torch.FloatTensor` of shape `()`): eq. 8, given `labels`.
-        mask_loss (`torch.FloatTensor` of shape `()`): eq. 9, given `mask_labels`.
-        mask_logits (`torch.FloatTensor` of shape `(B, num_change_classes, H, W)`): class scores per pixel.
+        image_hidden_states (`torch.Tensor` of shape `(B, num_image_tokens * N, D)`): what replaced `<image>`.
+        caption_loss (`torch.Tensor` of shape `()`): eq. 8, given `labels`.
+        mask_loss (`torch.Tensor` of shape `()`): eq. 9, given `mask_labels`.
+        mask_logits (`torch.Tensor` of shape `(B, num_change_classes, H, W)`): class scores per pixel.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
-    caption_loss: torch.FloatTensor | None = None
-    mask_loss: torch.FloatTensor | None = None
-    mask_logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+    caption_loss: torch.Tensor | None = None
+    mask_loss: torch.Tensor | None = None
+    mask_logits: torch.Tensor | None = None
 
 
-def vision_tower_arguments(vision_config: PreTrainedConfig) -> dict[str, Any]:
-    """Arguments that build the tower without a pooler: nothing reads it, and parameters without gradient stop DDP."""
-    parameters = inspect.signature(MODEL_MAPPING[type(vision_config)].__init__).parameters
-    return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
+def trim_tower(tower: PreTrainedModel, last_block: int) -> PreTrainedModel:
+    """Take away what stands behind the last block read: other blocks, the final norm (section III.B), the pooler.
+
+    Nothing reads them, they cost time, and parameters without a gradient stop DDP.
+    """
+    backbone = getattr(tower, "timm_model", tower)
+    blocks = max((part for part in backbone.modules() if isinstance(part, nn.ModuleList | nn.Sequential)), key=len)
+    del blocks[last_block:]
+    for name in ("layernorm", "post_layernorm", "norm", "fc_norm", "pooler", "attn_pool", "head"):
+        if isinstance(getattr(backbone, name, None), nn.Module):
+            setattr(backbone, name, nn.Identity())
+    return tower
 
 
 class KCFIProjector(nn.Module):
@@ -93,14 +113,13 @@ class KCFIProjector(nn.Module):
         super().__init__()
         width = config.text_config.hidden_size
         self.linear_1 = nn.Linear(config.change_width, width)
-        self.act = ACT2FN["gelu"] if config.projector == "mlp2x_gelu" else None
         self.linear_2 = nn.Linear(width, width) if config.projector == "mlp2x_gelu" else None
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """See the class."""
         hidden = self.linear_1(features)
         if self.linear_2 is not None:
-            hidden = self.linear_2(self.act(hidden))
+            hidden = self.linear_2(F.gelu(hidden))
         return hidden
 
 
@@ -108,7 +127,7 @@ class KCFIProjector(nn.Module):
 class KCFIPreTrainedModel(PreTrainedModel):
     config: KCFIConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (transformers' own convention)
 
@@ -117,6 +136,20 @@ class KCFIPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    auto_class = "AutoModel"  # the one that loads this class
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, *args: Any, use_safetensors: bool = True, **kwargs: Any
+    ) -> "KCFIPreTrainedModel":
+        """As in transformers, but weights in a pickle are refused."""
+        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, and the code beside the weights: the folder loads where kcfi is not installed."""
+        self.config.auto_map = dict(AUTO_MAP)  # transformers would name the saved class alone
+        self.register_for_auto_class(self.auto_class)
+        super().save_pretrained(*args, **kwargs)
 
 
 @auto_docstring(
@@ -128,16 +161,19 @@ class KCFIPreTrainedModel(PreTrainedModel):
 class KCFIModel(KCFIPreTrainedModel):
     def __init__(self, config: KCFIConfig) -> None:
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config, **vision_tower_arguments(config.vision_config))
+        self.vision_tower = trim_tower(AutoModel.from_config(config.vision_config), config.last_block)
         self.key_change_perceiver = KeyChangePerceiver(config) if config.use_key_change_perceiver else None
         self.projector = KCFIProjector(config)
         self.change_detection_head = ChangeDetectionHead(config) if config.use_change_detection_head else None
         self.language_model = AutoModel.from_config(config.text_config)
+        # CLIP, SigLIP and ViT refuse other sizes than their own unless asked; DINOv2 needs no asking
+        asked = "interpolate_pos_encoding" in inspect.signature(self.vision_tower.forward).parameters
+        self.interpolation = {"interpolate_pos_encoding": True} if asked else {}
         self.post_init()
 
     def get_stage_features(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], BaseModelOutputWithPooling]:
+        self, pixel_values: torch.Tensor, **kwargs: Any
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
         """Run the shared tower on both dates (eq. 1).
 
         Args:
@@ -157,25 +193,19 @@ class KCFIModel(KCFIPreTrainedModel):
         height, width = pixel_values.shape[-2:]
         if height % patch or width % patch:
             raise ValueError(f"pixel_values of {height} x {width} px do not divide into patches of {patch} px.")
-        images = pixel_values.flatten(0, 1)  # (2B,3,H,W)
-        layers = self.config.vision_feature_layers
+        images = pixel_values.flatten(0, 1).to(self.vision_tower.dtype)  # (2B,3,H,W)
+        layers = self.config.vision_feature_layers or []
         if self.config.vision_config.model_type == "timm_wrapper":
             # timm counts blocks from 0 and returns a compact list of maps
-            outputs = self.vision_tower(images, output_hidden_states=[layer - 1 for layer in layers], norm=False)
+            outputs = self.vision_tower(images, output_hidden_states=[layer - 1 for layer in layers])
             maps = list(outputs.hidden_states)
         else:
-            if (height, width) != (self.config.vision_native_size,) * 2 and self._tower_must_be_told_to_interpolate():
-                kwargs["interpolate_pos_encoding"] = True
             kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or layers
-            outputs = self.vision_tower(images.to(self.vision_tower.dtype), **kwargs)
+            outputs = self.vision_tower(images, **self.interpolation, **kwargs)
             grid = (height // patch, width // patch)
             states = [outputs.hidden_states[layer][:, -grid[0] * grid[1] :] for layer in layers]  # (2B,N,C), no CLS
             maps = [state.transpose(1, 2).unflatten(2, grid) for state in states]
         return [stage[0::2] for stage in maps], [stage[1::2] for stage in maps], outputs
-
-    def _tower_must_be_told_to_interpolate(self) -> bool:
-        # CLIP, SigLIP and ViT refuse other sizes unless asked; DINOv2 always interpolates and has no such argument.
-        return "interpolate_pos_encoding" in inspect.signature(self.vision_tower.forward).parameters
 
     def get_change_features(self, before: list[torch.Tensor], after: list[torch.Tensor]) -> torch.Tensor:
         """Stage features of both dates, two lists of L maps (B, C, h, w) -> change features (B, N, change_width)."""
@@ -189,35 +219,33 @@ class KCFIModel(KCFIPreTrainedModel):
     @can_return_tuple
     @auto_docstring(custom_intro="Encodes pairs: features for the language model, key change features, mask logits.")
     def get_image_features(
-        self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple | KCFIImageFeatures:
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[Any, ...] | KCFIImageFeatures:
         r"""
-        pixel_values (`torch.FloatTensor` of shape `(B, 2, 3, H, W)`):
+        pixel_values (`torch.Tensor` of shape `(B, 2, 3, H, W)`):
             Pairs of images, before then after.
         """
         before, after, outputs = self.get_stage_features(pixel_values, **kwargs)
         change = self.get_change_features(before, after)
-        inputs = {
-            "change": lambda: [change],
-            "bitemporal": lambda: [flatten_stages(before), flatten_stages(after)],
-            "bitemporal_change": lambda: [flatten_stages(before), flatten_stages(after), change],
-        }[self.config.visual_inputs]()
+        inputs = [] if self.config.visual_inputs == "change" else [flatten_stages(before), flatten_stages(after)]
+        if self.config.visual_inputs != "bitemporal":
+            inputs.append(change)
         embeddings = torch.cat([self.projector(features) for features in inputs], dim=1)  # (B,num_image_tokens*N,D)
         mask_logits = None
         if self.change_detection_head is not None:
-            grid = (before[0].shape[-2], before[0].shape[-1])
-            mask_logits = self.change_detection_head(change, grid, (pixel_values.shape[-2], pixel_values.shape[-1]))
+            mask_logits = self.change_detection_head(change, before[0].shape[-2:], pixel_values.shape[-2:])
         return KCFIImageFeatures(
-            last_hidden_state=change,
+            last_hidden_state=outputs.last_hidden_state.unflatten(0, (-1, 2)).flatten(1, 2),
             pooler_output=list(embeddings),
             hidden_states=outputs.hidden_states,
             attentions=getattr(outputs, "attentions", None),
+            change_features=change,
             mask_logits=mask_logits,
         )
 
     def get_placeholder_mask(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor, image_features: torch.FloatTensor
-    ) -> torch.BoolTensor:
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.Tensor:
         """Positions (B, T, 1) of the `<image>` placeholders, checked against the number of features.
 
         Raises:
@@ -237,19 +265,19 @@ class KCFIModel(KCFIPreTrainedModel):
 
     @can_return_tuple
     @auto_docstring
-    def forward(
+    def forward(  # type: ignore[misc]  # TransformersKwargs names position_ids too
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, KCFIImageFeatures] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | KCFIModelOutputWithPast:
+    ) -> tuple[Any, ...] | KCFIModelOutputWithPast:
         r"""
-        pixel_values (`torch.FloatTensor` of shape `(B, 2, 3, H, W)`):
+        pixel_values (`torch.Tensor` of shape `(B, 2, 3, H, W)`):
             Pairs of images, before then after.
         mm_encoder_outputs (`dict`, *optional*):
             `{"image": output of get_image_features}`: pairs that are already encoded, instead of `pixel_values`.
@@ -286,9 +314,28 @@ class KCFIModel(KCFIPreTrainedModel):
         )
 
 
-def flatten_stages(stages: list[torch.Tensor]) -> torch.Tensor:
-    """L maps (B, C, h, w) -> features (B, N, L*C)."""
-    return torch.cat(stages, dim=1).flatten(2).transpose(1, 2)
+def check_output_layer(name: str, language_model: PreTrainedModel) -> None:
+    """Refuse a language model whose logits are not a plain linear map of its last state: KCFI would change them.
+
+    Args:
+        name: of the language model, for the message.
+        language_model: a causal language model with its output layer.
+
+    Raises:
+        ValueError: a bias, scaled or soft-capped logits, or a last state of another width than the embeddings.
+    """
+    head, config = language_model.get_output_embeddings(), language_model.config
+    plain = isinstance(head, nn.Linear) and head.bias is None and head.in_features == config.hidden_size
+    if plain:
+        with torch.no_grad():
+            tokens = torch.arange(min(8, config.vocab_size))[None]
+            states = language_model.base_model(tokens).last_hidden_state
+            plain = torch.allclose(head(states), language_model(tokens).logits, atol=1e-4)
+    if not plain:
+        raise ValueError(
+            f"The logits of {name} ({config.model_type}) are not a plain linear map of its last state (a bias, "
+            "scaling, soft-capping or another width), which KCFI needs: choose another language model."
+        )
 
 
 @auto_docstring(
@@ -299,11 +346,15 @@ def flatten_stages(stages: list[torch.Tensor]) -> torch.Tensor:
 class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    auto_class = "AutoModelForImageTextToText"
 
     def __init__(self, config: KCFIConfig) -> None:
         super().__init__(config)
         self.model = KCFIModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)  # GPT-2: "...wte"
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
     @classmethod
@@ -325,36 +376,42 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
                 (`KCFIProcessor.image_token_id`); embeddings are added when it lies behind the vocabulary. Without it
                 one is added and its id taken.
 
+        Returns:
+            The model, in evaluation mode; it generates greedily unless told otherwise.
+
         Raises:
-            ValueError: the language model's output layer is not a plain linear map of its last state.
+            ValueError: the language model's logits are not a plain linear map of its last state.
         """
+        language_model = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
+        vocabulary = language_model.config.vocab_size
+        if settings.setdefault("image_token_id", vocabulary) >= vocabulary:
+            language_model.resize_token_embeddings(settings["image_token_id"] + 1)
+        lm_head = language_model.get_output_embeddings()
+        check_output_layer(text, language_model)
+
+        vision_config = vision
         if isinstance(vision, str):
             vision_config = AutoConfig.from_pretrained(vision)
             vision_config = getattr(vision_config, "vision_config", vision_config)
-        else:
-            vision_config = vision
-        language_model = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
-        text_config, lm_head = language_model.config, language_model.get_output_embeddings()
-        for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            if getattr(text_config, field, None) not in (None, 1, 1.0):
-                raise ValueError(f"{text}: {field} is not supported; choose a language model with plain logits.")
-        if getattr(lm_head, "bias", None) is not None:
-            raise ValueError(f"{text}: an output layer with a bias is not supported; choose another language model.")
-
-        settings.setdefault("image_token_id", text_config.vocab_size)
-        config = KCFIConfig(vision_config=vision_config, text_config=text_config, **settings)
-        model = cls(config).to(dtype)
+        config = KCFIConfig(vision_config=vision_config, text_config=language_model.config, **settings)
         if isinstance(vision, str):
-            model.model.vision_tower = AutoModel.from_pretrained(
-                vision, config=config.vision_config, dtype=dtype, **vision_tower_arguments(config.vision_config)
-            )
+            vision_tower = AutoModel.from_pretrained(vision, config=config.vision_config, dtype=dtype)
+        else:
+            vision_tower = AutoModel.from_config(config.vision_config, dtype=dtype)
+
+        with torch.device("meta"):  # so that the towers are not allocated twice
+            model = cls(config)
+        for part in (model.model.key_change_perceiver, model.model.projector, model.model.change_detection_head):
+            if part is not None:
+                part.to_empty(device="cpu").to(dtype).apply(model._init_weights)
+        model.model.vision_tower = trim_tower(vision_tower, config.last_block)
         model.model.language_model = language_model.base_model
         model.lm_head = lm_head
         model.tie_weights()
-        if config.image_token_id >= text_config.vocab_size:
-            model.resize_token_embeddings(config.image_token_id + 1)
-        model.generation_config = language_model.generation_config
-        return model
+        # Of the language model's own generation settings only the special tokens: Qwen's, for one, sample.
+        special = {name: getattr(language_model.generation_config, name) for name in SPECIAL_TOKENS}
+        model.generation_config = GenerationConfig(**special)
+        return model.eval()
 
     def get_output_embeddings(self) -> nn.Module:
         """The output layer of the language model."""
@@ -362,34 +419,34 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
 
     @auto_docstring
     def get_image_features(
-        self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple | KCFIImageFeatures:
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[Any, ...] | KCFIImageFeatures:
         r"""
-        pixel_values (`torch.FloatTensor` of shape `(B, 2, 3, H, W)`):
+        pixel_values (`torch.Tensor` of shape `(B, 2, 3, H, W)`):
             Pairs of images, before then after.
         """
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
 
     @can_return_tuple
     @auto_docstring
-    def forward(
+    def forward(  # type: ignore[misc]  # TransformersKwargs names position_ids too
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        mask_labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        mask_labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, KCFIImageFeatures] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | KCFICausalLMOutputWithPast:
+    ) -> tuple[Any, ...] | KCFICausalLMOutputWithPast:
         r"""
-        pixel_values (`torch.FloatTensor` of shape `(B, 2, 3, H, W)`):
+        pixel_values (`torch.Tensor` of shape `(B, 2, 3, H, W)`):
             Pairs of images, before then after.
-        mask_labels (`torch.LongTensor` of shape `(B, H, W)`, *optional*):
+        mask_labels (`torch.Tensor` of shape `(B, H, W)`, *optional*):
             Class ids, 255 = no label. A pair without a mask has 255 everywhere and adds nothing to the loss.
         mm_encoder_outputs (`dict`, *optional*):
             `{"image": output of get_image_features}`: pairs that are already encoded, instead of `pixel_values`.

@@ -2,6 +2,7 @@ import json
 import math
 
 import pytest
+
 from kcfi.training.dwa import DynamicWeightAverage, dwa_weights
 
 
@@ -61,7 +62,9 @@ def test_a_task_absent_from_some_steps_of_a_window_is_averaged_over_the_others()
 
 
 def test_captions_alone_keep_the_weight_one():
-    assert all(weight["caption"] == 1.0 for weight in run(DynamicWeightAverage(), [(4.0, None), (2.0, None), (1.0, None)]))
+    assert all(
+        weight["caption"] == 1.0 for weight in run(DynamicWeightAverage(), [(4.0, None), (2.0, None), (1.0, None)])
+    )
 
 
 def test_a_state_restored_from_json_gives_exactly_the_same_weights():

@@ -1,0 +1,36 @@
+# make demo: caption the example pair.   make test: the tests.   Everything happens inside $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+EXAMPLE := kcfi/example
+
+.PHONY: demo test test-all lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/kcfi caption $(EXAMPLE)/before.png $(EXAMPLE)/after.png --heatmap --output demo-output
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/installed-dev
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,deepspeed]"
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# torch first: whatever build pip is set up to find then satisfies the packages that ask for it
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch torchvision
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-output

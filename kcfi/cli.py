@@ -1,0 +1,203 @@
+"""The command `kcfi`. Everything heavy is imported by the sub-command that needs it."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EXAMPLES = """examples:
+  kcfi caption before.png after.png                        sentence, mask and overlay by the embedded model
+  kcfi caption before.tif after.tif --regions --json       a sentence per changed region, as JSON
+  kcfi data synthesize --pairs 100 --output pairs          drawn pairs in the layout of LEVIR-MCI
+  kcfi train debug                                         train for two minutes on drawn pairs
+  kcfi train paper --dataset LEVIR-MCI --output_dir runs/paper
+  kcfi evaluate --model runs/paper --dataset LEVIR-MCI --split test --output runs/paper/results.json
+  kcfi score predictions.json --references LevirCCcaptions.json --split test --output scores.json
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, or 2 with one line on bad input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["train"]:  # its options are the fields of the recipes, so it parses them itself
+            from kcfi.training.train import main as train
+
+            train(arguments[1:])
+        else:
+            options = build_parser().parse_args(arguments)
+            options.run(options)
+    except (OSError, ValueError) as error:
+        print(f"kcfi: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command but `train`."""
+    parser = argparse.ArgumentParser(
+        prog="kcfi",
+        description="Remote sensing image change captioning: what changed between two dates, and where.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="command", required=True)
+
+    caption = commands.add_parser(
+        "caption",
+        help="describe a pair of images",
+        description="Describe what changed between two co-registered images, and write a mask and an overlay.",
+        epilog="example: kcfi caption before.png after.png --heatmap --output report",
+    )
+    caption.add_argument("before", help="image of the earlier date")
+    caption.add_argument("after", help="image of the later date, of the same size")
+    caption.add_argument("--model", default="kcfi-tiny", help="folder or Hub id (default: the embedded kcfi-tiny)")
+    caption.add_argument("--output", default="kcfi-output", type=Path, help="folder for the pictures (%(default)s)")
+    caption.add_argument("--regions", action="store_true", help="also write a sentence per changed region")
+    caption.add_argument("--heatmap", action="store_true", help="also draw the strength of the key change features")
+    caption.add_argument("--json", action="store_true", help="print one JSON object")
+    caption.set_defaults(run=run_caption)
+
+    commands.add_parser("train", help="train from a recipe: `kcfi train --help`")  # main() takes it before
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score a model on a data set",
+        description="Caption and mask every pair of a split; write results.json, predictions.json and pairs.png.",
+        epilog="example: kcfi evaluate --dataset synthetic --num_pairs 20 --output runs/results.json",
+    )
+    evaluate.add_argument("--model", default="kcfi-tiny", help="folder or Hub id (default: the embedded kcfi-tiny)")
+    evaluate.add_argument("--dataset", required=True, help="'synthetic', or a LEVIR-CC / LEVIR-MCI folder")
+    evaluate.add_argument("--split", default="test", help="train, val or test (%(default)s)")
+    evaluate.add_argument("--output", required=True, type=Path, help="results file; the others are written beside it")
+    evaluate.add_argument("--num_pairs", type=int, help="the first so many pairs (all)")
+    evaluate.add_argument("--seed", type=int, default=0, help="of synthetic scenes (%(default)s)")
+    evaluate.add_argument("--mask_classes", choices=["change", "building", "road_building"], help="as it was trained")
+    evaluate.add_argument("--batch_size", type=int, default=8, help="pairs at a time (%(default)s)")
+    evaluate.add_argument("--no-meteor", action="store_true", help="do without Java, METEOR and S_m*")
+    evaluate.set_defaults(run=run_evaluate)
+
+    score = commands.add_parser(
+        "score",
+        help="score any system's captions",
+        description="Score a file {filename: caption} against the captions of LEVIR-CC.",
+        epilog="example: kcfi score predictions.json --references LevirCCcaptions.json.gz --output scores.json",
+    )
+    score.add_argument("predictions", type=Path, help="JSON: {filename: caption}")
+    score.add_argument("--references", required=True, type=Path, help="LevirCCcaptions.json or .json.gz")
+    score.add_argument("--split", default="test", help="train, val or test (%(default)s)")
+    score.add_argument("--output", type=Path, help="results file (default: print only)")
+    score.add_argument("--no-meteor", action="store_true", help="do without Java, METEOR and S_m*")
+    score.set_defaults(run=run_score)
+
+    data = commands.add_parser("data", help="make data sets").add_subparsers(metavar="action", required=True)
+    synthesize = data.add_parser(
+        "synthesize",
+        help="draw synthetic pairs",
+        description="Draw before/after pairs with masks and captions, in the folder layout of LEVIR-MCI.",
+        epilog="example: kcfi data synthesize --pairs 100 --output pairs",
+    )
+    synthesize.add_argument(
+        "--pairs", type=int, required=True, help="number of pairs; 80 %% train, 10 %% val, 10 %% test"
+    )
+    synthesize.add_argument("--output", type=Path, required=True, help="new folder")
+    synthesize.add_argument("--seed", type=int, default=0, help="of the scenes (%(default)s)")
+    synthesize.set_defaults(run=run_synthesize)
+    return parser
+
+
+def run_caption(options: argparse.Namespace) -> None:
+    """`kcfi caption`."""
+    from transformers.utils.logging import disable_progress_bar
+
+    import kcfi  # noqa: F401 (registers the Auto classes)
+    from kcfi.captioning import Describer, load, mask_picture
+    from kcfi.pictures import heat_map, overlay
+    from kcfi.processing.image_processing_kcfi import eight_bit, open_image
+
+    disable_progress_bar()
+    before, after = (open_image(path) for path in (options.before, options.after))
+    for image in (before, after):
+        eight_bit(image)
+    model, processor = load(options.model)
+    report = Describer(model, processor).describe(before, after, options.regions)
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    stem = Path(options.after).stem
+    pictures = {}
+    if report.mask is not None:
+        pictures["mask"] = mask_picture(report.mask, model.config.num_change_classes)
+        pictures["overlay"] = overlay(after, pictures["mask"])
+    if options.heatmap:
+        pictures["heatmap"] = heat_map(after, report.key_changes)
+    files = {kind: options.output / f"{stem}_{kind}.png" for kind in pictures}
+    for kind, picture in pictures.items():
+        picture.save(files[kind])
+
+    if options.json:
+        result = {
+            "caption": report.caption,
+            "changed_fraction": report.changed_fraction,
+            "mask": None,
+            "overlay": None,
+            **{kind: str(path) for kind, path in files.items()},
+            "model": options.model,
+        }
+        if options.regions:
+            result["regions"] = [vars(region) for region in report.regions]
+        print(json.dumps(result))
+        return
+    print(report.caption)
+    if report.changed_fraction is not None:
+        print(f"changed: {report.changed_fraction:.1%} of the area")
+    for region in report.regions:
+        left, top, right, bottom = region.box
+        print(f"  x {left}-{right}, y {top}-{bottom} ({region.pixels} px): {region.caption}")
+    for kind, path in files.items():
+        print(f"{kind}: {path}")
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    """`kcfi evaluate`."""
+    import kcfi  # noqa: F401 (registers the Auto classes)
+    from kcfi.training.evaluate import evaluate_model
+
+    results = evaluate_model(
+        options.model,
+        options.dataset,
+        options.split,
+        options.output,
+        num_pairs=options.num_pairs,
+        seed=options.seed,
+        mask_classes=options.mask_classes,
+        batch_size=options.batch_size,
+        meteor=not options.no_meteor,
+    )
+    print(json.dumps(results, indent=2))
+
+
+def run_score(options: argparse.Namespace) -> None:
+    """`kcfi score`."""
+    from kcfi.training.metrics import score_file
+
+    results = score_file(options.predictions, options.references, options.split, meteor=not options.no_meteor)
+    text = json.dumps(results, indent=2)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def run_synthesize(options: argparse.Namespace) -> None:
+    """`kcfi data synthesize`."""
+    from kcfi.training.synthetic import synthesize
+
+    synthesize(options.output, options.pairs, options.seed)
+    print(f"{options.pairs} pairs: {options.output}, with a picture of some: {options.output / 'contact_sheet.png'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Defaults, derived numbers, refused combinations, and the round trip through config.json."""
+
+import pytest
+from transformers import AutoConfig
+
+from kcfi.modeling_kcfi import KCFIConfig
+
+TOWERS = ["vit", "clip", "siglip", "dinov2", "timm"]
+
+
+def test_defaults_are_the_papers():
+    config = KCFIConfig()
+    assert (config.vision_config.model_type, config.text_config.model_type) == ("vit", "qwen2")
+    assert (config.image_size, config.patch_size, config.num_patches) == (256, 16, 256)
+    assert config.vision_feature_layers == [6, 12, 18, 24]
+    assert (config.visual_inputs, config.num_image_tokens) == ("change", 1)
+    assert (config.flow_residual, config.flow_scope) == ("self", "stage")
+    assert (config.change_context, config.projector, config.num_change_classes) == ("none", "linear", 2)
+    assert config.change_width == 4 * 1024
+    assert config.tie_word_embeddings
+
+
+def test_the_authors_vision_settings_can_be_spelled_out():
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "image_size": 224,
+        "patch_size": 14,
+    }
+    config = KCFIConfig(vision_config=vision, vision_feature_layers=[4, 10, 16, 22])
+    assert config.num_patches == 256
+    assert config.last_block == 22
+
+
+@pytest.mark.parametrize(("blocks", "layers"), [(1, [1]), (3, [1, 2, 3]), (6, [2, 3, 4, 6]), (12, [3, 6, 9, 12])])
+def test_default_stages_are_evenly_spaced_up_to_the_last_block(vision, blocks, layers):
+    config = KCFIConfig(vision_config=vision["vit"] | {"num_hidden_layers": blocks})
+    assert config.vision_feature_layers == layers
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_every_kind_of_tower_tells_its_geometry(make_config, tower):
+    config = make_config(tower)
+    assert config.tower == (32, 4, 3, 16)
+    assert (config.num_patches, config.num_stages, config.stage_width) == (16, 2, 64)
+
+
+@pytest.mark.parametrize("name", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_dropout_is_removed_from_the_tower_and_not_from_the_callers_config(vision, text, name):
+    own = AutoConfig.for_model(**(vision["vit"] | {name: 0.3}))
+    config = KCFIConfig(vision_config=own, text_config=text["qwen2"], image_token_id=4, vision_feature_layers=[2])
+    assert getattr(config.vision_config, name) == 0
+    assert getattr(own, name) == 0.3
+
+
+@pytest.mark.parametrize(("context", "width"), [("none", 64), ("after", 128), ("bitemporal", 192)])
+def test_change_context_widens_the_change_features(make_config, context, width):
+    assert make_config(change_context=context).change_width == width
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_size": 250}, r"image_size=250 .* patch size 4; the nearest is 248"),
+        ({"image_size": 2}, r"image_size=2 .* nearest is 4"),
+        ({"vision_feature_layers": []}, r"vision_feature_layers=\[\] .* between 1 and 3"),
+        ({"vision_feature_layers": [0, 3]}, r"\[0, 3\] must be ascending block numbers between 1 and 3"),
+        ({"vision_feature_layers": [1, 4]}, r"\[1, 4\] must be ascending block numbers between 1 and 3"),
+        ({"vision_feature_layers": [3, 1]}, r"\[3, 1\] must be ascending"),
+        ({"image_token_id": 99}, r"image_token_id=99 .* vocabulary of 99 tokens"),
+        ({"change_context": "after", "visual_inputs": "bitemporal_change"}, r"one projector also serves the plain"),
+        (
+            {"visual_inputs": "bitemporal", "use_change_detection_head": False},
+            r"Nothing reads the key change features",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_reason(make_config, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"flow_residual": "none"}, {"num_change_classes": 4}, {"projector": "mlp"}, {"visual_inputs": "both"}]
+)
+def test_an_unknown_choice_is_refused_by_field(make_config, settings):
+    with pytest.raises(Exception, match=next(iter(settings))):
+        make_config(**settings)
+
+
+def test_towers_that_are_no_vit_are_refused(vision):
+    with pytest.raises(ValueError, match="'resnet' is not a ViT"):
+        KCFIConfig(vision_config={"model_type": "resnet"})
+    with pytest.raises(ValueError, match="square images and patches"):
+        KCFIConfig(vision_config=vision["vit"] | {"image_size": [16, 32]})
+    with pytest.raises(ValueError, match="'resnet18' is not a ViT"):
+        KCFIConfig(vision_config={"model_type": "timm_wrapper", "architecture": "resnet18"})
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_config_survives_a_round_trip(make_config, tower, tmp_path):
+    config = make_config(tower, change_context="after", flow_residual="cross", image_size=24, num_change_classes=3)
+    config.save_pretrained(tmp_path)
+    assert KCFIConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_tied_embeddings_follow_the_language_model(vision, text, tie):
+    language = text["qwen2"] | {"tie_word_embeddings": tie}
+    assert KCFIConfig(vision_config=vision["vit"], text_config=language, image_token_id=4).tie_word_embeddings is tie

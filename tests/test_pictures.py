@@ -1,0 +1,45 @@
+"""Pictures for people: overlays and contact sheets."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kcfi.pictures import CHANGE_COLOURS, contact_sheet, overlay
+
+
+@pytest.mark.parametrize(("road", "building"), [(128, 255), (1, 2)])
+def test_overlay_tells_roads_from_buildings_and_leaves_the_rest(road, building):
+    image = Image.new("RGB", (16, 12), (100, 110, 120))
+    mask = np.zeros((12, 16), np.uint8)
+    mask[2:10, 1:7], mask[2:10, 9:15] = road, building
+    drawn = np.asarray(overlay(image, mask))
+    assert (drawn[mask == 0] == (100, 110, 120)).all()
+    for value, (row, column) in ((road, (2, 1)), (building, (2, 9))):
+        colour = np.array(CHANGE_COLOURS[value])
+        assert (drawn[row, column] == colour).all()  # the outline is opaque
+        inner = drawn[row + 3, column + 3].astype(int)
+        assert (np.abs(inner - colour) < np.abs(np.array((100, 110, 120)) - colour)).all()
+    assert (drawn[2, 1] != drawn[2, 9]).any()
+
+
+def test_overlay_refuses_a_mask_of_another_size():
+    with pytest.raises(ValueError, match="mask is 8 x 4 px, the image 16 x 12"):
+        overlay(Image.new("RGB", (16, 12)), np.zeros((4, 8), np.uint8))
+
+
+def test_contact_sheet_shows_every_image_in_its_row_and_column():
+    colours = [["red", "lime"], ["blue", "black"]]
+    rows = [[Image.new("RGB", (8, 8), colour) for colour in row] for row in colours]
+    plain = np.asarray(contact_sheet(rows, tile=32))
+    centres = [[plain[6 + 16 + y * 38, 6 + 16 + x * 38].tolist() for x in range(2)] for y in range(2)]
+    assert centres == [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [0, 0, 0]]]
+    titled = contact_sheet(rows, ["one\ntwo", "three"], ["before", "after"], tile=32)
+    assert titled.height == plain.shape[0] + 22 and titled.width == plain.shape[1] + 420
+    assert (np.asarray(titled)[28:60, 90:] < 128).any()  # the text of the first row
+
+
+def test_contact_sheet_refuses_captions_that_do_not_match():
+    with pytest.raises(ValueError, match="1 captions for 2 rows"):
+        contact_sheet([[], []], ["only one"])
+    with pytest.raises(ValueError, match="no rows"):
+        contact_sheet([])

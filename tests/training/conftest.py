@@ -1,0 +1,104 @@
+"""A tiny model, its processor and a handful of pairs, all made here: nothing is downloaded."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils.data import Dataset
+from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
+
+from kcfi import KCFIForConditionalGeneration
+from kcfi.processing import INSTRUCTIONS, KCFIProcessor
+
+UNCHANGED = ["the scene is the same as before .", "there is no difference .", "no change has occurred ."]
+CHANGED = ["a house appears in the {} .", "a building is built in the {} .", "one house has been built in the {} ."]
+VISION = {
+    "model_type": "vit",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+class Pairs(Dataset):
+    """32 x 32 scenes; in every second one a bright square appears. Every third pair has no mask, if asked."""
+
+    def __init__(self, count=8, masks="all"):
+        self.count, self.masks = count, masks
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        random = np.random.default_rng(index)
+        before = random.integers(40, 90, (32, 32, 3), dtype=np.uint8)
+        after, mask = before.copy(), np.zeros((32, 32), np.uint8)
+        place, column = (("left", 4), ("right", 18))[index // 2 % 2]
+        if index % 2:
+            after[8:20, column : column + 10] = 230
+            mask[8:20, column : column + 10] = 255
+        labelled = self.masks == "all" or (self.masks == "some" and index % 3)
+        return {
+            "image_before": Image.fromarray(before),
+            "image_after": Image.fromarray(after),
+            "mask": Image.fromarray(mask) if labelled else None,
+            "captions": [caption.format(place) for caption in CHANGED] if index % 2 else UNCHANGED,
+            "changed": bool(index % 2),
+            "filename": f"pair_{index}.png",
+            "split": "train",
+        }
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    words = " ".join([*INSTRUCTIONS, *UNCHANGED, *CHANGED, "left right"])
+    split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    vocabulary = ["<unk>", "<eos>", "<image>", *sorted({word for word, _ in split.pre_tokenize_str(words)})]
+    tokenizer = Tokenizer(models.WordLevel({word: id for id, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = split
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", extra_special_tokens=["<image>"]
+    )
+
+
+@pytest.fixture
+def make_pairs() -> type[Pairs]:
+    return Pairs
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory) -> Path:
+    """Folder of a tiny language model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("text_model")
+    tokenizer = make_tokenizer()
+    config = Olmo2Config(  # AutoTokenizer would put Qwen2's own tokenizer before a Qwen2 model
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    Olmo2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def processor() -> KCFIProcessor:
+    return KCFIProcessor.from_towers(make_tokenizer(), image_size=32, patch_size=8)
+
+
+@pytest.fixture
+def model(text_model, processor) -> KCFIForConditionalGeneration:
+    torch.manual_seed(0)
+    return KCFIForConditionalGeneration.from_vision_text_pretrained(
+        VISION, str(text_model), image_token_id=processor.image_token_id, flow_residual="cross"
+    )

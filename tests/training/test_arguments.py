@@ -1,0 +1,107 @@
+import pytest
+import yaml
+
+from kcfi.training.arguments import RECIPES, as_dict, parse_recipe
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"output_dir: {tmp_path / 'run'}\nlearning_rate: 1e-3\nuse_cpu: true\nlog_level: error\n"
+        "model_settings:\n  flow_residual: cross\n  vision_feature_layers: [1, 2]\n"
+    )
+    return path
+
+
+def test_defaults_are_the_papers(recipe):
+    training = parse_recipe(recipe, ["--learning_rate", "1e-4"]).training
+    assert (training.learning_rate, training.vision_learning_rate, training.projector_learning_rate) == (
+        1e-4,
+        1e-5,
+        1e-5,
+    )
+    assert (training.weight_decay, training.warmup_steps, training.num_train_epochs) == (5e-4, 0.03, 50)
+    assert (training.per_device_train_batch_size, training.lr_scheduler_type) == (32, "cosine")
+    assert (training.dwa, training.dwa_temperature) == ("step", 0.2)
+    assert training.get_warmup_steps(1000) == 30
+
+
+def test_options_of_the_command_line_replace_those_of_the_file(recipe):
+    assert parse_recipe(recipe).training.learning_rate == 1e-3
+    assert parse_recipe(recipe, ["--learning-rate=2e-5"]).training.learning_rate == 2e-5
+    options = ["--dwa", "none", "--num_train_pairs", "7", "--bf16", "false", "--max_steps", "-1", "--tf32", "false"]
+    parsed = parse_recipe(recipe, options)
+    assert (parsed.training.dwa, parsed.data.num_train_pairs, parsed.training.max_steps) == ("none", 7, -1)
+
+
+def test_one_entry_of_a_dictionary_is_replaced_and_the_others_stay(recipe):
+    parsed = parse_recipe(
+        recipe, ["--model_settings.flow_residual", "self", "--model_settings.num_change_classes", "3"]
+    )
+    expected = {"flow_residual": "self", "vision_feature_layers": [1, 2], "num_change_classes": 3}
+    assert as_dict(parsed.model.model_settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--learning_rat", "1"], "Unknown field 'learning_rat': did you mean 'learning_rate'"),
+        (["--learning_rate", "fast"], "invalid float value: 'fast'"),
+        (["--dwa", "always"], "invalid choice: 'always'"),
+        (["--dwa_temperature", "0"], "dwa_temperature=0.0 must be above 0"),
+        (["--dwa_window", "0"], "dwa_window=0 must be at least 1"),
+        (["learning_rate", "1"], "Unexpected 'learning_rate'"),
+    ],
+)
+def test_bad_options_are_refused_with_what_would_be_right(recipe, options, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(recipe, options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dwa_temperatur: 2.0", "did you mean 'dwa_temperature'"),
+        ("- learning_rate", "`field: value` lines, but holds a list"),
+        ("a: [1", "is not a YAML file"),
+        ("seed:", "seed has no value"),
+    ],
+)
+def test_bad_recipes_are_refused_with_what_would_be_right(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(path)
+
+
+def test_an_unknown_recipe_lists_the_packaged_ones():
+    with pytest.raises(ValueError, match=r"No recipe papr: .*debug, paper, released"):
+        parse_recipe("papr")
+
+
+def test_text_that_is_no_dictionary_is_refused():
+    with pytest.raises(ValueError, match="'cross' is not a dictionary"):
+        as_dict("cross")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_packaged_recipes_parse_and_their_settings_make_a_config(name, tmp_path):
+    from kcfi import KCFIConfig
+
+    parsed = parse_recipe(name, ["--output_dir", str(tmp_path), "--bf16", "false"])
+    config = KCFIConfig(**as_dict(parsed.model.model_settings))
+    assert set(as_dict(parsed.model.model_settings)) <= set(config.to_dict())
+
+
+def test_the_values_of_a_recipe_parse_to_the_same_arguments(recipe, tmp_path):
+    parsed = parse_recipe(
+        recipe, ["--dwa", "window", "--model_settings.flow_residual", "self", "--label_names", "labels"]
+    )
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(parsed.values))
+    again = parse_recipe(tmp_path / "again.yaml")
+    assert again.data == parsed.data
+    assert again.values == parsed.values
+    assert as_dict(again.model.model_settings) == as_dict(parsed.model.model_settings)
+    for name in parsed.values.keys() & vars(parsed.training).keys():
+        assert getattr(again.training, name) == getattr(parsed.training, name)

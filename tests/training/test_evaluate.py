@@ -1,0 +1,130 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kcfi.training.collator import KCFICollator
+from kcfi.training.evaluate import PairPrediction, Scores, encode, evaluate_model, pair_score, picture_sheet, predict
+
+SQUARE = np.zeros((8, 8), np.uint8)
+SQUARE[2:6, 2:6] = 1
+NOTHING = np.zeros((8, 8), np.uint8)
+
+
+def prediction(caption="a house appears .", mask=SQUARE, true_mask=SQUARE, changed=True, filename="a.png"):
+    return PairPrediction(filename, changed, ["a house appears .", "one house appears ."], caption, mask, true_mask)
+
+
+@pytest.fixture
+def saved(tmp_path, model, processor):
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_predictions_do_not_depend_on_the_batch(model, processor, make_pairs, size):
+    pairs, collator = make_pairs(4, masks="some"), KCFICollator(processor, train=False)
+    model.eval()
+
+    def predictions(count):
+        found = []
+        for first in range(0, 4, count):
+            batch = collator([pairs[index] for index in range(first, min(4, first + count))])
+            with torch.no_grad():
+                found += predict(model, processor, batch, encode(model, batch), max_new_tokens=6)
+        return found
+
+    for alone, together in zip(predictions(1), predictions(size), strict=True):
+        assert (alone.filename, alone.caption) == (together.filename, together.caption)
+        assert np.array_equal(alone.mask, together.mask)
+    assert [pair.true_mask is None for pair in predictions(4)] == [True, False, False, True]
+
+
+def test_masks_are_predicted_at_the_size_of_the_images(model, processor, make_pairs):
+    pair = make_pairs(2)[1]
+    large = {name: value.resize((50, 40)) if isinstance(value, Image.Image) else value for name, value in pair.items()}
+    large["mask"] = pair["mask"].resize((50, 40), Image.Resampling.NEAREST)
+    batch = KCFICollator(processor, train=False)([large])
+    with torch.no_grad():
+        [found] = predict(model.eval(), processor, batch, encode(model, batch), max_new_tokens=1)
+    assert found.mask.shape == found.true_mask.shape == (40, 50)
+
+
+def test_scores_count_pixels_over_the_whole_data_set():
+    scores = Scores("change")
+    scores.update(
+        [prediction(), prediction(mask=NOTHING, filename="b.png"), prediction(true_mask=None, filename="c.png")]
+    )
+    row = scores.metrics(meteor=False)
+    assert row["mask_f1"] == pytest.approx(100 * 2 * 16 / (16 + 32))
+    assert row["bleu_4"] is not None and "s_m" not in row
+    assert row["change_accuracy"] == 100
+
+
+def test_road_and_building_have_their_own_scores():
+    scores = Scores("road_building")
+    scores.update([prediction(mask=SQUARE * 2, true_mask=SQUARE)])
+    row = scores.metrics(meteor=False)
+    assert (row["mask_f1"], row["mask_f1_road"], row["mask_f1_building"]) == (100, 0, 0)
+
+
+def test_captions_alone_have_no_mask_scores():
+    scores = Scores("change")
+    scores.update([prediction(mask=None, true_mask=None)])
+    assert "mask_f1" not in scores.metrics(meteor=False)
+
+
+def test_a_pair_scores_by_its_caption_and_its_mask():
+    assert pair_score(prediction()) == pytest.approx(100)
+    assert pair_score(prediction(mask=NOTHING)) == pytest.approx(50)
+    assert pair_score(prediction(mask=NOTHING, true_mask=NOTHING)) == pytest.approx(100)
+    assert pair_score(prediction(caption="", mask=None)) == 0
+    border = np.where(SQUARE == 1, 255, 0).astype(np.uint8)  # the crop did not see the square
+    assert pair_score(prediction(mask=border)) == pytest.approx(100)
+
+
+def test_the_sheet_shows_the_best_the_median_and_the_worst_of_both_kinds(make_pairs, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(
+        "kcfi.training.evaluate.contact_sheet",
+        lambda rows, captions, titles: shown.update(rows=rows, captions=captions),
+    )
+    pairs = make_pairs(10)
+    words = ["a house appears .", "a house .", "a tree appears .", "appears .", "nothing"]
+    predictions = [
+        prediction(words[index // 2], None, None, bool(index % 2), f"pair_{index}.png") for index in range(10)
+    ]
+    picture_sheet(pairs, predictions, count=1)
+    names = [caption.splitlines()[0].split(": ")[1] for caption in shown["captions"]]
+    order = sorted(range(5), key=lambda word: -pair_score(predictions[2 * word]))
+    expected = [order[0], order[2], order[4]]
+    assert names == [f"pair_{2 * word + 1}.png" for word in expected] + [f"pair_{2 * word}.png" for word in expected]
+    assert all(len(row) == 4 for row in shown["rows"])
+
+
+def test_results_predictions_and_pictures_are_written(saved, tmp_path):
+    output = tmp_path / "out" / "results.json"
+    report = evaluate_model(
+        saved, "synthetic", "test", output, num_pairs=4, batch_size=3, max_new_tokens=4, meteor=False
+    )
+    assert json.loads(output.read_text()) == report
+    assert (report["model"], report["dataset"], report["split"]) == (saved, "synthetic", "test")
+    assert report["pairs"] == {"all": 4, "changed": 2, "unchanged": 2}
+    assert report["captions"]["all"]["s_m"] is None and 0 <= report["mask"]["f1"]["change"] <= 100
+    assert len(json.loads((output.parent / "predictions.json").read_text())) == 4
+    with Image.open(output.parent / "pairs.png") as sheet:
+        assert sheet.width > 1000
+
+
+def test_other_scenes_are_drawn_with_another_seed(saved, tmp_path):
+    names = []
+    for seed in (0, 1):
+        output = tmp_path / f"{seed}.json"
+        report = evaluate_model(
+            saved, "synthetic", "test", output, num_pairs=2, seed=seed, max_new_tokens=1, meteor=False
+        )
+        names.append(report["mask"])
+    assert names[0] != names[1]

@@ -1,0 +1,169 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from kcfi.training import train
+from kcfi.training.arguments import ModelArguments
+from kcfi.training.synthetic import SyntheticDataset
+
+VISION = {
+    "model_type": "vit",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+@pytest.fixture
+def recipe(tmp_path, text_model, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # without Java, which takes seconds to start
+    values = {
+        "vision_config": VISION,
+        "text_model": str(text_model),
+        "model_settings": {"flow_residual": "cross", "num_change_classes": 3},
+        "mask_classes": "road_building",
+        "dataset": "synthetic",
+        "num_train_pairs": 8,
+        "num_eval_pairs": 4,
+        "output_dir": str(tmp_path / "run"),
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 2,
+        "metric_for_best_model": "mask_f1",
+        "generation_max_new_tokens": 4,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def log_of(folder):
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [(line["step"], line["loss"]) for line in state["log_history"] if "loss" in line]
+
+
+def test_a_recipe_trains_and_leaves_a_model_that_the_auto_classes_load(recipe, tmp_path):
+    train.main([str(recipe), "--seed", "7"])
+    folder = tmp_path / "run"
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    pair = SyntheticDataset(1, split="test")[0]
+    inputs = processor(
+        images=[[pair["image_before"], pair["image_after"]]], text=[processor.prompt()], return_tensors="pt"
+    )
+    assert model(**inputs).mask_logits.shape == (1, 3, 32, 32)
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+    assert not model.generation_config.do_sample
+
+    text = (folder / "recipe.yaml").read_text()
+    assert text.startswith("# kcfi ") and "torch" in text.splitlines()[0] and "git revision" in text.splitlines()[1]
+    assert yaml.safe_load(text)["seed"] == 7
+
+
+def test_the_saved_recipe_repeats_the_run(recipe, tmp_path):
+    train.main([str(recipe), "--dwa", "window"])
+    again = tmp_path / "again"
+    train.main([str(tmp_path / "run" / "recipe.yaml"), "--output_dir", str(again)])
+    assert log_of(again) == log_of(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_in_a_new_process_with_the_same_losses(recipe, tmp_path):
+    options = ["--save_strategy", "steps", "--save_steps", "3", "--load_best_model_at_end", "false"]
+    command = [sys.executable, "-m", "kcfi.training.train", str(recipe), "--eval_strategy", "no", *options]
+    full, killed = tmp_path / "full", tmp_path / "killed"
+    subprocess.run([*command, "--output_dir", str(full)], check=True)
+
+    run = subprocess.Popen(
+        [*command, "--output_dir", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not list(killed.glob("checkpoint-*/trainer_state.json")):
+        assert run.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    run.kill()
+    run.wait()
+    subprocess.run([*command, "--output_dir", str(killed), "--resume"], check=True)
+    assert log_of(killed) == log_of(full)
+
+
+def test_a_second_run_into_the_same_folder_is_refused(recipe, tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a run: continue it with --resume"):
+        train.main([str(recipe)])
+
+
+def test_the_newest_checkpoint_is_the_one_of_most_steps_that_is_complete(tmp_path):
+    for step, state in ((9, "{}"), (10, "{}"), (11, None), (12, '{"epoch": 1')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert train.find_checkpoint(tmp_path, resume=True) == str(tmp_path / "checkpoint-10")
+
+
+def test_nothing_to_resume_is_said(recipe):
+    with pytest.raises(ValueError, match="Nothing to resume"):
+        train.main([str(recipe), "--resume"])
+
+
+def test_classes_of_masks_and_model_must_agree(recipe):
+    with pytest.raises(ValueError, match=r"mask_classes=change has 2 classes, the model num_change_classes=3"):
+        train.main([str(recipe), "--mask_classes", "change"])
+
+
+def test_an_unknown_model_setting_names_the_nearest(recipe):
+    with pytest.raises(ValueError, match="'flow_residul': did you mean 'flow_residual'"):
+        train.main([str(recipe), "--model_settings.flow_residul", "self"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"text_model": "folder"},
+        {"text_model": "folder", "vision_model": "folder", "vision_config": {"model_type": "vit"}},
+        {"model": "folder", "text_model": "folder"},
+        {"model": "folder", "model_settings": {"flow_residual": "cross"}},
+    ],
+    ids=str,
+)
+def test_a_model_is_either_finished_or_made_of_two_towers(settings):
+    with pytest.raises(ValueError, match=r"Give `model`|is a finished model"):
+        train.build_model(ModelArguments(**settings))
+
+
+def test_a_model_of_pretrained_towers_keeps_their_weights_and_pixels(tmp_path, text_model):
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    tower = ViTModel(ViTConfig(**VISION), add_pooling_layer=False)
+    tower.save_pretrained(tmp_path)
+    ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path)
+    arguments = ModelArguments(
+        vision_model=str(tmp_path), text_model=str(text_model), model_settings={"image_size": 24}, shortest_edge=32
+    )
+    model, processor = train.build_model(arguments)
+    for name, weight in model.model.vision_tower.state_dict().items():
+        assert torch.equal(weight, tower.state_dict()[name]), name
+    pixels = processor.image_processor
+    assert [*pixels.image_mean, *pixels.image_std] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    assert pixels.do_center_crop and processor.num_patches == 9 == model.config.num_patches
+    assert model.config.image_token_id == processor.image_token_id
+
+
+def test_training_goes_on_from_a_finished_model_in_fp32(tmp_path, model, processor):
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, loaded_processor = train.build_model(ModelArguments(model=str(tmp_path)))
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert loaded_processor.encode_prompt() == processor.encode_prompt()

@@ -1,0 +1,371 @@
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+
+from kcfi.training.arguments import KCFITrainingArguments
+from kcfi.training.collator import KCFICollator
+from kcfi.training.trainer import KCFITrainer, freeze, parameter_groups
+
+JAVA = shutil.which("java") is not None
+
+
+def arguments(folder, **settings):
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "vision_learning_rate": 1e-3,
+        "projector_learning_rate": 1e-3,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "logging_steps": 1,
+        "save_total_limit": None,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    return KCFITrainingArguments(output_dir=str(folder), **{**defaults, **settings})
+
+
+@pytest.fixture
+def make_trainer(model, processor, tmp_path):
+    """A trainer of a fresh copy of the model; every call gives the same weights."""
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def make(pairs, collator=None, callbacks=None, eval_dataset=None, **settings):
+        model.load_state_dict(weights)
+        model.requires_grad_(True)
+        return KCFITrainer(
+            model,
+            arguments(tmp_path, **settings),
+            collator or KCFICollator(processor, seed=3),
+            train_dataset=pairs,
+            eval_dataset=eval_dataset,
+            processing_class=processor,
+            callbacks=callbacks,
+        )
+
+    return make
+
+
+@pytest.fixture
+def no_java(monkeypatch):
+    """Scores without Java, which takes seconds to start."""
+    monkeypatch.setenv("PATH", "")
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the first optimizer step."""
+
+    def __init__(self):
+        self.first = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            self.first = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def losses(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+# Freezing and parameter groups
+
+
+def test_the_language_model_is_frozen_and_everything_else_trains(model, tmp_path):
+    freeze(model, arguments(tmp_path))
+    language = {id(p) for part in (model.model.language_model, model.lm_head) for p in part.parameters()}
+    assert all(p.requires_grad == (id(p) not in language) for p in model.parameters())
+
+
+def test_a_frozen_vision_tower_gets_no_optimizer_group(model, tmp_path):
+    args = arguments(tmp_path, train_vision_tower=False)
+    freeze(model, args)
+    names = {group["name"] for group in parameter_groups(model, args, [])}
+    assert names == {"learning_rate", "projector_learning_rate"}
+
+
+def test_every_trainable_parameter_is_in_one_group_with_its_rate_and_decay(make_trainer, make_pairs):
+    trainer = make_trainer(make_pairs(), weight_decay=0.1)
+    model, optimizer = trainer.model, trainer.create_optimizer()
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trainable)
+    assert groups.keys() == trainable
+    assert groups[id(model.model.projector.linear_1.weight)]["lr"] == 1e-3
+    assert groups[id(model.model.projector.linear_1.bias)]["weight_decay"] == 0.0
+    assert groups[id(model.model.change_detection_head.linear.weight)]["lr"] == 1e-2
+    assert groups[id(model.model.change_detection_head.linear.weight)]["weight_decay"] == 0.1
+    assert {groups[id(p)]["name"] for p in model.model.vision_tower.parameters()} == {"vision_learning_rate"}
+
+
+def test_a_frozen_module_with_dropout_drops_nothing_out(model, processor, make_trainer, make_pairs):
+    model.model.language_model.config.attention_dropout = 0.5
+    for layer in model.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    first, second = (make_trainer(make_pairs(4), max_steps=1) for _ in range(2))
+    first.train()
+    torch.manual_seed(99)
+    second.train()
+    assert losses(first)[0]["caption_loss"] == losses(second)[0]["caption_loss"]
+
+
+def test_a_frozen_module_without_dropout_stays_in_training_mode(model, tmp_path):
+    assert freeze(model, arguments(tmp_path)) == []  # transformers checkpoints activations only in training mode
+
+
+# Losses
+
+
+@pytest.mark.parametrize("masks", ["all", "some", "none"])
+def test_gradients_do_not_depend_on_how_a_step_is_cut(make_trainer, make_pairs, masks):
+    gradients = []
+    for size, accumulation in ((8, 1), (4, 2), (1, 8)):
+        keep = Gradients()
+        make_trainer(
+            make_pairs(8, masks=masks),
+            callbacks=[keep],
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            max_grad_norm=0,
+        ).train()
+        gradients.append(keep.first)
+    assert any(gradient.abs().max() > 1e-4 for gradient in gradients[0].values())
+    for other in gradients[1:]:
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(
+                other.get(name, torch.zeros(())).expand_as(gradient), gradient, rtol=1e-4, atol=1e-6
+            )
+
+
+def test_logged_losses_are_the_models_own_over_the_whole_step(make_trainer, make_pairs, processor):
+    pairs = make_pairs(8, masks="some")
+    trainer = make_trainer(pairs, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=1)
+    batch = KCFICollator(processor, seed=3)([pairs[index] for index in range(8)])
+    del batch["filenames"]
+    with torch.no_grad():
+        expected = trainer.model(**batch)
+    trainer.train()
+    logged = losses(trainer)[0]
+    assert logged["caption_loss"] == pytest.approx(expected.caption_loss.item(), rel=1e-5)
+    assert logged["mask_loss"] == pytest.approx(expected.mask_loss.item(), rel=1e-5)
+    assert logged["loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
+
+
+def test_the_weighted_losses_add_up_to_the_loss_that_trains(make_trainer, make_pairs):
+    trainer = make_trainer(make_pairs(8), dwa="step", dwa_temperature=0.2, max_steps=6)
+    trainer.train()
+    log = losses(trainer)
+    for line in log:
+        total = line["caption_weight"] * line["caption_loss"] + line["mask_weight"] * line["mask_loss"]
+        assert line["loss"] == pytest.approx(total, rel=1e-5)
+    assert [line["caption_weight"] for line in log[:2]] == [1.0, 1.0]
+    assert log[3]["caption_weight"] != 1.0
+    ratios = [math.exp(log[2][f"{task}_loss"] / log[1][f"{task}_loss"] / 0.2) for task in ("caption", "mask")]
+    assert log[3]["caption_weight"] == pytest.approx(2 * ratios[0] / sum(ratios), rel=1e-4)
+
+
+def test_equal_weights_without_dwa(make_trainer, make_pairs):
+    trainer = make_trainer(make_pairs(8), dwa="none", max_steps=4)
+    trainer.train()
+    assert {line["mask_weight"] for line in losses(trainer)} == {1.0}
+
+
+def test_an_epoch_is_a_window_of_all_its_optimizer_steps(make_trainer, make_pairs):
+    trainer = make_trainer(
+        make_pairs(12), dwa="epoch", per_device_train_batch_size=2, gradient_accumulation_steps=4, num_train_epochs=3
+    )
+    trainer.train()
+    weights = [line["mask_weight"] for line in losses(trainer)]  # 2 steps per epoch
+    assert weights[:4] == [1.0] * 4
+    assert weights[4] == weights[5] != 1.0
+
+
+def test_captions_alone_are_trained_with_weight_one_and_said_once(make_trainer, make_pairs, caplog):
+    trainer = make_trainer(make_pairs(8, masks="none"), max_steps=4)
+    trainer.train()
+    log = losses(trainer)
+    assert all(line["caption_weight"] == 1.0 and "mask_loss" not in line for line in log)
+    assert log[-1]["caption_loss"] < log[0]["caption_loss"]
+    assert sum("captions are trained alone" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_both_losses_fall(make_trainer, make_pairs):
+    settings = {"dwa": "window", "dwa_window": 5, "dwa_temperature": 2.0, "train_language_model": True}
+    trainer = make_trainer(make_pairs(8), max_steps=30, lr_scheduler_type="constant", **settings)
+    trainer.train()
+    log = losses(trainer)
+    assert log[-1]["mask_loss"] < 0.5 * log[0]["mask_loss"]
+    assert log[-1]["caption_loss"] < 0.5 * log[0]["caption_loss"]
+
+
+def test_the_log_holds_rates_counts_and_speed(make_trainer, make_pairs, processor):
+    collator = KCFICollator(processor, captions_per_pair=3)
+    trainer = make_trainer(
+        make_pairs(8), collator, gradient_accumulation_steps=2, max_steps=2, lr_scheduler_type="constant"
+    )
+    trainer.train()
+    last = losses(trainer)[-1]
+    assert (last["pairs"], last["captions"], last["step"]) == (16, 48, 2)
+    assert last["learning_rate"] == pytest.approx(1e-2)
+    assert last["vision_learning_rate"] == last["projector_learning_rate"] == pytest.approx(1e-3)
+    assert last["pairs_per_second"] > 0
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_trainer, make_pairs):
+    trainer = make_trainer(make_pairs(4), max_steps=3)
+    with torch.no_grad():
+        trainer.model.model.projector.linear_1.bias[0] = float("nan")
+    head = trainer.model.model.change_detection_head.linear.weight
+    before = head.detach().clone()
+    with pytest.raises(FloatingPointError, match=r"Optimizer step 1: caption loss nan.*pair_0\.png"):
+        trainer.train()
+    assert torch.equal(head, before)
+
+
+# Evaluation
+
+
+def test_evaluation_scores_generated_captions_and_masks(make_trainer, make_pairs):
+    trainer = make_trainer(make_pairs(8), eval_dataset=make_pairs(6), per_device_eval_batch_size=4)
+    metrics = trainer.evaluate()
+    expected = {
+        "eval_bleu_4",
+        "eval_rouge_l",
+        "eval_cider_d",
+        "eval_change_accuracy",
+        "eval_mask_f1",
+        "eval_mask_mean_iou",
+    }
+    assert expected | {"eval_loss", "eval_caption_loss", "eval_mask_loss"} <= metrics.keys()
+    assert ("eval_s_m" in metrics) == JAVA
+    assert all(0 <= metrics[name] <= 100 for name in expected - {"eval_cider_d"})
+
+
+def test_evaluation_losses_are_those_of_the_first_captions(make_trainer, make_pairs, processor, no_java):
+    pairs = make_pairs(6, masks="some")
+    trainer = make_trainer(pairs, eval_dataset=pairs, per_device_eval_batch_size=4)
+    metrics = trainer.evaluate()
+    sums = {"caption": [0.0, 0], "mask": [0.0, 0]}
+    prompt = processor.encode_prompt()
+    for index in range(6):  # one by one, without padding
+        batch = KCFICollator(processor).for_evaluation()([pairs[index]])
+        answer = batch["labels"]
+        with torch.no_grad():
+            outputs = trainer.model(
+                input_ids=torch.cat([batch["input_ids"], answer], dim=1),
+                labels=torch.cat([torch.full((1, len(prompt)), -100), answer], dim=1),
+                pixel_values=batch["pixel_values"],
+                mask_labels=batch.get("mask_labels"),
+            )
+        sums["caption"][0] += outputs.caption_loss.item() * answer.numel()
+        sums["caption"][1] += answer.numel()
+        if outputs.mask_loss is not None:
+            sums["mask"][0] += outputs.mask_loss.item()
+            sums["mask"][1] += 1
+    assert metrics["eval_caption_loss"] == pytest.approx(sums["caption"][0] / sums["caption"][1], rel=1e-4)
+    assert metrics["eval_mask_loss"] == pytest.approx(sums["mask"][0] / sums["mask"][1], rel=1e-4)
+
+
+def test_predictions_are_captions_by_filename(make_trainer, make_pairs, no_java):
+    trainer = make_trainer(make_pairs(4))
+    output = trainer.predict(make_pairs(3))
+    assert output.predictions.keys() == {"pair_0.png", "pair_1.png", "pair_2.png"}
+    assert all(isinstance(caption, str) for caption in output.predictions.values())
+
+
+def test_a_checkpoint_score_that_needs_java_is_refused_before_training(make_trainer, make_pairs, no_java):
+    with pytest.raises(ValueError, match="needs METEOR, and so Java"):
+        make_trainer(make_pairs(4), eval_dataset=make_pairs(4), eval_strategy="steps")
+
+
+# Checkpoints
+
+
+def test_the_best_checkpoint_is_kept_and_loads_with_the_auto_classes(make_trainer, make_pairs, no_java):
+    trainer = make_trainer(
+        make_pairs(8),
+        eval_dataset=make_pairs(4),
+        max_steps=6,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="mask_f1",
+    )
+    trainer.train()
+    scores = {line["step"]: line["eval_mask_f1"] for line in trainer.state.log_history if "eval_mask_f1" in line}
+    best = max(scores.values())
+    assert trainer.state.best_metric == best == scores[trainer.state.best_global_step]
+
+    folder = trainer.state.best_model_checkpoint
+    loaded, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, trainer.model.state_dict()[name]), name
+    assert processor.encode_prompt() == trainer.processing_class.encode_prompt()
+
+
+@pytest.mark.parametrize("settings", [{"dwa": "step"}, {"dwa": "window", "dwa_window": 3}, {"dwa": "epoch"}], ids=str)
+@pytest.mark.parametrize("stop", [3, 4, 5])
+def test_a_resumed_run_has_bit_identical_losses(make_trainer, make_pairs, settings, stop):
+    settings |= {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 8,
+        "save_steps": stop,
+    }
+    pairs = make_pairs(8, masks="some")  # 4 steps per epoch: the checkpoints are in and between epochs
+    full = make_trainer(pairs, save_strategy="steps", **settings)
+    full.train()
+    checkpoint = Path(full.args.output_dir) / f"checkpoint-{stop}"
+
+    torch.manual_seed(1234)  # a new process has another random state
+    resumed = make_trainer(pairs, **settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    names = ["loss", "caption_loss", "caption_weight", "mask_loss", "learning_rate", "pairs", "captions", "step"]
+    assert [[line.get(name) for name in names] for line in losses(resumed)] == [
+        [line.get(name) for name in names] for line in losses(full)
+    ]
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_gradients_of_one(make_trainer, make_pairs, tmp_path, no_java):
+    keep = Gradients()
+    pairs = make_pairs(8, masks="some")
+    one = make_trainer(
+        pairs,
+        callbacks=[keep],
+        per_device_train_batch_size=8,
+        max_steps=2,
+        max_grad_norm=0,
+        eval_dataset=make_pairs(5),
+    )
+    one.model.save_pretrained(tmp_path / "model")
+    one.processing_class.save_pretrained(tmp_path / "model")
+    one.train()
+    metrics = one.evaluate()
+
+    script = Path(__file__).with_name("two_ranks.py")
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*command, str(script), str(tmp_path)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = torch.load(tmp_path / "two_ranks.pt", weights_only=True)
+    assert results["gradients"].keys() == keep.first.keys()
+    for name, gradient in keep.first.items():
+        torch.testing.assert_close(results["gradients"][name], gradient, rtol=1e-4, atol=1e-6)
+    for line, other in zip(losses(one), json.loads(results["log"]), strict=True):
+        for name in ("loss", "caption_loss", "mask_loss", "caption_weight", "pairs", "captions"):
+            assert other[name] == pytest.approx(line[name], rel=1e-4)
+    for name in ("eval_bleu_4", "eval_mask_f1", "eval_loss"):
+        assert results[name] == pytest.approx(metrics[name], rel=1e-3)

@@ -1,0 +1,1 @@
+"""Training and evaluation: data sets, collator, trainer, scores and the recipes that `kcfi train` reads."""

@@ -1,0 +1,295 @@
+"""The dataclasses that are the whole command line of training, and the recipes (YAML) that fill them."""
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from kcfi import embedded_model
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass
+class ModelArguments:
+    """The model to train: either one to continue from, or two towers to join."""
+
+    model: str | None = field(
+        default=None,
+        metadata={"help": "KCFI model to continue from: a folder, a Hub id, or kcfi-tiny (the embedded model)."},
+    )
+    vision_model: str | None = field(
+        default=None, metadata={"help": "Pretrained vision tower of a new model: a folder or a Hub id."}
+    )
+    vision_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Config of a vision tower that starts from random weights (JSON, with its model_type)."},
+    )
+    text_model: str | None = field(
+        default=None, metadata={"help": "Language model of a new model, with its tokenizer: a folder or a Hub id."}
+    )
+    model_settings: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "KCFIConfig fields of a new model (JSON; one alone: --model_settings.flow_residual cross)."},
+    )
+    shortest_edge: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of a new model: resize the shorter side to this many pixels and crop the centre (default: resize "
+            "the whole image, nothing is cropped)."
+        },
+    )
+
+
+@dataclass
+class DataArguments:
+    """The pairs to train on and to choose the best checkpoint with."""
+
+    dataset: str = field(
+        default="synthetic", metadata={"help": "'synthetic', or a folder in the layout of LEVIR-CC / LEVIR-MCI."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str = field(default="val", metadata={"help": "Split the best checkpoint is chosen on (never test)."})
+    num_train_pairs: int | None = field(
+        default=None, metadata={"help": "Pairs to train on (default: all of a folder; needed for 'synthetic')."}
+    )
+    num_eval_pairs: int | None = field(
+        default=None, metadata={"help": "Pairs to evaluate on (default: all of a folder; needed for 'synthetic')."}
+    )
+    dataset_seed: int = field(default=0, metadata={"help": "Seed of the synthetic scenes, or of the pairs drawn."})
+    mask_classes: Literal["change", "building", "road_building"] = field(
+        default="change",
+        metadata={"help": "Classes made of the masks: change (road or building), building, or road and building."},
+    )
+    captions_per_pair: int = field(
+        default=1, metadata={"help": "Captions drawn per pair and visit, 1 to 5 (1 = the paper's rows)."}
+    )
+
+
+@dataclass
+class KCFITrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with the paper's defaults (section IV.B) and the settings of the two losses."""
+
+    learning_rate: float = field(
+        default=1e-4, metadata={"help": "Peak learning rate of the perceiver, the head and all else without its own."}
+    )
+    vision_learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of the vision tower."})
+    projector_learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of the projector."})
+    weight_decay: float = field(
+        default=5e-4, metadata={"help": "Decoupled weight decay of AdamW; biases and norms have none."}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule after the warm-up."})
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Warm-up: a fraction of all optimizer steps (below 1), or their number."}
+    )
+    num_train_epochs: float = field(default=50.0, metadata={"help": "Epochs; one epoch visits every pair once."})
+    per_device_train_batch_size: int = field(
+        default=32, metadata={"help": "Pairs per micro-batch and device (each gives `captions_per_pair` rows)."}
+    )
+    train_language_model: bool = field(default=False, metadata={"help": "Train the language model too."})
+    train_vision_tower: bool = field(
+        default=True, metadata={"help": "Fine-tune the vision tower (Table III: w/ ft); false = keep it frozen."}
+    )
+    dwa: Literal["none", "step", "window", "epoch"] = field(
+        default="step",
+        metadata={
+            "help": "Dynamic weight averaging (eq. 10) over the losses of one optimizer step (the paper), of "
+            "`dwa_window` steps, of an epoch; none = equal weights. 'window' with temperature 2 swings least."
+        },
+    )
+    dwa_temperature: float = field(
+        default=0.2, metadata={"help": "T of eq. 10, above 0 (2.0 in the authors' code): larger = more even weights."}
+    )
+    dwa_window: int = field(default=50, metadata={"help": "Optimizer steps of a window, for dwa = window."})
+    generation_max_new_tokens: int = field(
+        default=64, metadata={"help": "Longest caption in evaluation, in tokens (greedy decoding)."}
+    )
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best one among them."})
+    load_best_model_at_end: bool = field(
+        default=True, metadata={"help": "End with the checkpoint that scored best on the evaluation split."}
+    )
+    metric_for_best_model: str | None = field(
+        default="s_m", metadata={"help": "Score of the best checkpoint: s_m (mean of four caption scores), mask_f1..."}
+    )
+    greater_is_better: bool | None = field(default=True, metadata={"help": "False when the score is a loss."})
+    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two lines of the log."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=True,
+        metadata={
+            "help": "Keep true: blocks behind the last stage, and the head in a batch without masks, are unused."
+        },
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Keep false: the collator reads columns that the model does not know."}
+    )
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["labels"], metadata={"help": "Keep: captions alone make a loss, masks may be absent."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dwa_temperature <= 0:
+            raise ValueError(f"dwa_temperature={self.dwa_temperature} must be above 0 (0.2 in the paper).")
+        if self.dwa_window < 1:
+            raise ValueError(f"dwa_window={self.dwa_window} must be at least 1 optimizer step.")
+
+
+GROUPS: tuple[Any, ...] = (ModelArguments, DataArguments, KCFITrainingArguments)
+
+
+@dataclass
+class Recipe:
+    """A parsed recipe: its three groups of arguments, and `values`, what has to be written to a file to repeat it."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: KCFITrainingArguments
+    values: dict[str, Any]
+
+
+def parse_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and the command-line options that change it.
+
+    Args:
+        recipe: a YAML file of `field: value` lines, or the name of a packaged one ("debug", "paper").
+        overrides: `--field value`, `--field=value`, `--field a b` for lists, `--model_settings.field value` for one
+            entry of a dictionary, `--flag` for a true flag.
+
+    Raises:
+        ValueError: no such recipe, an unknown field (with the nearest name) or a value of the wrong type.
+    """
+    values = _read(find_recipe(recipe))
+    for name, value in _overrides(overrides):
+        group, _, entry = name.partition(".")
+        if entry:
+            values[group] = {**as_dict(values.get(group)), entry: yaml.safe_load(" ".join(value))}
+        else:
+            values[name] = value if len(value) > 1 else value[0]
+    check_names(values, known_fields(), "field")
+    parser = _Parser(GROUPS, allow_abbrev=False)
+    model, data, training = parser.parse_args_into_dataclasses(_argv(values), look_for_args_file=False)
+    model.vision_config, model.model_settings = as_dict(model.vision_config), as_dict(model.model_settings)
+    parsed = {**vars(model), **vars(data), **training.to_dict()}
+    names = dict.fromkeys([*vars(model), *vars(data), "seed", *_own_fields(), *values])
+    return Recipe(model, data, training, {name: parsed[name] for name in names if parsed[name] not in (None, {})})
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe: the path itself, or the packaged recipe of that name.
+
+    Raises:
+        ValueError: neither exists; the message lists the packaged ones.
+    """
+    packaged = RECIPES / f"{Path(recipe).stem}.yaml"
+    if Path(recipe).is_file():
+        return Path(recipe)
+    if packaged.is_file() and str(recipe) in (packaged.stem, packaged.name):
+        return packaged
+    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    raise ValueError(f"No recipe {recipe}: give a YAML file, or one of the packaged recipes: {names}.")
+
+
+def known_fields() -> dict[str, dataclasses.Field[Any]]:
+    """Every field a recipe may set, by name."""
+    return {entry.name: entry for group in GROUPS for entry in dataclasses.fields(group)}
+
+
+def check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Refuse a name that is not known, and propose the nearest one.
+
+    Raises:
+        ValueError: the first unknown name.
+    """
+    known = list(known)
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f" did you mean {nearest[0]!r}?" if nearest else f" known: {', '.join(sorted(known))}."
+            raise ValueError(f"Unknown {what} {name!r}:{hint}")
+
+
+def as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """The dictionary of a field that may come as JSON or YAML text, or not at all.
+
+    Raises:
+        ValueError: the text is not a dictionary.
+    """
+    parsed = yaml.safe_load(value) if isinstance(value, str) else value
+    if not isinstance(parsed, dict | None):
+        raise ValueError(f"{value!r} is not a dictionary: write it as JSON, for example '{{\"num_labels\": 2}}'.")
+    return dict(parsed or {})
+
+
+def model_source(model: str) -> str:
+    """What `from_pretrained` takes for the name of a model: "kcfi-tiny" is the embedded one.
+
+    Raises:
+        ValueError: a path where there is no folder.
+    """
+    if model == "kcfi-tiny":
+        return embedded_model()
+    if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model):
+        raise ValueError(f"No model {model}: it is neither a folder nor a Hub id (`owner/name`).")
+    return model
+
+
+class _Parser(HfArgumentParser):
+    """Raises `ValueError` where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix("argument "))
+
+
+def _own_fields() -> list[str]:
+    """Fields that KCFITrainingArguments declares itself: they are saved with a run even when they are defaults."""
+    return [name for name in KCFITrainingArguments.__annotations__ if name in known_fields()]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a YAML file: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `field: value` lines, but holds a {type(values).__name__}.")
+    empty = [name for name, value in values.items() if value is None]
+    if empty:
+        raise ValueError(f"{path}: {', '.join(map(str, empty))} has no value; leave the line out to keep the default.")
+    return values
+
+
+def _overrides(arguments: Sequence[str]) -> Iterable[tuple[str, list[str]]]:
+    """`["--a", "1", "--b=2", "--c"]` -> ("a", ["1"]), ("b", ["2"]), ("c", ["true"])."""
+    position = 0
+    while position < len(arguments):
+        option = arguments[position]
+        if not option.startswith("--"):
+            raise ValueError(f"Unexpected {option!r}: options are written --field value, after the recipe.")
+        name, equals, value = option[2:].partition("=")
+        end = position + 1
+        while not equals and end < len(arguments) and not arguments[end].startswith("--"):
+            end += 1
+        yield name.replace("-", "_"), [value] if equals else (list(arguments[position + 1 : end]) or ["true"])
+        position = end
+
+
+def _argv(values: dict[str, Any]) -> list[str]:
+    """Values of a recipe as the options argparse reads, so that it converts every type."""
+    arguments = []
+    for name, value in values.items():
+        texts = value if isinstance(value, list) else [value]
+        arguments.append(f"--{name}")
+        arguments += [
+            str(text) if isinstance(text, str | float) and not isinstance(text, bool) else json.dumps(text)
+            for text in texts
+        ]
+    return arguments

@@ -1,0 +1,244 @@
+"""Evaluation: caption and mask every pair of a split, score them, and show the best, median and worst ones.
+
+```
+kcfi evaluate --model kcfi-tiny --dataset synthetic --split test --num_pairs 20 --output runs/results.json
+```
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from pycocoevalcap.rouge.rouge import Rouge
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from kcfi.modeling_kcfi import KCFIForConditionalGeneration
+from kcfi.pictures import contact_sheet, overlay
+from kcfi.processing import KCFIProcessor
+from kcfi.training.arguments import model_source
+from kcfi.training.collator import KCFICollator
+from kcfi.training.levir_cc import NO_LABEL, MaskClasses, load_pairs
+from kcfi.training.metrics import MaskScores, results
+
+
+@dataclass
+class PairPrediction:
+    """What the model says of one pair, beside what is true.
+
+    Args:
+        filename, changed, references: of the data set.
+        caption: generated.
+        mask: predicted class ids (H, W), uint8, at the size of the images; 255 = not seen; None without a head.
+        true_mask: class ids (H, W), uint8; None without labels.
+    """
+
+    filename: str
+    changed: bool
+    references: list[str]
+    caption: str
+    mask: NDArray[np.uint8] | None
+    true_mask: NDArray[np.uint8] | None
+
+
+def encode(model: KCFIForConditionalGeneration, batch: dict[str, Any]) -> Any:
+    """Encode the pairs of a batch once, for the captions, the masks and the losses."""
+    return model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True)
+
+
+def predict(
+    model: KCFIForConditionalGeneration,
+    processor: KCFIProcessor,
+    batch: dict[str, Any],
+    features: Any,
+    max_new_tokens: int,
+) -> list[PairPrediction]:
+    """Caption (greedily) and mask the pairs of a batch.
+
+    Args:
+        model: in evaluation mode.
+        processor: its processor.
+        batch: of `KCFICollator` in evaluation mode, on the model's device.
+        features: what `encode` returned for it.
+        max_new_tokens: longest caption, in tokens.
+    """
+    tokens = model.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        mm_encoder_outputs={"image": features},
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,  # instruct models ship another one, made for long answers
+        **processor.generation_tokens,
+    )
+    captions = processor.post_process_image_text_to_text(tokens[:, batch["input_ids"].shape[1] :])
+    masks: Sequence[Any] = [None] * len(captions)
+    if features.mask_logits is not None:
+        masks = processor.post_process_masks(features.mask_logits, batch["sizes"])
+    rows = zip(
+        batch["filenames"], batch["changed"], batch["references"], captions, masks, batch["true_masks"], strict=True
+    )
+    return [
+        PairPrediction(name, changed, references, caption, None if mask is None else mask.cpu().numpy(), true)
+        for name, changed, references, caption, mask, true in rows
+    ]
+
+
+class Scores:
+    """Collects predictions, batch by batch, and scores them; the trainer and `evaluate_model` consume it."""
+
+    def __init__(self, mask_classes: MaskClasses) -> None:
+        self.captions: dict[str, str] = {}
+        self.references: list[list[str]] = []
+        self.changed: list[bool] = []
+        self.masks = MaskScores(mask_classes)
+
+    def update(self, predictions: Iterable[PairPrediction]) -> None:
+        """Count a batch."""
+        for pair in predictions:
+            self.captions[pair.filename] = pair.caption
+            self.references.append(pair.references)
+            self.changed.append(pair.changed)
+            if pair.mask is not None and pair.true_mask is not None:
+                self.masks.update(torch.from_numpy(pair.mask), torch.from_numpy(pair.true_mask))
+
+    def results(self, model: str, dataset: str, split: str, meteor: bool) -> dict[str, Any]:
+        """All scores in the schema of results.json."""
+        captions = list(self.captions.values())
+        return results(
+            captions,
+            self.references,
+            self.changed,
+            model=model,
+            dataset=dataset,
+            split=split,
+            meteor=meteor,
+            mask=self.masks.compute(),
+        )
+
+    def metrics(self, meteor: bool) -> dict[str, float]:
+        """The scores over all pairs as one flat row for the trainer's log: "s_m", "mask_f1", "mask_f1_road", ..."""
+        scores = self.results(model="", dataset="", split="", meteor=meteor)
+        row = {**scores["captions"]["all"], "change_accuracy": scores["change_accuracy"]}
+        if "mask" in scores:
+            row |= {f"mask_f1_{name}": value for name, value in scores["mask"]["f1"].items()}
+            row["mask_f1"] = row.pop("mask_f1_change")
+            row["mask_mean_iou"] = scores["mask"]["mean_iou"]
+        return {name: value for name, value in row.items() if value is not None}
+
+
+def evaluate_model(
+    model: str,
+    dataset: str,
+    split: str,
+    output: str | Path,
+    num_pairs: int | None = None,
+    seed: int = 0,
+    mask_classes: MaskClasses | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int = 64,
+    meteor: bool = True,
+) -> dict[str, Any]:
+    """Score a model on a split and write results.json, predictions.json and pairs.png into one folder.
+
+    Args:
+        model: folder, Hub id, or "kcfi-tiny".
+        dataset: "synthetic", or a folder in the layout of LEVIR-CC / LEVIR-MCI.
+        split: "train", "val" or "test".
+        output: the results file; predictions and picture sheet are written beside it.
+        num_pairs: how many pairs (None: all of a folder).
+        seed: of the synthetic scenes.
+        mask_classes: as the model was trained (None: "road_building" for a model of three classes, else "change").
+        batch_size: pairs per batch.
+        max_new_tokens: longest caption, in tokens.
+        meteor: False does without Java and leaves METEOR and S_m* out.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        FileNotFoundError: no such data set, or no Java with `meteor`.
+        ValueError: the classes of masks and model differ, or a file of the data set cannot be used.
+    """
+    pairs = load_pairs(dataset, split, num_pairs, seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network: Any = AutoModelForImageTextToText.from_pretrained(
+        model_source(model),
+        dtype="auto" if device.type == "cuda" else torch.float32,  # bf16 is slow on most CPUs
+    )
+    network.to(device).eval()
+    processor = AutoProcessor.from_pretrained(model_source(model))
+    mask_classes = mask_classes or ("road_building" if network.config.num_change_classes == 3 else "change")
+    collator = KCFICollator(processor, mask_classes, train=False)
+    loader = DataLoader(pairs, batch_size=batch_size, collate_fn=collator)
+
+    scores, predictions = Scores(mask_classes), []
+    for batch in tqdm(loader, desc="pairs", unit="batch"):
+        batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+        with torch.no_grad():
+            predictions += predict(network, processor, batch, encode(network, batch), max_new_tokens)
+    scores.update(predictions)
+    report = scores.results(model, dataset, split, meteor)
+
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    captions = json.dumps(scores.captions, indent=2, ensure_ascii=False)
+    output.with_name("predictions.json").write_text(captions + "\n", encoding="utf-8")
+    picture_sheet(pairs, predictions).save(output.with_name("pairs.png"))
+    return report
+
+
+def pair_score(pair: PairPrediction) -> float:
+    """Score of one pair x 100, to sort pairs by: mean of ROUGE-L and, with masks, F1 of the changed pixels."""
+    words = [sentence.lower().strip(" .") for sentence in pair.references]
+    rouge_l = 100 * float(Rouge().calc_score([pair.caption.lower().strip(" .") or "-"], words))
+    if pair.mask is None or pair.true_mask is None:
+        return rouge_l
+    counted = (pair.mask != NO_LABEL) & (pair.true_mask != NO_LABEL)
+    predicted, true = pair.mask[counted] > 0, pair.true_mask[counted] > 0
+    changed_pixels = int(predicted.sum() + true.sum())
+    f1 = 200 * int((predicted & true).sum()) / changed_pixels if changed_pixels else 100.0
+    return (rouge_l + f1) / 2
+
+
+def picture_sheet(pairs: Any, predictions: Sequence[PairPrediction], count: int = 2) -> Image.Image:
+    """Draw the best, the median and the worst pairs, `count` of each, changed and unchanged pairs apart.
+
+    Args:
+        pairs: the data set.
+        predictions: one per pair, in its order.
+        count: pairs of each kind.
+
+    Returns:
+        Rows of before, after, true mask, predicted mask, with the caption and a reference at their right.
+    """
+    scores = [pair_score(pair) for pair in predictions]
+    rows, captions = [], []
+    for changed in (True, False):
+        order = [index for index, pair in enumerate(predictions) if pair.changed == changed]
+        order.sort(key=lambda index: -scores[index])
+        middle = max(0, (len(order) - count) // 2)
+        kinds = {"best": order[:count], "median": order[middle : middle + count], "worst": order[-count:]}
+        for kind, indices in kinds.items():
+            for index in indices:
+                example, pair = pairs[index], predictions[index]
+                after = example["image_after"]
+                masked = [
+                    Image.new("RGB", after.size)
+                    if mask is None
+                    else overlay(after, np.where(mask == NO_LABEL, 0, mask))
+                    for mask in (pair.true_mask, pair.mask)
+                ]
+                rows.append([example["image_before"], after, *masked])
+                title = f"{'changed' if changed else 'unchanged'}, {kind} ({scores[index]:.0f}): {pair.filename}"
+                captions.append(f"{title}\npredicted: {pair.caption}\ntrue: {pair.references[0]}")
+    return contact_sheet(rows, captions, ["before", "after", "true mask", "predicted mask"])

@@ -1,0 +1,185 @@
+"""Training from a recipe.
+
+```
+kcfi train debug                                     # packaged, under two minutes on two CPU cores
+kcfi train my_recipe.yaml --learning_rate 5e-5 --model_settings.flow_residual cross
+kcfi train my_recipe.yaml --resume
+```
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    set_seed,
+)
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.trainer import TRAINER_STATE_NAME
+
+from kcfi.modeling_kcfi import KCFIConfig, KCFIForConditionalGeneration
+from kcfi.processing import KCFIProcessor
+from kcfi.training.arguments import ModelArguments, Recipe, as_dict, check_names, model_source, parse_recipe
+from kcfi.training.collator import KCFICollator
+from kcfi.training.levir_cc import load_pairs, num_classes
+from kcfi.training.trainer import KCFITrainer
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `kcfi train`; `argv` is what stands behind it."""
+    parser = argparse.ArgumentParser("kcfi train", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("recipe", help="YAML file of `field: value` lines, or the name of a packaged recipe")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of output_dir")
+    options, overrides = parser.parse_known_args(argv)
+    train(parse_recipe(options.recipe, overrides), options.resume)
+
+
+def train(recipe: Recipe, resume: bool = False) -> KCFITrainer:
+    """Load data, build model, build trainer, train, save.
+
+    Args:
+        recipe: of `parse_recipe`.
+        resume: go on from the newest complete checkpoint of `output_dir`.
+
+    Raises:
+        FileNotFoundError: no such data set.
+        ValueError: settings that do not fit together, nothing to resume, or a run that would be overwritten.
+    """
+    args, data = recipe.training, recipe.data
+    output_dir = Path(str(args.output_dir))
+    checkpoint = find_checkpoint(output_dir, resume)
+    train_pairs = load_pairs(data.dataset, data.train_split, data.num_train_pairs, data.dataset_seed)
+    eval_pairs = None
+    if args.eval_strategy != "no":
+        eval_pairs = load_pairs(data.dataset, data.eval_split, data.num_eval_pairs, data.dataset_seed)
+
+    set_seed(args.seed)
+    model, processor = build_model(recipe.model)
+    if model.config.num_change_classes != num_classes(data.mask_classes):
+        raise ValueError(
+            f"mask_classes={data.mask_classes} has {num_classes(data.mask_classes)} classes, the model "
+            f"num_change_classes={model.config.num_change_classes}: make them agree."
+        )
+    trainer = KCFITrainer(
+        model,
+        args,
+        KCFICollator(processor, data.mask_classes, data.captions_per_pair, seed=args.seed),
+        train_dataset=train_pairs,
+        eval_dataset=eval_pairs,
+        processing_class=processor,
+    )
+    if trainer.is_world_process_zero():
+        save_recipe(recipe, output_dir)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    return trainer
+
+
+def build_model(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCFIProcessor]:
+    """The model and its processor, in fp32: one to continue from, or a new one of two towers.
+
+    Raises:
+        ValueError: neither or both are given, or an unknown setting.
+    """
+    settings, vision_config = as_dict(args.model_settings), as_dict(args.vision_config)
+    model: Any
+    vision: Any
+    tower: Any
+    new = {"text_model": args.text_model, "vision_model": args.vision_model, "vision_config": args.vision_config}
+    given = [name for name, value in new.items() if value]
+    if args.model:
+        if given or settings:
+            raise ValueError(f"`model` is a finished model: leave out {', '.join(given) or 'model_settings'}.")
+        source = model_source(args.model)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+        return model, AutoProcessor.from_pretrained(source)
+
+    if args.text_model is None or bool(args.vision_model) == bool(vision_config):
+        raise ValueError("Give `model`, or `text_model` and one of `vision_model` and `vision_config`.")
+    check_names(settings, [field.name for field in dataclasses.fields(KCFIConfig)], "entry of model_settings")
+    text = model_source(args.text_model)
+    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    vision = tower = vision_config
+    if args.vision_model:
+        vision = model_source(args.vision_model)
+        tower = AutoConfig.from_pretrained(vision)
+        tower = getattr(tower, "vision_config", tower)
+        pixels = AutoImageProcessor.from_pretrained(vision)
+        mean, std = pixels.image_mean, pixels.image_std
+    config: Any = KCFIConfig(vision_config=tower, **settings)
+    processor = KCFIProcessor.from_towers(
+        AutoTokenizer.from_pretrained(text),
+        image_mean=mean,
+        image_std=std,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        visual_inputs=config.visual_inputs,
+        shortest_edge=args.shortest_edge,
+    )
+    model = KCFIForConditionalGeneration.from_vision_text_pretrained(
+        vision, text, image_token_id=processor.image_token_id, **settings
+    )
+    # greedy decoding, and none of the penalties that instruct models ship for long answers
+    model.generation_config = GenerationConfig(do_sample=False, **processor.generation_tokens)
+    return model, processor
+
+
+def find_checkpoint(output_dir: Path, resume: bool) -> str | None:
+    """The newest complete checkpoint of a run, or None for a new run.
+
+    Raises:
+        ValueError: there is none to resume; or a new run would mix its checkpoints with those of an old one.
+    """
+    complete = [path for path in output_dir.glob("checkpoint-[0-9]*") if _is_complete(path)]
+    if resume and not complete:
+        raise ValueError(f"Nothing to resume: {output_dir} has no complete checkpoint. Start without --resume.")
+    if complete and not resume:
+        raise ValueError(f"{output_dir} holds a run: continue it with --resume, or choose another --output_dir.")
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if resume else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether the trainer's state, the last file of a checkpoint, is there as a whole."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def save_recipe(recipe: Recipe, output_dir: Path) -> None:
+    """Write recipe.yaml, which repeats the run: all settings; package versions and git revision as comments."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("kcfi", "transformers", "torch", "datasets"))
+    header = f"# {packages}, python {platform.python_version()}\n# git revision: {git_revision()}\n"
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "recipe.yaml").write_text(header + yaml.safe_dump(recipe.values, sort_keys=False), encoding="utf-8")
+
+
+def git_revision() -> str:
+    """Commit of the code that runs, with "-dirty" if it was changed; "unknown" outside a git checkout."""
+    if shutil.which("git") is None:
+        return "unknown"
+    command = ["git", "describe", "--always", "--dirty"]
+    git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return git.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,451 @@
+"""KCFITrainer: `transformers.Trainer` for two losses, and evaluation by generated captions and predicted masks."""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
+
+from kcfi.modeling_kcfi import KCFIForConditionalGeneration
+from kcfi.processing import KCFIProcessor
+from kcfi.training.arguments import KCFITrainingArguments
+from kcfi.training.collator import KCFICollator
+from kcfi.training.dwa import TASKS, DynamicWeightAverage
+from kcfi.training.evaluate import Scores, encode, predict
+from kcfi.training.levir_cc import NO_LABEL
+
+logger = logging.get_logger(__name__)
+
+STATE_FILE = "kcfi_state.json"  # in a checkpoint: dynamic weight average, pairs and captions seen
+
+
+def freeze(model: KCFIForConditionalGeneration, args: KCFITrainingArguments) -> list[nn.Module]:
+    """Switch gradients off where `args` say so; after loading, since loading switches them on.
+
+    Returns:
+        The frozen modules that have dropout: they must run in evaluation mode. The others stay in training mode,
+        because transformers checkpoints activations only there.
+    """
+    frozen = []
+    if not args.train_language_model:
+        frozen += [model.model.language_model, model.lm_head]
+    if not args.train_vision_tower:
+        frozen.append(model.model.vision_tower)
+    for module in frozen:
+        module.requires_grad_(False)
+    return [module for module in frozen if _has_dropout(module)]
+
+
+def _has_dropout(module: nn.Module) -> bool:
+    """Whether a module drops anything out: by its layers, or by its config (attention reads the config)."""
+    settings = module.config.to_dict() if isinstance(module, PreTrainedModel) else {}
+    rates = [value for name, value in settings.items() if "dropout" in name or "pdrop" in name]
+    rates += [layer.p for layer in module.modules() if isinstance(layer, nn.Dropout)]
+    return any(rates)
+
+
+def parameter_groups(model: PreTrainedModel, args: KCFITrainingArguments, decayed: list[str]) -> list[dict[str, Any]]:
+    """Optimizer groups: (all else, vision tower, projector) x (with, without weight decay), empty ones left out.
+
+    Args:
+        model: after `freeze`.
+        args: the three learning rates and the weight decay.
+        decayed: names of the parameters that decay (no biases, no norms).
+
+    Returns:
+        Groups with "name", "params", "lr" and "weight_decay"; every trainable parameter is in exactly one.
+    """
+    rates = {
+        "": args.learning_rate,
+        "vision_": args.vision_learning_rate,
+        "projector_": args.projector_learning_rate,
+    }
+    parts = {"vision_": model.model.vision_tower, "projector_": model.model.projector}
+    owner = {id(parameter): name for name, part in parts.items() for parameter in part.parameters()}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((owner.get(id(parameter), ""), name in decayed), []).append(parameter)
+
+    placed = [id(parameter) for parameters in groups.values() for parameter in parameters]
+    trainable = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    assert sorted(placed) == sorted(trainable), "every trainable parameter must be in exactly one optimizer group"
+    return [
+        {
+            "name": f"{part}learning_rate",
+            "params": parameters,
+            "lr": rates[part],
+            "weight_decay": args.weight_decay if decay else 0.0,
+        }
+        for (part, decay), parameters in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))
+    ]
+
+
+class EpochSampler(Sampler[int]):
+    """Order of the pairs in an epoch, a pure function of (seed, epoch), so that a resumed run visits the same ones."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.length).tolist())
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class KCFITrainer(Trainer):
+    """Trains a KCFI model on captions and masks.
+
+    - **Caption loss** (eq. 8): mean over the caption tokens of the whole optimizer step, all micro-batches and ranks.
+    - **Mask loss** (eq. 9): mean over the labelled pixels of the whole optimizer step, likewise. So the gradients do
+      not depend on how a step is cut into micro-batches and ranks.
+    - **Weights** of the two: dynamic weight averaging, or 1 and 1 (`args.dwa`).
+    - **Evaluation** generates captions and masks and scores them (`eval_s_m`, `eval_mask_f1`, ...); `eval_loss` is the
+      sum of the two losses on the first caption of every pair.
+    - **Resume**: order of pairs, instructions and captions drawn are functions of (seed, epoch); the dynamic weight
+      average is part of the checkpoint.
+
+    Args:
+        model: a `KCFIForConditionalGeneration`; it is frozen here, as `args` say.
+        args: settings.
+        data_collator: for training; evaluation uses the same settings in evaluation mode.
+        **kwargs: of `transformers.Trainer`: `train_dataset`, `eval_dataset`, `processing_class`, `callbacks`, ...
+
+    Raises:
+        ValueError: several GPUs in one process, or a checkpoint metric that needs Java where there is none.
+    """
+
+    args: KCFITrainingArguments
+    model: KCFIForConditionalGeneration
+    data_collator: KCFICollator
+    processing_class: KCFIProcessor
+    optimizer: torch.optim.Optimizer
+    train_dataset: Any
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the totals of all micro-batches
+
+    def __init__(
+        self,
+        model: KCFIForConditionalGeneration,
+        args: KCFITrainingArguments,
+        data_collator: KCFICollator,
+        **kwargs: Any,
+    ) -> None:
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process (DataParallel) would average the losses wrongly: start one process "
+                f"per GPU with `torchrun --nproc_per_node {args.n_gpu} -m kcfi.cli train ...`, or choose one GPU with "
+                "CUDA_VISIBLE_DEVICES=0."
+            )
+        self.meteor = shutil.which("java") is not None
+        if args.eval_strategy != "no" and args.metric_for_best_model in ("s_m", "meteor") and not self.meteor:
+            raise ValueError(
+                f"metric_for_best_model={args.metric_for_best_model} needs METEOR, and so Java, which is not on the "
+                "PATH: install a Java runtime, or choose the best checkpoint by another score "
+                "(--metric_for_best_model cider_d)."
+            )
+        self.frozen_with_dropout = freeze(model, args)
+        super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        self.evaluation_collator = data_collator.for_evaluation()
+        self.dwa = None
+        if args.dwa != "none":
+            window = args.dwa_window if args.dwa == "window" else 1  # "epoch": known when training begins
+            self.dwa = DynamicWeightAverage(args.dwa_temperature, window)
+        self.pairs_seen = 0
+        self.captions_seen = 0
+        self._weights = dict.fromkeys(TASKS, 1.0)
+        self._step_losses = dict.fromkeys(TASKS, 0.0)
+        self._logged: dict[str, list[float]] = {task: [] for task in TASKS}
+        self._log_started, self._log_pairs = time.perf_counter(), 0
+        self.add_callback(_EpochCallback(self))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(KCFIProgressCallback)
+
+    # Data
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
+        pairs: Any = self.train_dataset if train_dataset is None else train_dataset
+        self.sampler = EpochSampler(len(pairs), self.args.seed if self.args.data_seed is None else self.args.data_seed)
+        return self.sampler
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset[Any] | None = None) -> DataLoader[Any]:
+        """Trainer's, with prompts and references instead of training rows."""
+        with self._evaluation_collator():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset[Any]) -> DataLoader[Any]:
+        """Trainer's, with prompts and references instead of training rows."""
+        with self._evaluation_collator():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _evaluation_collator(self) -> Iterator[None]:
+        training, self.data_collator = self.data_collator, self.evaluation_collator
+        try:
+            yield
+        finally:
+            self.data_collator = training
+
+    # Optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW (or `args.optim`) over `parameter_groups`."""
+        if self.optimizer is None:
+            groups = parameter_groups(self.model, self.args, self.get_decay_parameter_names(self.model))
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    # Losses
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor]:
+        """Fetch the micro-batches of an optimizer step and count, over all ranks, what their losses are divided by."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.zeros(4, dtype=torch.int64, device=device)
+        for batch in batches:
+            pixels = (batch["mask_labels"] != NO_LABEL).sum().item() if "mask_labels" in batch else 0
+            tokens = (batch["labels"] != -100).sum().item()
+            counts += torch.tensor([tokens, pixels, len(batch["filenames"]), len(batch["labels"])], device=device)
+        tokens, self.labelled_pixels, pairs, captions = self.accelerator.reduce(counts, "sum").tolist()
+        self.pairs_seen += pairs
+        self.captions_seen += captions
+        self._log_pairs += pairs
+        return batches, torch.tensor(tokens, device=device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """This micro-batch's share of the weighted loss of its optimizer step, times the number of ranks.
+
+        Ranks average their gradients, hence the factor; see the class for the rule.
+
+        Raises:
+            FloatingPointError: the loss is not finite; names step, losses and pairs. The weights are not changed.
+        """
+        inputs = dict(inputs)
+        filenames = inputs.pop("filenames")
+        for module in self.frozen_with_dropout:
+            module.eval()
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False)
+        losses = {"caption": outputs.caption_loss}
+        if outputs.mask_loss is not None:
+            share = (inputs["mask_labels"] != NO_LABEL).sum() / max(self.labelled_pixels, 1)
+            losses["mask"] = outputs.mask_loss * share
+        total = sum(self._weights[task] * loss for task, loss in losses.items())
+        if not torch.isfinite(total):
+            values = ", ".join(f"{task} loss {loss.item()}" for task, loss in losses.items())
+            raise FloatingPointError(
+                f"Optimizer step {self.state.global_step + 1}: {values}. Pairs of the batch: {', '.join(filenames)}. "
+                "Training stopped before the weights changed; a lower learning rate or bf16 instead of fp16 may help."
+            )
+        for task, loss in losses.items():
+            self._step_losses[task] += loss.detach()
+        total = total * self.accelerator.num_processes
+        return (total, outputs) if return_outputs else total
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Trainer's; behind the last micro-batch of an optimizer step the dynamic weight average moves on."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._finish_step()
+        return loss
+
+    def _finish_step(self) -> None:
+        sums = torch.tensor([float(self._step_losses[task]) for task in TASKS], device=self.args.device)
+        losses = dict(zip(TASKS, self.accelerator.reduce(sums, "sum").tolist(), strict=True))
+        if not self.labelled_pixels:
+            del losses["mask"]
+            if self.state.global_step == 0:
+                logger.warning(
+                    "The first step has no mask: until one comes, captions are trained alone, with weight 1."
+                )
+        for task, loss in losses.items():
+            self._logged[task].append(loss)
+        self._step_losses = dict.fromkeys(TASKS, 0.0)
+        self._step_weights = self._weights
+        self._step_rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        if self.dwa is not None:
+            self.dwa.update(losses)
+            self._weights = self.dwa.weights
+
+    # Log
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add to a line of training: both losses and weights, the learning rates, pairs and captions, pairs/s."""
+        if "loss" in logs:
+            for task, losses in self._logged.items():
+                if losses:
+                    logs[f"{task}_loss"] = sum(losses) / len(losses)
+                    logs[f"{task}_weight"] = self._step_weights[task]
+                losses.clear()
+            logs |= self._step_rates
+            logs |= {"pairs": self.pairs_seen, "captions": self.captions_seen}
+            logs["pairs_per_second"] = self._log_pairs / (time.perf_counter() - self._log_started)
+            self._log_started, self._log_pairs = time.perf_counter(), 0
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's; its time does not count in pairs/s of training."""
+        started = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        self._log_started += time.perf_counter() - started
+        return metrics
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Generate a caption and a mask for every pair, score them, and compute both losses.
+
+        Returns:
+            `predictions` is {filename: caption}; `metrics` holds the scores x 100 over all pairs.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        scores = Scores(self.data_collator.mask_classes)
+        sums = torch.zeros(4, device=self.args.device)
+        for batch in dataloader:
+            batch = self._prepare_inputs(batch)
+            with torch.no_grad(), self.accelerator.autocast():
+                features = encode(model, batch)
+                predictions = predict(
+                    model, self.processing_class, batch, features, self.args.generation_max_new_tokens
+                )
+                sums += self._evaluation_losses(model, batch, features)
+            scores.update(self.accelerator.gather_for_metrics(predictions, use_gather_object=True))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+        caption_sum, tokens, mask_sum, pixels = self.accelerator.reduce(sums, "sum").tolist()
+        metrics = {"caption_loss": caption_sum / tokens, **scores.metrics(self.meteor)}
+        if pixels:
+            metrics["mask_loss"] = mask_sum / pixels
+        metrics["loss"] = metrics["caption_loss"] + metrics.get("mask_loss", 0.0)
+        return EvalLoopOutput(
+            predictions=cast(Any, scores.captions),
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
+            num_samples=len(scores.captions),
+        )
+
+    @staticmethod
+    def _evaluation_losses(model: PreTrainedModel, batch: dict[str, Any], features: Any) -> torch.Tensor:
+        """Sum of the caption loss, tokens, sum of the mask loss, labelled pixels, for the first captions."""
+        labels = torch.cat([torch.full_like(batch["input_ids"], -100), batch["labels"]], dim=1)
+        attention_mask = torch.cat([batch["attention_mask"], (batch["labels"] != -100).long()], dim=1)
+        outputs = model(
+            input_ids=torch.cat([batch["input_ids"], batch["labels"].clamp(min=0)], dim=1),
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0),  # prompts are padded on the left
+            labels=labels,
+            mask_labels=batch.get("mask_labels"),
+            mm_encoder_outputs={"image": features},
+            use_cache=False,
+        )
+        tokens = (labels != -100).sum().item()
+        losses = [outputs.caption_loss.item() * tokens, tokens, 0.0, 0]
+        if outputs.mask_loss is not None:
+            pixels = (batch["mask_labels"] != NO_LABEL).sum().item()
+            losses[2:] = [outputs.mask_loss.item() * pixels, pixels]
+        return torch.tensor(losses, device=labels.device)
+
+    # Checkpoints
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._is_one_file():
+            self._load_weights(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._is_one_file():
+            self._load_weights(str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    def _is_one_file(self) -> bool:
+        return isinstance(self.model, PreTrainedModel) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def _load_weights(self, folder: str) -> None:
+        """Load a checkpoint through `from_pretrained`, which knows the parameter names of the file.
+
+        Trainer copies by name and skips what it does not find: the blocks of a ViT have other names in files.
+        """
+        loaded = type(self.model).from_pretrained(folder, dtype="auto")
+        self.model.load_state_dict(loaded.state_dict())
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            state: dict[str, Any] = {"pairs": self.pairs_seen, "captions": self.captions_seen}
+            if self.dwa is not None:
+                state["dwa"] = self.dwa.state_dict()
+            (Path(output_dir) / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        state = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
+        self.pairs_seen, self.captions_seen = state["pairs"], state["captions"]
+        if self.dwa is not None and "dwa" in state:
+            self.dwa.load_state_dict(state["dwa"])
+            self._weights = self.dwa.weights
+
+
+class _EpochCallback(TrainerCallback):
+    """Tells the sampler and the collator the epoch, and the dynamic weight average the steps of one."""
+
+    def __init__(self, trainer: KCFITrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._log_started = time.perf_counter()
+        if self.trainer.dwa is not None and args.dwa == "epoch":
+            batches = len(kwargs["train_dataloader"])
+            self.trainer.dwa.window = math.ceil(batches / args.gradient_accumulation_steps)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        epoch = int(state.epoch or 0)
+        self.trainer.sampler.epoch = epoch
+        self.trainer.data_collator.set_epoch(epoch)
+
+
+class KCFIProgressCallback(ProgressCallback):
+    """Trainer's progress bar with the two losses and pairs/s behind it."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Write the line of the log, and the newest figures behind the bar."""
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if self.training_bar is not None and logs is not None and "loss" in logs:
+            shown = {"caption_loss": "caption", "mask_loss": "mask", "pairs_per_second": "pairs/s"}
+            self.training_bar.set_postfix({text: f"{logs[name]:.3g}" for name, text in shown.items() if name in logs})
