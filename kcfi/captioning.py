@@ -1,29 +1,34 @@
 """Caption and mask one pair of any size: the work of `kcfi caption`.
 
-Images up to the model's input size are encoded in one pass. Larger ones are never squeezed, because a model knows
-objects at the ground sampling distance it was trained at: they are cut into overlapping tiles, the tiles' scores are
-blended, and the sentence is that of the tile which changed most (or there is one for every changed region).
+Images up to the tile, the side that the model reads, are encoded in one pass. Larger ones are never squeezed, because
+a model knows objects at the ground sampling distance it was trained at: they are cut into overlapping tiles, the
+tiles' scores are blended, and the sentence is that of the tile which changed most (or there is one for every changed
+region).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors import SafetensorError
 from scipy import ndimage
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.image_transforms import convert_to_rgb
 
+from kcfi.processing.image_processing_kcfi import eight_bit, open_image
 from kcfi.training.arguments import model_source
 from kcfi.training.levir_cc import MASK_BUILDING, MASK_ROAD
 
 BATCH = 8  # tiles encoded at a time
 OVERLAP = 0.25  # of a tile's side, at least, with each neighbour
-MERGE = 8  # px: changed pixels closer than twice this belong to one region
+MERGE = 8  # px: gaps of up to twice this do not part a region
 MIN_REGION = 100  # px: smaller regions get no sentence (25 m2 at 0.5 m/px)
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
@@ -40,7 +45,7 @@ class Region:
 
 @dataclass
 class ChangeReport:
-    """What `describe` finds in a pair of H x W images.
+    """What `Describer.describe` finds in a pair of H x W images.
 
     Args:
         caption: the sentence for the whole pair.
@@ -61,18 +66,49 @@ def load(name: str) -> tuple[Any, Any]:
     """Model (in evaluation mode, on the GPU if there is one) and processor of a folder, Hub id or "kcfi-tiny".
 
     Raises:
-        ValueError: it cannot be loaded; says why.
+        ValueError: it cannot be loaded, or is no KCFI model; says why.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = "auto" if device.type == "cuda" else torch.float32  # bf16 is slow on most CPUs
+    source = model_source(name)
     try:
-        source = model_source(name)
-        model = AutoModelForImageTextToText.from_pretrained(
-            source, dtype="auto" if device.type == "cuda" else torch.float32
-        )
+        kind = AutoConfig.from_pretrained(source).model_type
+        if kind != "kcfi":
+            raise ValueError(f"it is a model of type {kind!r}, not 'kcfi'.")
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
         processor = AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"Cannot load the model {name!r}: {str(error).splitlines()[0]}") from error
     return model.to(device).eval(), processor
+
+
+def read_pair(before: str | Path | Image.Image, after: str | Path | Image.Image) -> tuple[Image.Image, Image.Image]:
+    """Open both dates as the model sees them: upright, 8-bit RGB.
+
+    Args:
+        before: path or PIL image, of the kinds that `KCFIImageProcessor` takes.
+        after: the same.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an image, more than 8 bits, or the sizes differ; names the files.
+    """
+    first, second = (_read_rgb(source) for source in (before, after))
+    if first.size != second.size:
+        names = [f"{source} is " if isinstance(source, str | Path) else "" for source in (before, after)]
+        raise ValueError(
+            f"The images differ in size: {names[0]}{first.width} x {first.height} px, "
+            f"{names[1]}{second.width} x {second.height} px. They must show one place, pixel by pixel: crop or "
+            "resample one of them."
+        )
+    return first, second
+
+
+def _read_rgb(source: str | Path | Image.Image) -> Image.Image:
+    image = eight_bit(open_image(source))
+    if not isinstance(image, Image.Image):  # mode F
+        image = Image.fromarray(image)
+    return Image.fromarray(convert_to_rgb(image, return_numpy=True))
 
 
 def tile_starts(length: int, tile: int) -> list[int]:
@@ -81,23 +117,40 @@ def tile_starts(length: int, tile: int) -> list[int]:
     return [int(start) for start in np.linspace(0, max(0, length - tile), count).round()]
 
 
-def taper(tile: int) -> torch.Tensor:
-    """Weights (tile, tile) of a tile's pixels in the blend: 1 in the middle, falling towards the borders, never 0."""
-    ramp = torch.minimum(torch.arange(tile) + 0.5, tile - torch.arange(tile) - 0.5)
-    ramp = (ramp / (tile * OVERLAP)).clamp(max=1)
-    return ramp[:, None] * ramp[None, :]
+def tile_boxes(width: int, height: int, tile: int) -> list[Box]:
+    """Boxes, row by row, that cover an image; where the image is narrower than a tile, so are they."""
+    return [
+        (left, top, min(left + tile, width), min(top + tile, height))
+        for top in tile_starts(height, tile)
+        for left in tile_starts(width, tile)
+    ]
+
+
+def taper(length: int) -> torch.Tensor:
+    """Weights (length,) across a tile: 1 in the middle, falling over `OVERLAP` towards both ends, never 0."""
+    nearest_end = torch.minimum(torch.arange(length), torch.arange(length).flip(0)) + 0.5
+    return (nearest_end / (length * OVERLAP)).clamp(max=1)
+
+
+def blend(maps: Iterable[torch.Tensor], boxes: Sequence[Box], shape: Sequence[int]) -> torch.Tensor:
+    """Average the maps (C, h, w) of overlapping boxes into one of `shape` (C, H, W), each weighted by `taper`."""
+    total, weights = torch.zeros(*shape), torch.zeros(*shape[1:])
+    for values, (left, top, right, bottom) in zip(maps, boxes, strict=True):
+        weight = taper(bottom - top)[:, None] * taper(right - left)
+        total[:, top:bottom, left:right] += values * weight
+        weights[top:bottom, left:right] += weight
+    return total / weights
 
 
 def changed_regions(mask: NDArray[np.uint8]) -> list[Region]:
-    """Connected changed regions of a mask (H, W), largest first; gaps below 2 * `MERGE` px do not part them."""
-    square = np.ones((2 * MERGE + 1,) * 2, bool)
-    labels, _ = ndimage.label(ndimage.binary_dilation(mask > 0, square))
-    labels[mask == 0] = 0
+    """Connected changed regions of a mask (H, W), largest first; see `MERGE` and `MIN_REGION`."""
+    changed = mask > 0
+    labels, _ = ndimage.label(ndimage.maximum_filter(changed, 2 * MERGE + 1, mode="constant"))
+    labels[~changed] = 0
     regions = []
-    for index, area in enumerate(ndimage.find_objects(labels), start=1):
-        pixels = int((labels[area] == index).sum()) if area else 0
+    for index, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+        pixels = int((labels[rows, columns] == index).sum())
         if pixels >= MIN_REGION:
-            rows, columns = area
             regions.append(Region((columns.start, rows.start, columns.stop, rows.stop), pixels))
     return sorted(regions, key=lambda region: -region.pixels)
 
@@ -108,50 +161,54 @@ class Describer:
     Args:
         model: KCFIForConditionalGeneration.
         processor: its KCFIProcessor.
+        tile: side in pixels of the squares that larger images are cut into; each is resized to the model's input
+            size, which is the default. The size of the training images where the model resizes them.
+
+    Raises:
+        ValueError: a tile smaller than a patch of the vision tower.
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any, tile: int | None = None) -> None:
         self.model, self.processor = model, processor
-        self.tile = model.config.image_size
+        self.tile = model.config.image_size if tile is None else tile
+        patch = model.config.patch_size
+        if self.tile < patch:
+            raise ValueError(f"A tile of {self.tile} px is smaller than a patch of the vision tower, {patch} px.")
 
-    def describe(self, before: Image.Image, after: Image.Image, regions: bool = False) -> ChangeReport:
+    def describe(
+        self, before: str | Path | Image.Image, after: str | Path | Image.Image, regions: bool = False
+    ) -> ChangeReport:
         """Caption and mask a pair.
 
         Args:
-            before: any size and mode that the image processor takes.
+            before: path or PIL image of any size.
             after: of the same size.
             regions: also write a sentence for every changed region; needs a change detection head.
 
         Raises:
-            ValueError: sizes differ, or regions without a head.
+            FileNotFoundError: no such file.
+            ValueError: a pair that `read_pair` refuses, or regions without a head.
         """
-        if before.size != after.size:
-            raise ValueError(
-                f"The images differ in size, {before.width} x {before.height} and {after.width} x {after.height} px: "
-                "they must show the same place, pixel by pixel. Crop or resample one of them."
-            )
-        if regions and self.model.model.change_detection_head is None:
+        before, after = read_pair(before, after)
+        width, height = before.size
+        has_head = self.model.model.change_detection_head is not None
+        if regions and not has_head:
             raise ValueError("This model has no change detection head: it cannot find regions.")
-        boxes = self._boxes(before.width, before.height)
-        scores, key_changes = self._blend(before, after, boxes)
-        mask = None if scores is None else scores.argmax(0).to(torch.uint8).numpy()
-        chosen = boxes[0] if mask is None else max(boxes, key=lambda box: int((_crop(mask, box) > 0).sum()))
-        found = changed_regions(mask) if regions and mask is not None else []
-        windows = [chosen, *(self._window(region.box, before.width, before.height) for region in found)]
-        captions = list(self._captions(before, after, windows))
-        for region, caption in zip(found, captions[1:], strict=True):
-            region.caption = caption
-        fraction = None if mask is None else float((mask > 0).mean())
-        return ChangeReport(captions[0], mask, fraction, key_changes.numpy(), found)
 
-    def _boxes(self, width: int, height: int) -> list[Box]:
-        if max(width, height) <= self.tile:
-            return [(0, 0, width, height)]
-        return [
-            (left, top, min(left + self.tile, width), min(top + self.tile, height))
-            for top in tile_starts(height, self.tile)
-            for left in tile_starts(width, self.tile)
-        ]
+        boxes = tile_boxes(width, height, self.tile)
+        channels = 1 + (self.model.config.num_change_classes if has_head else 0)
+        maps = blend(self._maps(before, after, boxes), boxes, (channels, height, width))
+        key_changes = maps[0].numpy()
+        mask = maps[1:].argmax(0).to(torch.uint8).numpy() if has_head else None
+
+        evidence = key_changes if mask is None else mask > 0
+        most_changed = max(boxes, key=lambda box: evidence[box[1] : box[3], box[0] : box[2]].sum())
+        found = changed_regions(mask) if regions and mask is not None else []
+        windows = [most_changed, *(self._window(region.box, width, height) for region in found)]
+        caption, *sentences = self._captions(before, after, windows)
+        for region, sentence in zip(found, sentences, strict=True):
+            region.caption = sentence
+        return ChangeReport(caption, mask, None if mask is None else float((mask > 0).mean()), key_changes, found)
 
     def _window(self, box: Box, width: int, height: int) -> Box:
         """The tile around the middle of a region, inside the image."""
@@ -159,74 +216,62 @@ class Describer:
         top = int(np.clip((box[1] + box[3] - self.tile) // 2, 0, max(0, height - self.tile)))
         return left, top, min(left + self.tile, width), min(top + self.tile, height)
 
-    def _pixels(self, before: Image.Image, after: Image.Image, boxes: list[Box]) -> torch.Tensor:
-        """Model input (B, 2, 3, tile, tile) of boxes; what a box of a large image lacks is filled by reflection."""
-        whole = max(before.size) <= self.tile
-        pairs = [
-            [image.crop(box) if whole else _reflect(image.crop(box), self.tile) for image in (before, after)]
-            for box in boxes
-        ]
-        pixels = self.processor.image_processor(pairs, return_tensors="pt")["pixel_values"]
-        return pixels.to(self.model.device, self.model.dtype)
+    def _batches(
+        self, before: Image.Image, after: Image.Image, boxes: Sequence[Box], what: str
+    ) -> Iterator[tuple[Sequence[Box], torch.Tensor]]:
+        """Boxes of an image, some at a time, and the model's input for them, `pixel_values` (B, 2, 3, H, W)."""
+        size = {"height": self.model.config.image_size, "width": self.model.config.image_size}
+        for first in tqdm(range(0, len(boxes), BATCH), what, unit="batch", disable=len(boxes) <= BATCH):
+            batch = boxes[first : first + BATCH]
+            pairs = [[self._view(image, box) for image in (before, after)] for box in batch]
+            inputs = self.processor.image_processor(
+                pairs, size=size, do_resize=True, do_center_crop=False, return_tensors="pt"
+            )
+            yield batch, inputs["pixel_values"].to(self.model.device, self.model.dtype)
+
+    def _fits(self, image: Image.Image) -> bool:
+        """Whether an image is encoded in one pass, resized to the model's input."""
+        return max(image.size) <= self.tile
+
+    def _view(self, image: Image.Image, box: Box) -> Image.Image:
+        """A box of an image; where a large image is narrower than the tile, its reflection fills the tile."""
+        view = image.crop(box)
+        if self._fits(image) or view.size == (self.tile, self.tile):
+            return view
+        margins = [(0, self.tile - view.height), (0, self.tile - view.width), (0, 0)]
+        return Image.fromarray(np.pad(np.asarray(view), margins, mode="symmetric"))
 
     @torch.no_grad()
-    def _blend(
-        self, before: Image.Image, after: Image.Image, boxes: list[Box]
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Mask logits (classes, H, W), None without a head, and norms of the key change features (H, W)."""
+    def _maps(self, before: Image.Image, after: Image.Image, boxes: Sequence[Box]) -> Iterator[torch.Tensor]:
+        """Per box (1 + classes, h, w): norm of the key change features, and the mask logits if there is a head."""
         config = self.model.config
-        total = torch.zeros(config.num_change_classes + 1, before.height, before.width)
-        weights = torch.zeros(before.height, before.width)
-        shape = taper(self.tile)
-        starts = range(0, len(boxes), BATCH)
-        for start in tqdm(starts, desc="tiles", unit="batch", disable=len(boxes) <= BATCH):
-            part = boxes[start : start + BATCH]
-            features = self.model.get_image_features(pixel_values=self._pixels(before, after, part))
-            grid = (config.image_size // config.patch_size,) * 2
-            norms = features.last_hidden_state[..., : config.stage_width].float().norm(dim=-1).unflatten(1, grid)
-            maps = [F.interpolate(norms[:, None], size=(self.tile,) * 2, mode="bilinear")]
+        grid = (config.image_size // config.patch_size,) * 2
+        for batch, pixels in self._batches(before, after, boxes, "tiles"):
+            features = self.model.get_image_features(pixel_values=pixels)
+            norms = features.change_features[..., : config.stage_width].float().norm(dim=-1)  # (B,N), no context
+            maps = [norms[:, None].unflatten(2, grid)]
             if features.mask_logits is not None:
-                maps.insert(0, features.mask_logits.float())
-            for box, values in zip(part, torch.cat(maps, dim=1).cpu(), strict=True):
-                width, height = box[2] - box[0], box[3] - box[1]
-                if max(before.size) <= self.tile:
-                    values = F.interpolate(values[None], size=(height, width), mode="bilinear")[0]
-                weight = shape[:height, :width]
-                area = (slice(box[1], box[3]), slice(box[0], box[2]))
-                total[(slice(0, len(values)), *area)] += values[:, :height, :width] * weight
-                weights[area] += weight
-        total /= weights
-        if self.model.model.change_detection_head is None:
-            return None, total[0]
-        return total[:-1], total[-1]
+                maps.append(features.mask_logits.float())
+            size = (before.height, before.width) if self._fits(before) else (self.tile, self.tile)
+            views = torch.cat([F.interpolate(scores, size=size, mode="bilinear") for scores in maps], dim=1).cpu()
+            for values, (left, top, right, bottom) in zip(views, batch, strict=True):
+                yield values[:, : bottom - top, : right - left]
 
     @torch.no_grad()
-    def _captions(self, before: Image.Image, after: Image.Image, boxes: list[Box]) -> Iterator[str]:
-        starts = range(0, len(boxes), BATCH)
-        for start in tqdm(starts, desc="sentences", unit="batch", disable=len(boxes) <= BATCH):
-            part = boxes[start : start + BATCH]
-            ids = torch.tensor([self.processor.encode_prompt()] * len(part), device=self.model.device)
+    def _captions(self, before: Image.Image, after: Image.Image, boxes: Sequence[Box]) -> Iterator[str]:
+        """A sentence for each box."""
+        prompt = torch.tensor([self.processor.encode_prompt()], device=self.model.device)
+        for batch, pixels in self._batches(before, after, boxes, "sentences"):
+            input_ids = prompt.expand(len(batch), -1)
             tokens = self.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                pixel_values=self._pixels(before, after, part),
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                pixel_values=pixels,
                 max_new_tokens=64,
+                do_sample=False,
                 **self.processor.generation_tokens,
             )
-            yield from self.processor.post_process_image_text_to_text(tokens[:, ids.shape[1] :])
-
-
-def _crop(mask: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
-    return mask[box[1] : box[3], box[0] : box[2]]
-
-
-def _reflect(image: Image.Image, side: int) -> Image.Image:
-    """Fill an image up to side x side px at the right and the bottom, by reflection."""
-    if image.size == (side, side):
-        return image
-    values = np.asarray(image)
-    margins = [(0, side - image.height), (0, side - image.width)] + [(0, 0)] * (values.ndim - 2)
-    return Image.fromarray(np.pad(values, margins, mode="symmetric"))
+            yield from self.processor.post_process_image_text_to_text(tokens[:, input_ids.shape[1] :])
 
 
 def mask_picture(mask: NDArray[np.uint8], num_classes: int) -> Image.Image:

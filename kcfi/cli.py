@@ -2,13 +2,15 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 EXAMPLES = """examples:
   kcfi caption before.png after.png                        sentence, mask and overlay by the embedded model
-  kcfi caption before.tif after.tif --regions --json       a sentence per changed region, as JSON
+  kcfi caption before.tif after.tif --regions --json       also a sentence per changed region; all as JSON
   kcfi data synthesize --pairs 100 --output pairs          drawn pairs in the layout of LEVIR-MCI
   kcfi train debug                                         train for two minutes on drawn pairs
   kcfi train paper --dataset LEVIR-MCI --output_dir runs/paper
@@ -18,7 +20,11 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, or 2 with one line on bad input."""
+    """Run a command.
+
+    Returns:
+        The exit code: 0; 2 behind one line on stderr, for bad input or losses that are not finite; 130 on Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] == ["train"]:  # its options are the fields of the recipes, so it parses them itself
@@ -28,21 +34,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             options = build_parser().parse_args(arguments)
             options.run(options)
-    except (OSError, ValueError) as error:
-        print(f"kcfi: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (OSError, ValueError, FloatingPointError) as error:
+        text = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:  # without the number in front
+            text = f"{error.filename}: {error.strerror}"
+        print(f"kcfi: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises `ValueError` where argparse would print its usage and exit; no abbreviated options."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see `{self.prog} --help`)")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command but `train`."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="kcfi",
         description="Remote sensing image change captioning: what changed between two dates, and where.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="command", required=True)
 
@@ -56,6 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
     caption.add_argument("after", help="image of the later date, of the same size")
     caption.add_argument("--model", default="kcfi-tiny", help="folder or Hub id (default: the embedded kcfi-tiny)")
     caption.add_argument("--output", default="kcfi-output", type=Path, help="folder for the pictures (%(default)s)")
+    caption.add_argument(
+        "--tile",
+        type=int,
+        help="side in px of the squares that larger images are cut into (default: the model's input size). Where the "
+        "model was trained on images that it resized, their side: 256 for LEVIR-CC",
+    )
     caption.add_argument("--regions", action="store_true", help="also write a sentence per changed region")
     caption.add_argument("--heatmap", action="store_true", help="also draw the strength of the key change features")
     caption.add_argument("--json", action="store_true", help="print one JSON object")
@@ -109,31 +133,51 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written, or created, before the work is done.
+
+    Raises:
+        ValueError: a file stands in its place or above it, or the rights are missing.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--output: {existing} is a file; give a folder, or a path below one.")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"--output: {existing} is not writable; choose another folder.")
+
+
+def check_results_file(path: Path) -> None:
+    """Refuse a results file that cannot be written.
+
+    Raises:
+        ValueError: it is a folder, or `check_writable` refuses its folder.
+    """
+    if path.is_dir():
+        raise ValueError(f"--output: {path} is a folder; give a file, for example {path / 'results.json'}.")
+    check_writable(path.parent)
+
+
 def run_caption(options: argparse.Namespace) -> None:
     """`kcfi caption`."""
     from transformers.utils.logging import disable_progress_bar
 
-    import kcfi  # noqa: F401 (registers the Auto classes)
-    from kcfi.captioning import Describer, load, mask_picture
+    from kcfi.captioning import Describer, load, mask_picture, read_pair
     from kcfi.pictures import heat_map, overlay
-    from kcfi.processing.image_processing_kcfi import eight_bit, open_image
 
-    disable_progress_bar()
-    before, after = (open_image(path) for path in (options.before, options.after))
-    for image in (before, after):
-        eight_bit(image)
+    disable_progress_bar()  # of loading weights, which is over before it can be read
+    before, after = read_pair(options.before, options.after)
+    check_writable(options.output)
     model, processor = load(options.model)
-    report = Describer(model, processor).describe(before, after, options.regions)
+    report = Describer(model, processor, options.tile).describe(before, after, options.regions)
 
-    options.output.mkdir(parents=True, exist_ok=True)
-    stem = Path(options.after).stem
     pictures = {}
     if report.mask is not None:
         pictures["mask"] = mask_picture(report.mask, model.config.num_change_classes)
-        pictures["overlay"] = overlay(after, pictures["mask"])
+        pictures["overlay"] = overlay(after, report.mask)
     if options.heatmap:
         pictures["heatmap"] = heat_map(after, report.key_changes)
-    files = {kind: options.output / f"{stem}_{kind}.png" for kind in pictures}
+    files = {kind: options.output / f"{Path(options.after).stem}_{kind}.png" for kind in pictures}
+    options.output.mkdir(parents=True, exist_ok=True)
     for kind, picture in pictures.items():
         picture.save(files[kind])
 
@@ -162,9 +206,12 @@ def run_caption(options: argparse.Namespace) -> None:
 
 def run_evaluate(options: argparse.Namespace) -> None:
     """`kcfi evaluate`."""
-    import kcfi  # noqa: F401 (registers the Auto classes)
+    from transformers.utils.logging import disable_progress_bar
+
     from kcfi.training.evaluate import evaluate_model
 
+    disable_progress_bar()  # of loading weights, which is over before it can be read
+    check_results_file(options.output)
     results = evaluate_model(
         options.model,
         options.dataset,
@@ -183,6 +230,8 @@ def run_score(options: argparse.Namespace) -> None:
     """`kcfi score`."""
     from kcfi.training.metrics import score_file
 
+    if options.output:
+        check_results_file(options.output)
     results = score_file(options.predictions, options.references, options.split, meteor=not options.no_meteor)
     text = json.dumps(results, indent=2)
     if options.output:
@@ -195,6 +244,7 @@ def run_synthesize(options: argparse.Namespace) -> None:
     """`kcfi data synthesize`."""
     from kcfi.training.synthetic import synthesize
 
+    check_writable(options.output)
     synthesize(options.output, options.pairs, options.seed)
     print(f"{options.pairs} pairs: {options.output}, with a picture of some: {options.output / 'contact_sheet.png'}")
 

@@ -6,7 +6,7 @@ model, T tokens, H x W pixels.
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -141,7 +141,7 @@ class KCFIPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, *args: Any, use_safetensors: bool = True, **kwargs: Any
-    ) -> "KCFIPreTrainedModel":
+    ) -> Self:
         """As in transformers, but weights in a pickle are refused."""
         return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
 
@@ -166,6 +166,7 @@ class KCFIModel(KCFIPreTrainedModel):
         self.projector = KCFIProjector(config)
         self.change_detection_head = ChangeDetectionHead(config) if config.use_change_detection_head else None
         self.language_model = AutoModel.from_config(config.text_config)
+        self.patch_size = config.patch_size
         # CLIP, SigLIP and ViT refuse other sizes than their own unless asked; DINOv2 needs no asking
         asked = "interpolate_pos_encoding" in inspect.signature(self.vision_tower.forward).parameters
         self.interpolation = {"interpolate_pos_encoding": True} if asked else {}
@@ -187,7 +188,7 @@ class KCFIModel(KCFIPreTrainedModel):
         Raises:
             ValueError: shape other than (B, 2, 3, H, W), or sides that the patch size does not divide.
         """
-        patch = self.config.patch_size
+        patch = self.patch_size
         if pixel_values.ndim != 5 or pixel_values.shape[1] != 2:
             raise ValueError(f"pixel_values must be pairs, (B, 2, 3, H, W), not {tuple(pixel_values.shape)}.")
         height, width = pixel_values.shape[-2:]
@@ -394,6 +395,7 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
             vision_config = AutoConfig.from_pretrained(vision)
             vision_config = getattr(vision_config, "vision_config", vision_config)
         config = KCFIConfig(vision_config=vision_config, text_config=language_model.config, **settings)
+        config.vision_config.name_or_path = config.text_config.name_or_path = ""  # folders of this machine
         if isinstance(vision, str):
             vision_tower = AutoModel.from_pretrained(vision, config=config.vision_config, dtype=dtype)
         else:

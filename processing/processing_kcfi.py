@@ -210,6 +210,14 @@ class KCFIProcessor(ProcessorMixin):
             image_token=image_token,
         )
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, and the code beside the settings: the folder loads where kcfi is not installed."""
+        self.register_for_auto_class()
+        self.image_processor.register_for_auto_class()
+        files = super().save_pretrained(*args, **kwargs)
+        vars(self).pop("auto_map")  # belongs to the file: a processor that was loaded has none
+        return files
+
     @property
     def num_patches(self) -> int:
         """Number of patches of an image as the tower gets it: placeholders per `<image>`."""

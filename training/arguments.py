@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,12 +59,12 @@ class DataArguments:
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="val", metadata={"help": "Split the best checkpoint is chosen on (never test)."})
     num_train_pairs: int | None = field(
-        default=None, metadata={"help": "Pairs to train on (default: all of a folder; needed for 'synthetic')."}
+        default=None, metadata={"help": "Pairs to train on (default: all of a folder, 5000 of 'synthetic')."}
     )
     num_eval_pairs: int | None = field(
-        default=None, metadata={"help": "Pairs to evaluate on (default: all of a folder; needed for 'synthetic')."}
+        default=None, metadata={"help": "Pairs to evaluate on (default: all of a folder, 500 of 'synthetic')."}
     )
-    dataset_seed: int = field(default=0, metadata={"help": "Seed of the synthetic scenes, or of the pairs drawn."})
+    dataset_seed: int = field(default=0, metadata={"help": "Seed of the synthetic scenes; a folder has none."})
     mask_classes: Literal["change", "building", "road_building"] = field(
         default="change",
         metadata={"help": "Classes made of the masks: change (road or building), building, or road and building."},
@@ -179,7 +180,7 @@ def parse_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     model, data, training = parser.parse_args_into_dataclasses(_argv(values), look_for_args_file=False)
     model.vision_config, model.model_settings = as_dict(model.vision_config), as_dict(model.model_settings)
     parsed = {**vars(model), **vars(data), **training.to_dict()}
-    names = dict.fromkeys([*vars(model), *vars(data), "seed", *_own_fields(), *values])
+    names = dict.fromkeys([*_own_fields(), *values])
     return Recipe(model, data, training, {name: parsed[name] for name in names if parsed[name] not in (None, {})})
 
 
@@ -201,6 +202,16 @@ def find_recipe(recipe: str | Path) -> Path:
 def known_fields() -> dict[str, dataclasses.Field[Any]]:
     """Every field a recipe may set, by name."""
     return {entry.name: entry for group in GROUPS for entry in dataclasses.fields(group)}
+
+
+def field_help() -> str:
+    """The fields of a recipe that are KCFI's own, one paragraph each, for `kcfi train --help`."""
+    lines = ["fields of a recipe, beside all those of transformers.TrainingArguments:"]
+    for name, entry in known_fields().items():
+        if name in _own_fields():
+            default = "" if entry.default in (None, dataclasses.MISSING) else f" (default: {entry.default})"
+            lines.append(textwrap.fill(f"{name}: {entry.metadata['help']}{default}", 100, subsequent_indent="      "))
+    return "\n  ".join(lines)
 
 
 def check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:
@@ -250,8 +261,10 @@ class _Parser(HfArgumentParser):
 
 
 def _own_fields() -> list[str]:
-    """Fields that KCFITrainingArguments declares itself: they are saved with a run even when they are defaults."""
-    return [name for name in KCFITrainingArguments.__annotations__ if name in known_fields()]
+    """Fields that are KCFI's own or have a default of its own; they are saved with a run even when not given."""
+    own = {entry.name for group in (ModelArguments, DataArguments) for entry in dataclasses.fields(group)}
+    own |= {"seed", *KCFITrainingArguments.__annotations__}
+    return [name for name in known_fields() if name in own]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from kcfi.pictures import contact_sheet, overlay
 from kcfi.processing import KCFIProcessor
 from kcfi.training.arguments import model_source
 from kcfi.training.collator import KCFICollator
-from kcfi.training.levir_cc import NO_LABEL, MaskClasses, load_pairs
+from kcfi.training.levir_cc import NO_LABEL, MaskClasses, load_pairs, num_classes
 from kcfi.training.metrics import MaskScores, results
 
 
@@ -46,6 +46,19 @@ class PairPrediction:
     caption: str
     mask: NDArray[np.uint8] | None
     true_mask: NDArray[np.uint8] | None
+
+
+def check_classes(model: KCFIForConditionalGeneration, mask_classes: MaskClasses) -> None:
+    """Refuse masks that are mapped to other classes than the model predicts.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if model.config.num_change_classes != num_classes(mask_classes):
+        raise ValueError(
+            f"mask_classes={mask_classes} has {num_classes(mask_classes)} classes, the model "
+            f"num_change_classes={model.config.num_change_classes}: make them agree."
+        )
 
 
 def encode(model: KCFIForConditionalGeneration, batch: dict[str, Any]) -> Any:
@@ -69,7 +82,7 @@ def predict(
         features: what `encode` returned for it.
         max_new_tokens: longest caption, in tokens.
     """
-    tokens = model.generate(
+    tokens = cast(Any, model).generate(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         mm_encoder_outputs={"image": features},
@@ -177,6 +190,7 @@ def evaluate_model(
     network.to(device).eval()
     processor = AutoProcessor.from_pretrained(model_source(model))
     mask_classes = mask_classes or ("road_building" if network.config.num_change_classes == 3 else "change")
+    check_classes(network, mask_classes)
     collator = KCFICollator(processor, mask_classes, train=False)
     loader = DataLoader(pairs, batch_size=batch_size, collate_fn=collator)
 

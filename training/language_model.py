@@ -1,7 +1,9 @@
 """The small language model of kcfi-tiny: its tokenizer, and its pretraining on sketches of changes.
 
-    python -m kcfi.training.language_model --output runs/tiny-lm                 # what kcfi-tiny was made with
-    python -m kcfi.training.language_model --output runs/tiny-lm --steps 20      # a trial, under a minute
+```
+python -m kcfi.training.language_model --output runs/tiny-lm               # what kcfi-tiny was made with
+python -m kcfi.training.language_model --output runs/tiny-lm --steps 20    # a trial, under a minute
+```
 
 KCFI freezes its language model, so all that a sentence needs beyond the image features must be in it beforehand. A
 large model knows how to count and to locate; one of 2 M parameters has to be shown. So it learns to write synthetic
@@ -218,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     """Build tokenizer and model, pretrain, save a folder that `text_model` of a recipe takes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of 32 sketches")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of 32 sketches")
     parser.add_argument("--scenes", type=int, default=16000, help="synthetic scenes to sketch")
     parser.add_argument("--grids", type=int, nargs="+", default=[8, 16], help="patches per side of the sketches")
     parser.add_argument("--seed", type=int, default=0, help="of scenes and weights")

@@ -219,6 +219,12 @@ class SyntheticDataset(Dataset[dict[str, Any]]):
         scene, rng = self._scene(index)
         return scene.mask, scene.change, describe(scene.change, rng)
 
+    def paint_after(self, index: int) -> tuple[Image.Image, Scene]:
+        """The after image alone, and the scene: for pretraining a vision tower."""
+        scene, rng = self._scene(index)
+        painter = Painter(scene.layout, scene.window, self.materials, rng)
+        return painter.paint(scene.states[1], scene.looks[1], scene.after), scene
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         scene, rng = self._scene(index)
         captions = describe(scene.change, rng)

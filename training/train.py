@@ -34,16 +34,31 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from kcfi.modeling_kcfi import KCFIConfig, KCFIForConditionalGeneration
 from kcfi.processing import KCFIProcessor
-from kcfi.training.arguments import ModelArguments, Recipe, as_dict, check_names, model_source, parse_recipe
+from kcfi.training.arguments import (
+    ModelArguments,
+    Recipe,
+    as_dict,
+    check_names,
+    field_help,
+    model_source,
+    parse_recipe,
+)
 from kcfi.training.collator import KCFICollator
-from kcfi.training.levir_cc import load_pairs, num_classes
+from kcfi.training.evaluate import check_classes
+from kcfi.training.levir_cc import load_pairs
 from kcfi.training.trainer import KCFITrainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `kcfi train`; `argv` is what stands behind it."""
-    parser = argparse.ArgumentParser("kcfi train", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "kcfi train",
+        usage="kcfi train RECIPE [--field value ...] [--resume]",
+        description=__doc__,
+        epilog=field_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("recipe", help="YAML file of `field: value` lines, or the name of a packaged recipe")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of output_dir")
     options, overrides = parser.parse_known_args(argv)
@@ -71,11 +86,7 @@ def train(recipe: Recipe, resume: bool = False) -> KCFITrainer:
 
     set_seed(args.seed)
     model, processor = build_model(recipe.model)
-    if model.config.num_change_classes != num_classes(data.mask_classes):
-        raise ValueError(
-            f"mask_classes={data.mask_classes} has {num_classes(data.mask_classes)} classes, the model "
-            f"num_change_classes={model.config.num_change_classes}: make them agree."
-        )
+    check_classes(model, data.mask_classes)
     trainer = KCFITrainer(
         model,
         args,
@@ -93,37 +104,38 @@ def train(recipe: Recipe, resume: bool = False) -> KCFITrainer:
 
 
 def build_model(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCFIProcessor]:
-    """The model and its processor, in fp32: one to continue from, or a new one of two towers.
+    """The model and its processor, in fp32: a finished one to continue from, or a new one of two towers.
 
     Raises:
-        ValueError: neither or both are given, or an unknown setting.
+        ValueError: neither or both are given, an unknown setting, or no such folder.
     """
-    settings, vision_config = as_dict(args.model_settings), as_dict(args.vision_config)
-    model: Any
-    vision: Any
-    tower: Any
-    new = {"text_model": args.text_model, "vision_model": args.vision_model, "vision_config": args.vision_config}
-    given = [name for name, value in new.items() if value]
-    if args.model:
-        if given or settings:
-            raise ValueError(f"`model` is a finished model: leave out {', '.join(given) or 'model_settings'}.")
-        source = model_source(args.model)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
-        return model, AutoProcessor.from_pretrained(source)
+    new = {name: value for name, value in vars(args).items() if name != "model" and value}
+    if args.model is None:
+        return join_towers(args)
+    if new:
+        raise ValueError(f"`model` is a finished model: leave out {', '.join(new)}.")
+    source = model_source(args.model)
+    model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+    return model, AutoProcessor.from_pretrained(source)
 
+
+def join_towers(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCFIProcessor]:
+    """A new model of a vision tower and a language model, and its processor; see `build_model`."""
+    settings, vision_config = as_dict(args.model_settings), as_dict(args.vision_config)
     if args.text_model is None or bool(args.vision_model) == bool(vision_config):
         raise ValueError("Give `model`, or `text_model` and one of `vision_model` and `vision_config`.")
     check_names(settings, [field.name for field in dataclasses.fields(KCFIConfig)], "entry of model_settings")
-    text = model_source(args.text_model)
+    vision: Any = vision_config
+    tower: Any = vision_config
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    vision = tower = vision_config
     if args.vision_model:
         vision = model_source(args.vision_model)
         tower = AutoConfig.from_pretrained(vision)
-        tower = getattr(tower, "vision_config", tower)
+        tower = getattr(tower, "vision_config", tower)  # CLIP and SigLIP have two halves
         pixels = AutoImageProcessor.from_pretrained(vision)
         mean, std = pixels.image_mean, pixels.image_std
     config: Any = KCFIConfig(vision_config=tower, **settings)
+    text = model_source(args.text_model)
     processor = KCFIProcessor.from_towers(
         AutoTokenizer.from_pretrained(text),
         image_mean=mean,

@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
@@ -21,7 +22,7 @@ from transformers.utils import logging
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import KCFIProcessor
 from kcfi.training.arguments import KCFITrainingArguments
-from kcfi.training.collator import KCFICollator
+from kcfi.training.collator import IGNORED, KCFICollator
 from kcfi.training.dwa import TASKS, DynamicWeightAverage
 from kcfi.training.evaluate import Scores, encode, predict
 from kcfi.training.levir_cc import NO_LABEL
@@ -56,7 +57,9 @@ def _has_dropout(module: nn.Module) -> bool:
     return any(rates)
 
 
-def parameter_groups(model: PreTrainedModel, args: KCFITrainingArguments, decayed: list[str]) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: KCFIForConditionalGeneration, args: KCFITrainingArguments, decayed: list[str]
+) -> list[dict[str, Any]]:
     """Optimizer groups: (all else, vision tower, projector) x (with, without weight decay), empty ones left out.
 
     Args:
@@ -91,6 +94,38 @@ def parameter_groups(model: PreTrainedModel, args: KCFITrainingArguments, decaye
         }
         for (part, decay), parameters in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))
     ]
+
+
+def evaluation_losses(model: KCFIForConditionalGeneration, batch: dict[str, Any], features: Any) -> torch.Tensor:
+    """Losses of a batch in evaluation, per pair and on its first caption.
+
+    Args:
+        model: in evaluation mode.
+        batch: of `KCFICollator` in evaluation mode.
+        features: what `encode` returned for it.
+
+    Returns:
+        (B, 4): sum of the caption loss, its tokens, sum of the mask loss, its pixels.
+    """
+    answers = batch["labels"]  # (B,T')
+    attention_mask = torch.cat([batch["attention_mask"], (answers != IGNORED).long()], dim=1)
+    logits = model(
+        input_ids=torch.cat([batch["input_ids"], answers.clamp(min=0)], dim=1),
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0),  # prompts are padded on the left
+        mm_encoder_outputs={"image": features},
+        logits_to_keep=answers.shape[1] + 1,
+        use_cache=False,
+    ).logits[:, :-1]  # (B,T',vocabulary)
+    losses = F.cross_entropy(logits.float().transpose(1, 2), answers, ignore_index=IGNORED, reduction="none")
+    columns = [losses.sum(dim=1), (answers != IGNORED).sum(dim=1)]
+    if features.mask_logits is not None and "mask_labels" in batch:
+        masks = batch["mask_labels"]
+        losses = F.cross_entropy(features.mask_logits.float(), masks, ignore_index=NO_LABEL, reduction="none")
+        columns += [losses.sum(dim=(1, 2)), (masks != NO_LABEL).sum(dim=(1, 2))]
+    else:
+        columns += [torch.zeros_like(columns[0])] * 2
+    return torch.stack([column.float() for column in columns], dim=1)
 
 
 class EpochSampler(Sampler[int]):
@@ -149,7 +184,7 @@ class KCFITrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process (DataParallel) would average the losses wrongly: start one process "
-                f"per GPU with `torchrun --nproc_per_node {args.n_gpu} -m kcfi.cli train ...`, or choose one GPU with "
+                f"per GPU, `torchrun --nproc_per_node {args.n_gpu} -m kcfi.training.train ...`, or choose one GPU by "
                 "CUDA_VISIBLE_DEVICES=0."
             )
         self.meteor = shutil.which("java") is not None
@@ -221,7 +256,7 @@ class KCFITrainer(Trainer):
         counts = torch.zeros(4, dtype=torch.int64, device=device)
         for batch in batches:
             pixels = (batch["mask_labels"] != NO_LABEL).sum().item() if "mask_labels" in batch else 0
-            tokens = (batch["labels"] != -100).sum().item()
+            tokens = (batch["labels"] != IGNORED).sum().item()
             counts += torch.tensor([tokens, pixels, len(batch["filenames"]), len(batch["labels"])], device=device)
         tokens, self.labelled_pixels, pairs, captions = self.accelerator.reduce(counts, "sum").tolist()
         self.pairs_seen += pairs
@@ -338,14 +373,15 @@ class KCFITrainer(Trainer):
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.accelerator.autocast():
                 features = encode(model, batch)
-                predictions = predict(
-                    model, self.processing_class, batch, features, self.args.generation_max_new_tokens
-                )
-                sums += self._evaluation_losses(model, batch, features)
+                tokens = self.args.generation_max_new_tokens
+                predictions = predict(model, self.processing_class, batch, features, tokens)
+                losses = evaluation_losses(model, batch, features)
+            # gathering drops the pairs that the loader repeats to fill the last batches of all ranks
             scores.update(self.accelerator.gather_for_metrics(predictions, use_gather_object=True))
+            sums += self.accelerator.gather_for_metrics(losses).sum(dim=0)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
-        caption_sum, tokens, mask_sum, pixels = self.accelerator.reduce(sums, "sum").tolist()
+        caption_sum, tokens, mask_sum, pixels = sums.tolist()
         metrics = {"caption_loss": caption_sum / tokens, **scores.metrics(self.meteor)}
         if pixels:
             metrics["mask_loss"] = mask_sum / pixels
@@ -357,42 +393,21 @@ class KCFITrainer(Trainer):
             num_samples=len(scores.captions),
         )
 
-    @staticmethod
-    def _evaluation_losses(model: PreTrainedModel, batch: dict[str, Any], features: Any) -> torch.Tensor:
-        """Sum of the caption loss, tokens, sum of the mask loss, labelled pixels, for the first captions."""
-        labels = torch.cat([torch.full_like(batch["input_ids"], -100), batch["labels"]], dim=1)
-        attention_mask = torch.cat([batch["attention_mask"], (batch["labels"] != -100).long()], dim=1)
-        outputs = model(
-            input_ids=torch.cat([batch["input_ids"], batch["labels"].clamp(min=0)], dim=1),
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0),  # prompts are padded on the left
-            labels=labels,
-            mask_labels=batch.get("mask_labels"),
-            mm_encoder_outputs={"image": features},
-            use_cache=False,
-        )
-        tokens = (labels != -100).sum().item()
-        losses = [outputs.caption_loss.item() * tokens, tokens, 0.0, 0]
-        if outputs.mask_loss is not None:
-            pixels = (batch["mask_labels"] != NO_LABEL).sum().item()
-            losses[2:] = [outputs.mask_loss.item() * pixels, pixels]
-        return torch.tensor(losses, device=labels.device)
-
     # Checkpoints
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._is_one_file():
+        if self._saves_whole_weights():
             self._load_weights(resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if self._is_one_file():
+        if self._saves_whole_weights():
             self._load_weights(str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
 
-    def _is_one_file(self) -> bool:
+    def _saves_whole_weights(self) -> bool:
         return isinstance(self.model, PreTrainedModel) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def _load_weights(self, folder: str) -> None:

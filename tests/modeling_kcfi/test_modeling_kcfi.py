@@ -330,6 +330,7 @@ def test_a_joined_vision_tower_gives_what_it_gave_alone(save_tower, save_languag
             torch.testing.assert_close(stage.flatten(2).transpose(1, 2), output[:, -16:], atol=1e-5, rtol=1e-5)
 
     model.save_pretrained(tmp_path / "joined")
+    assert str(tmp_path) not in (tmp_path / "joined" / "config.json").read_text()  # no folder of this machine
     loaded, report = KCFIForConditionalGeneration.from_pretrained(tmp_path / "joined", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     batch = make_inputs() | {"labels": make_inputs()["input_ids"], "mask_labels": torch.ones(2, 16, 16).long()}

@@ -119,6 +119,11 @@ def test_results_predictions_and_pictures_are_written(saved, tmp_path):
         assert sheet.width > 1000
 
 
+def test_masks_of_other_classes_than_the_models_are_refused(saved, tmp_path):
+    with pytest.raises(ValueError, match=r"mask_classes=road_building has 3 classes, the model num_change_classes=2"):
+        evaluate_model(saved, "synthetic", "test", tmp_path / "r.json", num_pairs=1, mask_classes="road_building")
+
+
 def test_other_scenes_are_drawn_with_another_seed(saved, tmp_path):
     names = []
     for seed in (0, 1):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 from kcfi.training.arguments import KCFITrainingArguments
@@ -35,12 +36,21 @@ def arguments(folder, **settings):
     return KCFITrainingArguments(output_dir=str(folder), **{**defaults, **settings})
 
 
+TWO_RANKS = {
+    "max_steps": 20,
+    "max_grad_norm": 0,
+    "train_language_model": True,
+    "lr_scheduler_type": "constant",
+}  # of the slow test and its script
+
+
 @pytest.fixture
 def make_trainer(model, processor, tmp_path):
     """A trainer of a fresh copy of the model; every call gives the same weights."""
     weights = {name: value.clone() for name, value in model.state_dict().items()}
 
     def make(pairs, collator=None, callbacks=None, eval_dataset=None, **settings):
+        AcceleratorState._reset_state(reset_partial_state=True)  # the process keeps the precision of the last trainer
         model.load_state_dict(weights)
         model.requires_grad_(True)
         return KCFITrainer(
@@ -199,6 +209,18 @@ def test_captions_alone_are_trained_with_weight_one_and_said_once(make_trainer, 
     assert sum("captions are trained alone" in record.getMessage() for record in caplog.records) == 1
 
 
+def test_activation_checkpointing_changes_no_gradient(make_trainer, make_pairs):
+    gradients = []
+    for checkpointing in (False, True):
+        keep = Gradients()
+        trainer = make_trainer(make_pairs(4), callbacks=[keep], max_steps=1, activation_checkpointing=checkpointing)
+        trainer.train()
+        gradients.append(keep.first)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-7)
+
+
 def test_both_losses_fall(make_trainer, make_pairs):
     settings = {"dwa": "window", "dwa_window": 5, "dwa_temperature": 2.0, "train_language_model": True}
     trainer = make_trainer(make_pairs(8), max_steps=30, lr_scheduler_type="constant", **settings)
@@ -219,6 +241,12 @@ def test_the_log_holds_rates_counts_and_speed(make_trainer, make_pairs, processo
     assert last["learning_rate"] == pytest.approx(1e-2)
     assert last["vision_learning_rate"] == last["projector_learning_rate"] == pytest.approx(1e-3)
     assert last["pairs_per_second"] > 0
+
+
+def test_the_progress_bar_shows_the_losses_and_the_speed(make_trainer, make_pairs, capsys):
+    make_trainer(make_pairs(4), max_steps=1, disable_tqdm=False).train()
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert all(name in last for name in ("caption=", "mask=", "pairs/s="))
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_trainer, make_pairs):
@@ -249,6 +277,18 @@ def test_evaluation_scores_generated_captions_and_masks(make_trainer, make_pairs
     assert expected | {"eval_loss", "eval_caption_loss", "eval_mask_loss"} <= metrics.keys()
     assert ("eval_s_m" in metrics) == JAVA
     assert all(0 <= metrics[name] <= 100 for name in expected - {"eval_cider_d"})
+
+
+def test_bf16_trains_and_evaluates_in_autocast(make_trainer, make_pairs, no_java):
+    full = make_trainer(make_pairs(4), max_steps=2)
+    full.train()
+    trainer = make_trainer(make_pairs(4), eval_dataset=make_pairs(4), bf16=True, max_steps=2, dataloader_num_workers=1)
+    trainer.train()
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    for line, other in zip(losses(trainer), losses(full), strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-2)
+        assert line["loss"] != other["loss"]
+    assert trainer.evaluate()["eval_loss"] > 0
 
 
 def test_evaluation_losses_are_those_of_the_first_captions(make_trainer, make_pairs, processor, no_java):
@@ -339,17 +379,10 @@ def test_a_resumed_run_has_bit_identical_losses(make_trainer, make_pairs, settin
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_gradients_of_one(make_trainer, make_pairs, tmp_path, no_java):
+def test_two_ranks_train_and_score_like_one(make_trainer, make_pairs, tmp_path, no_java):
     keep = Gradients()
     pairs = make_pairs(8, masks="some")
-    one = make_trainer(
-        pairs,
-        callbacks=[keep],
-        per_device_train_batch_size=8,
-        max_steps=2,
-        max_grad_norm=0,
-        eval_dataset=make_pairs(5),
-    )
+    one = make_trainer(pairs, callbacks=[keep], eval_dataset=make_pairs(5), per_device_train_batch_size=8, **TWO_RANKS)
     one.model.save_pretrained(tmp_path / "model")
     one.processing_class.save_pretrained(tmp_path / "model")
     one.train()
@@ -358,7 +391,9 @@ def test_two_ranks_give_the_gradients_of_one(make_trainer, make_pairs, tmp_path,
     script = Path(__file__).with_name("two_ranks.py")
     environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*command, str(script), str(tmp_path)], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path)], capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     results = torch.load(tmp_path / "two_ranks.pt", weights_only=True)
     assert results["gradients"].keys() == keep.first.keys()
@@ -366,6 +401,7 @@ def test_two_ranks_give_the_gradients_of_one(make_trainer, make_pairs, tmp_path,
         torch.testing.assert_close(results["gradients"][name], gradient, rtol=1e-4, atol=1e-6)
     for line, other in zip(losses(one), json.loads(results["log"]), strict=True):
         for name in ("loss", "caption_loss", "mask_loss", "caption_weight", "pairs", "captions"):
-            assert other[name] == pytest.approx(line[name], rel=1e-4)
-    for name in ("eval_bleu_4", "eval_mask_f1", "eval_loss"):
-        assert results[name] == pytest.approx(metrics[name], rel=1e-3)
+            assert other[name] == pytest.approx(line[name], rel=1e-3)
+    assert metrics["eval_mask_f1"] > 10
+    for name in ("eval_caption_loss", "eval_mask_loss", "eval_mask_f1", "eval_rouge_l"):
+        assert results[name] == pytest.approx(metrics[name], rel=1e-2)

@@ -11,7 +11,7 @@ from kcfi.processing import KCFIProcessor
 from kcfi.training.collator import KCFICollator
 from kcfi.training.trainer import KCFITrainer
 from tests.training.conftest import Pairs
-from tests.training.test_trainer import Gradients, arguments, losses
+from tests.training.test_trainer import TWO_RANKS, Gradients, arguments, losses
 
 folder = Path(sys.argv[1])
 model = KCFIForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float32)
@@ -19,7 +19,7 @@ processor = KCFIProcessor.from_pretrained(folder / "model")
 keep = Gradients()
 trainer = KCFITrainer(
     model,
-    arguments(folder / "two", max_steps=2, max_grad_norm=0, per_device_eval_batch_size=2),  # 4 pairs on each rank
+    arguments(folder / "two", per_device_eval_batch_size=2, **TWO_RANKS),  # 4 pairs on each rank
     KCFICollator(processor, seed=3),
     train_dataset=Pairs(8, masks="some"),
     eval_dataset=Pairs(5),  # the sampler repeats pairs to fill the last batches; they must not count twice

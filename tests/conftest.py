@@ -1,0 +1,85 @@
+"""A tiny model that finds what changed, with its processor, in a folder: nothing is downloaded or trained."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: an unknown id fails at once
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import Qwen2Config, TokenizersBackend
+
+from kcfi import KCFIConfig, KCFIForConditionalGeneration
+from kcfi.processing import KCFIProcessor
+
+SIDE = 32  # px: what the model reads
+
+
+def save_detector(folder: Path, threshold: float = 0.5, **settings: object) -> Path:
+    """Save a model whose mask is "the plain features of a patch differ by more than `threshold`".
+
+    Its towers are random, so its sentences are gibberish; but they depend on the images.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
+    tokens = {token: number for number, token in enumerate([*special, *letters])}
+    tokenizer = Tokenizer(models.BPE(tokens, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = TokenizersBackend(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=special
+    )
+    processor = KCFIProcessor.from_towers(tokenizer, image_size=SIDE, patch_size=8)
+    vision = {"model_type": "vit", "image_size": SIDE, "patch_size": 8, "num_hidden_layers": 2}
+    widths = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    text = Qwen2Config(
+        vocab_size=len(tokenizer), num_hidden_layers=2, num_key_value_heads=2, tie_word_embeddings=False, **widths
+    )
+    config = KCFIConfig(
+        vision_config={**vision, **widths},
+        text_config=text,
+        image_token_id=processor.image_token_id,
+        **{"use_key_change_perceiver": False, "num_change_classes": 3, "head_hidden_size": 1, **settings},
+    )
+    torch.manual_seed(0)
+    model = KCFIForConditionalGeneration(config)
+    for layer in (model.model.projector.linear_1, model.lm_head):  # large weights: other features, other sentences
+        torch.nn.init.normal_(layer.weight)
+    head = model.model.change_detection_head
+    if head is not None:
+        with torch.no_grad():
+            head.linear.weight.fill_(1 / config.change_width)
+            head.classifier.weight.zero_()
+            head.classifier.weight[-1] = 1
+            head.classifier.bias.copy_(torch.tensor([threshold, *[-1e4] * (config.num_change_classes - 2), 0]))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def detector(tmp_path_factory):
+    """Folder of a model of three classes that marks changed patches as buildings."""
+    return save_detector(tmp_path_factory.mktemp("detector"))
+
+
+@pytest.fixture(scope="session")
+def make_detector():
+    return save_detector
+
+
+def draw_pair(width: int, height: int, square: tuple[int, int, int, int] | None = None) -> list[Image.Image]:
+    """Two equal grey textures; `square` (left, top, right, bottom in pixels) turns white in the second one."""
+    before = np.random.default_rng(0).integers(60, 120, (height, width, 3), dtype=np.uint8)
+    after = before.copy()
+    if square is not None:
+        after[square[1] : square[3], square[0] : square[2]] = 255
+    return [Image.fromarray(before), Image.fromarray(after)]
+
+
+@pytest.fixture
+def make_pair():
+    return draw_pair
