@@ -10,8 +10,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-# Section III.B removes dropout from the vision tower; these are the names its probabilities have in transformers.
+# Section III.B removes dropout from the vision tower; these are the names its probabilities have in transformers, and
+# in timm's `model_args`.
 DROPOUT_FIELDS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "drop_path_rate")
+TIMM_DROPOUT = ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
 
 
 class TowerGeometry(NamedTuple):
@@ -135,6 +137,8 @@ class KCFIConfig(PreTrainedConfig):
         for name in DROPOUT_FIELDS:
             if getattr(vision, name, 0):
                 setattr(vision, name, 0.0)
+        if getattr(vision, "model_args", None):
+            vision.model_args = {k: v for k, v in vision.model_args.items() if k not in TIMM_DROPOUT}
         if self.image_size is None:
             self.image_size = self.tower.image_size
         if self.vision_feature_layers is None:

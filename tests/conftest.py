@@ -18,14 +18,14 @@ from kcfi.processing import KCFIProcessor
 SIDE = 32  # px: what the model reads
 
 
-def save_detector(folder: Path, threshold: float = 0.5, **settings: object) -> Path:
+def save_detector(folder: Path, threshold: float = 0.25, **settings: object) -> Path:
     """Save a model whose mask is "the plain features of a patch differ by more than `threshold`".
 
-    Its towers are random, so its sentences are gibberish; but they depend on the images.
+    Its towers are random, so its sentences are letters without a meaning; but they depend on the images.
     """
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
-    tokens = {token: number for number, token in enumerate([*special, *letters])}
+    tokens = {token: number for number, token in enumerate([*special, *alphabet])}
     tokenizer = Tokenizer(models.BPE(tokens, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -46,8 +46,12 @@ def save_detector(folder: Path, threshold: float = 0.5, **settings: object) -> P
     )
     torch.manual_seed(0)
     model = KCFIForConditionalGeneration(config)
-    for layer in (model.model.projector.linear_1, model.lm_head):  # large weights: other features, other sentences
-        torch.nn.init.normal_(layer.weight)
+    for part in (model.model.projector, model.model.language_model, model.lm_head):
+        for weight in part.parameters():  # larger than usual: other features, other sentences
+            if weight.ndim > 1:
+                torch.nn.init.normal_(weight, std=0.5)
+    letters = torch.tensor([token.isascii() and token.isalpha() for token in tokens])
+    model.lm_head.weight.data[~letters] = 0
     head = model.model.change_detection_head
     if head is not None:
         with torch.no_grad():

@@ -1,5 +1,7 @@
 """Pairs of any size: tiles, blending, regions, and the sentences of the right places."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -46,7 +48,7 @@ def test_tiles_cover_every_pixel_and_overlap_their_neighbours(length, tile):
         covered[start : start + tile] += 1
     assert starts[0] == 0 and covered.all()
     assert length <= tile or starts[-1] + tile == length
-    for left, right in zip(starts, starts[1:], strict=False):
+    for left, right in pairwise(starts):
         assert left + tile - right >= np.floor(tile * OVERLAP) and right > left
 
 
@@ -166,7 +168,7 @@ def test_changes_are_found_where_they_are_in_a_large_image(describer, make_pair)
         found = report.mask > 0
         assert (found & true).sum() / (found | true).sum() > 0.5
         assert report.changed_fraction == pytest.approx(found.mean())
-        assert true[np.unravel_index(report.key_changes.argmax(), true.shape)]
+        assert report.key_changes[true].mean() > 2 * report.key_changes[~true].mean()
 
 
 def test_the_strip_that_fills_a_narrow_image_up_is_its_mirror_image(describer, make_pair):
@@ -190,7 +192,7 @@ def test_the_sentence_is_that_of_the_tile_which_changed_most(describer, make_pai
 def test_every_region_gets_the_sentence_of_its_own_surroundings(describer, make_pair):
     before, after = make_pair(120, 40, square=(8, 8, 24, 32))
     pixels = np.asarray(after).copy()
-    pixels[4:36, 88:112] = (250, 40, 40)
+    pixels[4:36, 88:112] = (255, 255, 0)
     after = Image.fromarray(pixels)
     report = describer.describe(before, after, regions=True)
     components, count = ndimage.label(report.mask)

@@ -59,7 +59,6 @@ WORDS = [
     *(f"<column {i}>" for i in range(BINS)),
 ]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
-LARGE_BUILDING = 1500  # px: where villas and large buildings change together, components above this are large
 WORDS_PER_PATCH = 8
 
 
@@ -101,9 +100,7 @@ def sketch(mask: NDArray[np.uint8], change: Change, grid: int) -> list[list[str]
         labels = ndimage.label(mask == value)[0]
         for index, area in enumerate(ndimage.find_objects(labels), start=1):
             pixels = labels[area] == index
-            kind = "road" if value == MASK_ROAD else "villa"
-            if kind not in objects or ("large building" in objects and pixels.sum() > LARGE_BUILDING):
-                kind = "large building"
+            kind = "road" if value == MASK_ROAD else ("villa" if "villa" in objects else "large building")
             facts = [KINDS[kind], "<built>" if change.appears else "<removed>"]
             facts += [GROUNDS[change.ground]] if change.ground else []
             facts += [ALONG[objects[kind].road]] if objects[kind].road else []

@@ -15,6 +15,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import datasets
 import evaluate
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
@@ -231,7 +234,7 @@ class MaskScores:
             num_classes(mask_classes), validate_args=False, sync_on_compute=False
         )
 
-    def update(self, pred_ids: Tensor, target_ids: Tensor) -> None:
+    def update(self, pred_ids: Tensor | NDArray[np.uint8], target_ids: Tensor | NDArray[np.uint8]) -> None:
         """Count one batch.
 
         Args:
@@ -241,6 +244,7 @@ class MaskScores:
         Raises:
             ValueError: If the shapes differ or an id is no class.
         """
+        pred_ids, target_ids = torch.as_tensor(pred_ids), torch.as_tensor(target_ids)
         if pred_ids.shape != target_ids.shape:
             raise ValueError(f"predicted mask {tuple(pred_ids.shape)}, true mask {tuple(target_ids.shape)}")
         counted = (pred_ids != NO_LABEL) & (target_ids != NO_LABEL)

@@ -111,3 +111,9 @@ def test_config_survives_a_round_trip(make_config, tower, tmp_path):
 def test_tied_embeddings_follow_the_language_model(vision, text, tie):
     language = text["qwen2"] | {"tie_word_embeddings": tie}
     assert KCFIConfig(vision_config=vision["vit"], text_config=language, image_token_id=4).tie_word_embeddings is tie
+
+
+def test_a_timm_tower_loses_its_dropout_and_drop_path():
+    args = {"img_size": 64, "depth": 4, "drop_path_rate": 0.3, "proj_drop_rate": 0.1}
+    tower = {"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224", "model_args": args}
+    assert KCFIConfig(vision_config=tower).vision_config.model_args == {"img_size": 64, "depth": 4}

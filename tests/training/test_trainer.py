@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import os
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 from kcfi.training.arguments import KCFITrainingArguments
@@ -46,15 +46,11 @@ TWO_RANKS = {
 
 @pytest.fixture
 def make_trainer(model, processor, tmp_path):
-    """A trainer of a fresh copy of the model; every call gives the same weights."""
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    """A trainer of a copy of the model; every call gives the same weights."""
 
     def make(pairs, collator=None, callbacks=None, eval_dataset=None, **settings):
-        AcceleratorState._reset_state(reset_partial_state=True)  # the process keeps the precision of the last trainer
-        model.load_state_dict(weights)
-        model.requires_grad_(True)
         return KCFITrainer(
-            model,
+            copy.deepcopy(model),
             arguments(tmp_path, **settings),
             collator or KCFICollator(processor, seed=3),
             train_dataset=pairs,

@@ -1,0 +1,265 @@
+"""The command `kcfi`: what it prints, what it writes, and what it refuses in one line."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kcfi.cli import main
+
+
+@pytest.fixture
+def pair(tmp_path, make_pair, monkeypatch):
+    """`before.png` and `after.png` of 70 x 45 px in the current folder; a square changes."""
+    monkeypatch.chdir(tmp_path)
+    for name, image in zip(("before.png", "after.png"), make_pair(70, 45, (40, 10, 60, 34)), strict=True):
+        image.save(name)
+    return ["before.png", "after.png"]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A folder of ten synthetic pairs, one of them in the split "test"."""
+    folder = tmp_path_factory.mktemp("scenes") / "pairs"
+    assert main(["data", "synthesize", "--pairs", "10", "--output", str(folder)]) == 0
+    return folder
+
+
+def refusal(capsys, *arguments):
+    """The one line on stderr of a command that must fail with exit code 2 and print nothing."""
+    assert main([str(argument) for argument in arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("kcfi: error: ") and printed.err.count("\n") == 1
+    return printed.err.removeprefix("kcfi: error: ").strip()
+
+
+# caption
+
+
+def test_caption_prints_the_sentence_and_the_changed_fraction(capsys, pair, detector):
+    assert main(["caption", *pair, "--model", str(detector)]) == 0
+    sentence, changed, mask, overlay = capsys.readouterr().out.splitlines()
+    values = np.asarray(Image.open("kcfi-output/after_mask.png"))
+    assert values.shape == (45, 70) and set(np.unique(values)) == {0, 255}
+    assert sentence and changed == f"changed: {(values > 0).mean():.1%} of the area"
+    assert (mask, overlay) == ("mask: kcfi-output/after_mask.png", "overlay: kcfi-output/after_overlay.png")
+    drawn, after = np.asarray(Image.open("kcfi-output/after_overlay.png")), np.asarray(Image.open(pair[1]))
+    assert ((drawn != after).any(-1) == (values > 0)).all()
+
+
+def test_json_is_one_object_on_stdout(capsys, pair, detector):
+    arguments = ["caption", *pair, "--model", str(detector), "--json", "--output", "a/b"]
+    assert main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report) == ["caption", "changed_fraction", "mask", "overlay", "model"]
+    assert report["model"] == str(detector) and 0 < report["changed_fraction"] < 0.3
+    assert main([*arguments, "--heatmap", "--regions"]) == 0
+    full = json.loads(capsys.readouterr().out)
+    assert full.items() >= report.items() and full.keys() - report.keys() == {"heatmap", "regions"}
+    for kind in ("mask", "overlay", "heatmap"):
+        assert Image.open(full[kind]).size == (70, 45), kind
+    [region] = full["regions"]
+    left, top, right, bottom = region["box"]
+    changed = np.asarray(Image.open(full["mask"]))[top:bottom, left:right] > 0
+    assert region["pixels"] == changed.sum() > 0 and region["caption"]
+
+
+def test_regions_are_printed_with_their_place(capsys, pair, detector):
+    assert main(["caption", *pair, "--model", str(detector), "--regions", "--tile", "45"]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  x ")]
+    assert " px): " in line and "y " in line
+
+
+def test_a_model_without_a_head_writes_no_mask(capsys, pair, make_detector, tmp_path):
+    model = make_detector(tmp_path / "model", use_change_detection_head=False)
+    assert main(["caption", *pair, "--model", str(model), "--json", "--heatmap"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["changed_fraction"] is report["mask"] is report["overlay"] is None
+    assert [path.name for path in (tmp_path / "kcfi-output").iterdir()] == ["after_heatmap.png"]
+
+
+# What caption refuses
+
+
+def test_a_missing_image_is_named(capsys, pair):
+    assert refusal(capsys, "caption", "nowhere.png", pair[1]) == "nowhere.png: No such file or directory"
+
+
+def test_a_file_that_is_no_image_is_named(capsys, pair, tmp_path):
+    (tmp_path / "text.png").write_text("not an image")
+    assert refusal(capsys, "caption", pair[0], "text.png").startswith("text.png: cannot be read as an image")
+    assert refusal(capsys, "caption", pair[0], tmp_path).startswith(f"{tmp_path}: cannot be read as an image")
+
+
+def test_images_of_different_sizes_are_refused_with_both_sizes(capsys, pair):
+    Image.new("RGB", (70, 44)).save("small.png")
+    message = refusal(capsys, "caption", pair[0], "small.png")
+    assert "before.png is 70 x 45 px" in message and "small.png is 70 x 44 px" in message
+
+
+def test_16_bit_images_are_refused_with_the_remedy(capsys, pair):
+    Image.fromarray(np.full((45, 70), 3000, np.uint16)).save("deep.png")
+    message = refusal(capsys, "caption", pair[0], "deep.png")
+    assert "deep.png" in message and "stretch it to 8 bits" in message
+
+
+def test_an_unknown_model_is_named(capsys, pair, tmp_path):
+    assert refusal(capsys, "caption", *pair, "--model", "./nothing").startswith("No model ./nothing: it is neither")
+    assert refusal(capsys, "caption", *pair, "--model", "nobody/nothing").startswith(
+        "Cannot load the model 'nobody/nothing'"
+    )
+    assert refusal(capsys, "caption", *pair, "--model", tmp_path).startswith(f"Cannot load the model '{tmp_path}'")
+
+
+def test_regions_need_a_head(capsys, pair, make_detector, tmp_path):
+    model = make_detector(tmp_path / "model", use_change_detection_head=False)
+    assert "no change detection head" in refusal(capsys, "caption", *pair, "--model", model, "--regions")
+
+
+@pytest.mark.parametrize("output", ["before.png", "before.png/deeper"])
+def test_an_output_that_is_a_file_is_refused_before_the_model_is_loaded(capsys, pair, output):
+    message = refusal(capsys, "caption", *pair, "--output", output, "--model", "./nothing")
+    assert message.endswith("before.png is a file; give a folder, or a path below one.")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_without_rights_is_refused(capsys, pair, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "is not writable" in refusal(capsys, "caption", *pair, "--output", "locked/deeper", "--model", "./nothing")
+
+
+def test_wrong_options_are_one_line_too(capsys):
+    assert refusal(capsys, "caption", "a.png").endswith("required: after (see `kcfi caption --help`)")
+    assert "invalid choice: 'capture'" in refusal(capsys, "capture")
+    assert "unrecognized arguments: --jsn" in refusal(capsys, "caption", "a.png", "b.png", "--jsn")
+    assert refusal(capsys).endswith("required: command (see `kcfi --help`)")
+
+
+# data, evaluate, score
+
+
+def test_synthesized_pairs_are_evaluated_and_their_predictions_scored(capsys, scenes, detector, tmp_path):
+    assert (scenes / "contact_sheet.png").is_file()
+    output = tmp_path / "new" / "results.json"
+    arguments = ["--dataset", str(scenes), "--split", "train", "--num_pairs", "8", "--no-meteor"]
+    assert main(["evaluate", "--model", str(detector), *arguments, "--output", str(output)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads(output.read_text()) and report["pairs"]["all"] == 8
+    assert report["captions"]["all"]["meteor"] is None and report["mask"]["f1"]["change"] > 0
+    assert Image.open(output.with_name("pairs.png")).width > 1000
+
+    references, scores = scenes / "LevirCCcaptions.json", tmp_path / "scores.json"
+    files = [str(output.with_name("predictions.json")), "--references", str(references), "--output", str(scores)]
+    assert main(["score", *files, "--split", "train", "--no-meteor"]) == 0
+    scored = json.loads(capsys.readouterr().out)
+    assert scored == json.loads(scores.read_text()) and scored["captions"] == report["captions"]
+
+
+def test_data_sets_that_cannot_be_used_are_named(capsys, scenes, tmp_path):
+    def evaluate(dataset, *more):
+        output = tmp_path / "results.json"
+        return refusal(capsys, "evaluate", "--dataset", dataset, "--output", output, "--model", "./nothing", *more)
+
+    assert evaluate(tmp_path / "nowhere") == f"{tmp_path / 'nowhere'}: no such folder"
+    assert "no LevirCCcaptions.json" in evaluate(tmp_path)
+    assert "no pair of split 'tset'; splits in the file: test, train, val" in evaluate(scenes, "--split", "tset")
+    assert "expected at least 1" in evaluate(scenes, "--num_pairs", "0")
+    assert "No model ./nothing" in evaluate(scenes)
+
+
+def test_an_unreadable_image_of_a_data_set_is_named(capsys, scenes, detector, tmp_path):
+    (tmp_path / "images").symlink_to(scenes / "images")
+    content = json.loads((scenes / "LevirCCcaptions.json").read_text())
+    content["images"][-1]["filename"] = "gone.png"
+    (tmp_path / "LevirCCcaptions.json").write_text(json.dumps(content))
+    arguments = ["--dataset", tmp_path, "--model", detector, "--output", tmp_path / "results.json", "--no-meteor"]
+    assert main(["evaluate", *map(str, arguments)]) == 2
+    printed = capsys.readouterr()
+    last = printed.err.splitlines()[-1]  # behind the progress bar
+    assert printed.out == "" and last.startswith("kcfi: error: ") and last.endswith("gone.png: no such file")
+
+
+def test_a_results_file_that_is_a_folder_is_refused_before_the_work(capsys, scenes, tmp_path):
+    for command in (
+        ["evaluate", "--dataset", "nowhere", "--output", tmp_path],
+        ["score", "nowhere.json", "--references", "nowhere.json", "--output", tmp_path],
+    ):
+        assert refusal(capsys, *command).startswith(f"--output: {tmp_path} is a folder; give a file")
+    (tmp_path / "file").touch()
+    below = ["evaluate", "--dataset", "nowhere", "--output", tmp_path / "file" / "results.json"]
+    assert refusal(capsys, *below).startswith(f"--output: {tmp_path / 'file'} is a file")
+
+
+def test_synthesize_never_mixes_with_what_is_there(capsys, scenes):
+    message = refusal(capsys, "data", "synthesize", "--pairs", "10", "--output", scenes)
+    assert "is not an empty folder: choose a new one" in message
+    assert "--output" in refusal(
+        capsys, "data", "synthesize", "--pairs", "10", "--output", scenes / "contact_sheet.png"
+    )
+    assert "at least 10" in refusal(capsys, "data", "synthesize", "--pairs", "9", "--output", scenes / "new")
+    assert not (scenes / "new").exists()
+
+
+def test_score_names_what_it_misses(capsys, scenes, tmp_path):
+    predictions = tmp_path / "predictions.json"
+    predictions.write_text(json.dumps({"another.png": "a house appears ."}))
+    command = ["score", predictions, "--references", scenes / "LevirCCcaptions.json", "--no-meteor"]
+    message = refusal(capsys, *command)
+    assert "1 missing: test_000000.png" in message and "1 not in the split: another.png" in message
+
+
+# train
+
+
+def test_train_refuses_unknown_fields_and_recipes(capsys):
+    message = refusal(capsys, "train", "debug", "--lerning_rate", "1")
+    assert message == "Unknown field 'lerning_rate': did you mean 'learning_rate'?"
+    assert "packaged recipes: debug, paper" in refusal(capsys, "train", "debgu")
+
+
+def test_train_refuses_a_data_set_that_is_missing(capsys, tmp_path):
+    options = ["--dataset", tmp_path / "nowhere", "--output_dir", tmp_path / "run"]
+    assert refusal(capsys, "train", "debug", *options) == f"{tmp_path / 'nowhere'}: no such folder"
+
+
+# Help, and the process as a whole
+
+
+@pytest.mark.parametrize("command", [[], ["caption"], ["train"], ["evaluate"], ["score"], ["data", "synthesize"]])
+def test_help_shows_an_example(capsys, command):
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "--help"])
+    assert " ".join(["\n  kcfi" if not command else "kcfi", *command]) + " " in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def environment():
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def test_help_loads_nothing_but_the_package(environment):
+    code = (
+        "import json, sys, kcfi; loaded = set(sys.modules)\n"
+        "from kcfi.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print(json.dumps(sorted(set(sys.modules) - loaded)), file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    more = {name.split(".")[0] for name in json.loads(process.stderr)} - set(sys.stdlib_module_names)
+    assert more == {"kcfi"} and "kcfi.training" not in process.stderr
+
+
+def test_the_module_runs_and_prints_nothing_but_its_result(pair, detector, environment):
+    command = [sys.executable, "-m", "kcfi.cli", "caption", *pair, "--model", str(detector), "--json"]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0 and json.loads(process.stdout)["caption"]
+    assert process.stderr == ""  # no warnings of libraries; a progress bar only for many tiles
+    command[4] = "nowhere.png"
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr == "kcfi: error: nowhere.png: No such file or directory\n"

@@ -1,0 +1,136 @@
+"""The packaged recipes: every one parses, and its model can be built (on the meta device, so without memory)."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import Trainer
+
+from kcfi import KCFIConfig, KCFIForConditionalGeneration, embedded_model
+from kcfi.training.arguments import RECIPES, parse_recipe
+from kcfi.training.levir_cc import num_classes
+from kcfi.training.trainer import freeze, parameter_groups
+
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+# What stands behind the names of towers in the recipes, so that nothing is downloaded.
+LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+QWEN2 = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+TOWERS = {
+    "google/vit-large-patch16-224-in21k": {"model_type": "vit", "image_size": 224, "patch_size": 16, **LARGE},
+    "openai/clip-vit-large-patch14": {
+        "model_type": "clip_vision_model",
+        "image_size": 224,
+        "patch_size": 14,
+        "projection_dim": 768,
+        **LARGE,
+    },
+    "Qwen/Qwen2-1.5B-Instruct": QWEN2,
+    # pretrained by `make tiny`
+    "runs/tiny-vit": {
+        "model_type": "vit",
+        "image_size": 256,
+        "patch_size": 16,
+        "hidden_size": 192,
+        "intermediate_size": 768,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 3,
+    },
+    "runs/tiny-lm": {
+        "model_type": "qwen2",
+        "vocab_size": 670,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+@pytest.fixture
+def read(tmp_path):
+    """A packaged recipe; this machine may have no GPU that bf16 needs."""
+
+    def parse(name):
+        return parse_recipe(name, ["--use_cpu", "--output_dir", str(tmp_path / "run")])
+
+    return parse
+
+
+def config_of(recipe):
+    model = recipe.model
+    if model.model == "kcfi-tiny":
+        return KCFIConfig.from_pretrained(embedded_model())
+    settings = {"image_token_id": 3, **model.model_settings}
+    return KCFIConfig(vision_config=TOWERS[model.vision_model], text_config=TOWERS[model.text_model], **settings)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_model_has_every_parameter_in_the_group_of_its_part(read, name):
+    recipe = read(name)
+    config = config_of(recipe)
+    assert config.num_change_classes == num_classes(recipe.data.mask_classes)
+    with torch.device("meta"):
+        model = KCFIForConditionalGeneration(config)
+    freeze(model, recipe.training)
+    decayed = Trainer.get_decay_parameter_names(None, model)
+    groups = parameter_groups(model, recipe.training, decayed)
+    found = {}
+    for group in groups:
+        found.setdefault(group["name"], {"lr": group["lr"], "parameters": 0})
+        found[group["name"]]["parameters"] += sum(parameter.numel() for parameter in group["params"])
+        assert group["weight_decay"] in (0, recipe.training.weight_decay)
+
+    def size(*parts):
+        return sum(parameter.numel() for part in parts for parameter in part.parameters())
+
+    parts, args = model.model, recipe.training
+    assert found == {
+        "learning_rate": {
+            "lr": args.learning_rate,
+            "parameters": size(parts.key_change_perceiver, parts.change_detection_head),
+        },
+        "vision_learning_rate": {"lr": args.vision_learning_rate, "parameters": size(parts.vision_tower)},
+        "projector_learning_rate": {"lr": args.projector_learning_rate, "parameters": size(parts.projector)},
+    }
+    assert not any(parameter.requires_grad for parameter in parts.language_model.parameters())
+
+
+def test_the_paper_recipe_is_what_the_defaults_are(read):
+    recipe, default = read("paper"), KCFIConfig()
+    config = config_of(recipe)
+    for field in dataclasses.fields(KCFIConfig):
+        if field.name not in ("vision_config", "text_config", "image_token_id"):
+            assert getattr(config, field.name) == getattr(default, field.name), field.name
+    assert config.vision_config.num_hidden_layers == default.vision_config.num_hidden_layers == 24
+    assert config.text_config.hidden_size == default.text_config.hidden_size == 1536
+    assert (config.num_patches, config.stage_width) == (256, 4096)
+    args = recipe.training
+    assert (args.dwa, args.dwa_temperature) == ("step", 0.2)
+    assert (args.learning_rate, args.vision_learning_rate, args.projector_learning_rate) == (1e-4, 1e-5, 1e-5)
+
+
+def test_the_released_recipe_is_the_authors_code(read):
+    recipe = read("released")
+    config = config_of(recipe)
+    assert (config.patch_size, config.image_size, config.num_patches) == (14, 224, 256)
+    assert config.vision_feature_layers == [4, 10, 16, 22]
+    assert (config.flow_residual, config.flow_scope, config.projector) == ("cross", "stage_and_global", "mlp2x_gelu")
+    assert (recipe.training.dwa_temperature, recipe.training.num_train_epochs) == (2.0, 5)
+    assert recipe.model.shortest_edge == 256
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_first_line_says_what_it_is_for(name):
+    assert (RECIPES / f"{name}.yaml").read_text().startswith("# ")
