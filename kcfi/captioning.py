@@ -20,11 +20,9 @@ from scipy import ndimage
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.image_transforms import convert_to_rgb
 
-from kcfi.processing.image_processing_kcfi import eight_bit, open_image
 from kcfi.training.arguments import model_source
-from kcfi.training.levir_cc import MASK_BUILDING, MASK_ROAD
+from kcfi.training.levir_cc import MASK_BUILDING, MASK_ROAD, read_image
 
 BATCH = 8  # tiles encoded at a time
 OVERLAP = 0.25  # of a tile's side, at least, with each neighbour
@@ -75,7 +73,7 @@ def load(name: str) -> tuple[Any, Any]:
         kind = AutoConfig.from_pretrained(source).model_type
         if kind != "kcfi":
             raise ValueError(f"it is a model of type {kind!r}, not 'kcfi'.")
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
         processor = AutoProcessor.from_pretrained(source)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"Cannot load the model {name!r}: {str(error).splitlines()[0]}") from error
@@ -93,7 +91,7 @@ def read_pair(before: str | Path | Image.Image, after: str | Path | Image.Image)
         FileNotFoundError: no such file.
         ValueError: not an image, more than 8 bits, or the sizes differ; names the files.
     """
-    first, second = (_read_rgb(source) for source in (before, after))
+    first, second = (read_image(source) for source in (before, after))
     if first.size != second.size:
         names = [f"{source} is " if isinstance(source, str | Path) else "" for source in (before, after)]
         raise ValueError(
@@ -102,13 +100,6 @@ def read_pair(before: str | Path | Image.Image, after: str | Path | Image.Image)
             "resample one of them."
         )
     return first, second
-
-
-def _read_rgb(source: str | Path | Image.Image) -> Image.Image:
-    image = eight_bit(open_image(source))
-    if not isinstance(image, Image.Image):  # mode F
-        image = Image.fromarray(image)
-    return Image.fromarray(convert_to_rgb(image, return_numpy=True))
 
 
 def tile_starts(length: int, tile: int) -> list[int]:
@@ -201,7 +192,7 @@ class Describer:
         key_changes = maps[0].numpy()
         mask = maps[1:].argmax(0).to(torch.uint8).numpy() if has_head else None
 
-        evidence = key_changes if mask is None else mask > 0
+        evidence = key_changes if mask is None or not mask.any() else mask > 0
         most_changed = max(boxes, key=lambda box: evidence[box[1] : box[3], box[0] : box[2]].sum())
         found = changed_regions(mask) if regions and mask is not None else []
         windows = [most_changed, *(self._window(region.box, width, height) for region in found)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kcfi.pictures import CHANGE_COLOURS, contact_sheet, overlay
+from kcfi.pictures import CHANGE_COLOURS, contact_sheet, heat_map, overlay
 
 
 @pytest.mark.parametrize(("road", "building"), [(128, 255), (1, 2)])
@@ -25,6 +25,17 @@ def test_overlay_tells_roads_from_buildings_and_leaves_the_rest(road, building):
 def test_overlay_refuses_a_mask_of_another_size():
     with pytest.raises(ValueError, match="mask is 8 x 4 px, the image 16 x 12"):
         overlay(Image.new("RGB", (16, 12)), np.zeros((4, 8), np.uint8))
+
+
+def test_heat_map_is_blue_where_features_are_weak_and_red_where_they_are_strong():
+    values = np.linspace(0, 7, 12 * 16, dtype=np.float32).reshape(12, 16)
+    drawn = np.asarray(heat_map(Image.new("RGB", (16, 12), "grey"), values)).astype(int)
+    red_over_blue = drawn[..., 0] - drawn[..., 2]
+    assert drawn.shape == (12, 16, 3) and red_over_blue[0].max() < 0 < red_over_blue[-1].min()
+    even = np.asarray(heat_map(Image.new("RGB", (16, 12)), np.full((12, 16), 3.0)))
+    assert (even == even[0, 0]).all()
+    with pytest.raises(ValueError, match="values for 8 x 4 px, the image 16 x 12"):
+        heat_map(Image.new("RGB", (16, 12)), np.zeros((4, 8)))
 
 
 def test_contact_sheet_shows_every_image_in_its_row_and_column():

@@ -125,9 +125,7 @@ class KCFITrainingArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two lines of the log."})
     ddp_find_unused_parameters: bool | None = field(
         default=True,
-        metadata={
-            "help": "Keep true: blocks behind the last stage, and the head in a batch without masks, are unused."
-        },
+        metadata={"help": "Keep true: the change detection head has no gradient in a batch without masks."},
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Keep false: the collator reads columns that the model does not know."}
@@ -137,6 +135,8 @@ class KCFITrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.eval_strategy == "no":
+            self.load_best_model_at_end = False  # there is no score to choose by
         super().__post_init__()
         if self.dwa_temperature <= 0:
             raise ValueError(f"dwa_temperature={self.dwa_temperature} must be above 0 (0.2 in the paper).")

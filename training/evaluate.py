@@ -26,7 +26,7 @@ from kcfi.processing import KCFIProcessor
 from kcfi.training.arguments import model_source
 from kcfi.training.collator import KCFICollator
 from kcfi.training.levir_cc import NO_LABEL, MaskClasses, load_pairs, num_classes
-from kcfi.training.metrics import MaskScores, results
+from kcfi.training.metrics import MaskScores, require_java, results
 
 
 @dataclass
@@ -181,6 +181,8 @@ def evaluate_model(
         FileNotFoundError: no such data set, or no Java with `meteor`.
         ValueError: the classes of masks and model differ, or a file of the data set cannot be used.
     """
+    if meteor:
+        require_java()  # now, not after an hour of captions
     pairs = load_pairs(dataset, split, num_pairs, seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network: Any = AutoModelForImageTextToText.from_pretrained(
@@ -200,13 +202,13 @@ def evaluate_model(
         with torch.no_grad():
             predictions += predict(network, processor, batch, encode(network, batch), max_new_tokens)
     scores.update(predictions)
-    report = scores.results(model, dataset, split, meteor)
 
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     captions = json.dumps(scores.captions, indent=2, ensure_ascii=False)
     output.with_name("predictions.json").write_text(captions + "\n", encoding="utf-8")
+    report = scores.results(model, dataset, split, meteor)
+    output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     picture_sheet(pairs, predictions).save(output.with_name("pairs.png"))
     return report
 

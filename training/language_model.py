@@ -36,6 +36,7 @@ from transformers import (
 from kcfi.processing import INSTRUCTIONS, KCFIProcessor
 from kcfi.training.levir_cc import MASK_ROAD
 from kcfi.training.synthetic import Change, SyntheticDataset
+from kcfi.training.synthetic_layout import ObjectKind
 
 BINS = 16  # rows and columns that the words of position tell apart
 KINDS = {"road": "<road>", "villa": "<villa>", "large building": "<large building>"}
@@ -100,7 +101,7 @@ def sketch(mask: NDArray[np.uint8], change: Change, grid: int) -> list[list[str]
         labels = ndimage.label(mask == value)[0]
         for index, area in enumerate(ndimage.find_objects(labels), start=1):
             pixels = labels[area] == index
-            kind = "road" if value == MASK_ROAD else ("villa" if "villa" in objects else "large building")
+            kind: ObjectKind = "road" if value == MASK_ROAD else ("villa" if "villa" in objects else "large building")
             facts = [KINDS[kind], "<built>" if change.appears else "<removed>"]
             facts += [GROUNDS[change.ground]] if change.ground else []
             facts += [ALONG[objects[kind].road]] if objects[kind].road else []
@@ -179,6 +180,8 @@ class SketchReader(nn.Module):
         image_token_id: id of `<image>`, which the sketch replaces.
     """
 
+    language_model: Any
+
     def __init__(self, language_model: Qwen2ForCausalLM, image_token_id: int) -> None:
         super().__init__()
         self.language_model = language_model
@@ -243,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     model = Qwen2ForCausalLM(config)
     trainer = Trainer(
-        model=SketchReader(model, processor.image_token_id),
+        model=SketchReader(model, tokenizer.convert_tokens_to_ids(processor.image_token)),
         args=TrainingArguments(
             output_dir=str(arguments.output),
             max_steps=arguments.steps,

@@ -29,8 +29,11 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset, Subset
+from transformers.image_transforms import convert_to_rgb
+
+from kcfi.processing.image_processing_kcfi import eight_bit, open_image
 
 MaskClasses = Literal["change", "building", "road_building"]
 
@@ -127,23 +130,23 @@ def grey_mask(mask: Image.Image, filename: str) -> Image.Image:
     return Image.fromarray(channels[..., 0])
 
 
-def read_image(path: Path) -> Image.Image:
-    """Read an image upright, as 8-bit RGB; transparency is dropped.
+def read_image(path: str | Path | Image.Image) -> Image.Image:
+    """Read an image as inference sees it: upright, 8-bit RGB, transparency over white.
 
     Args:
-        path: File in any format that PIL reads.
+        path: File in any format that PIL reads, or a PIL image.
 
     Returns:
-        Image of mode "RGB", fully loaded, turned as its EXIF orientation says.
+        Image of mode "RGB", fully loaded.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is no readable image or has more than 8 bits per channel.
     """
-    image = _open_upright(path)
-    if image.mode not in _EIGHT_BIT_MODES:
-        raise ValueError(f"{path}: image of mode {image.mode}; expected 8 bits per channel, so rescale it first")
-    return image.convert("RGB")
+    image = eight_bit(open_image(path))
+    if not isinstance(image, Image.Image):  # mode F
+        image = Image.fromarray(image)
+    return Image.fromarray(np.asarray(convert_to_rgb(image, return_numpy=True)))
 
 
 def read_mask(path: Path) -> Image.Image:
@@ -159,18 +162,7 @@ def read_mask(path: Path) -> Image.Image:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is no readable image or no grey mask.
     """
-    return grey_mask(_open_upright(path), str(path))
-
-
-def _open_upright(path: Path) -> Image.Image:
-    """Open and decode an image, turned as its EXIF orientation says."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
-    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, zlib.error and more
-        raise ValueError(f"{path}: not a readable image ({error})") from error
+    return grey_mask(open_image(path), str(path))
 
 
 @dataclass(frozen=True)

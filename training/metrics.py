@@ -126,12 +126,11 @@ def _row(tokenized: _Tokenized, meteor: float | None) -> Row:
     }
 
 
-def _ptb_tokens(sentences: list[str]) -> list[str]:
-    """Tokenize with Stanford's PTB tokenizer, lower-cased and without punctuation; an empty sentence stays empty.
+def require_java() -> str:
+    """Path of Java.
 
-    Same program, options and punctuation as pycocoevalcap's `PTBTokenizer`. That class is not called because it writes
-    into its own installation folder, which may be read-only, loses count at a form feed or carriage return inside a
-    sentence, and prints a line per call.
+    Raises:
+        FileNotFoundError: If it is not on the PATH; says what to install.
     """
     java = shutil.which("java")
     if java is None:
@@ -139,6 +138,17 @@ def _ptb_tokens(sentences: list[str]) -> list[str]:
             "the PTB tokenizer and METEOR need Java, and there is no `java` on the PATH: install a Java runtime "
             "(Debian and Ubuntu: `apt install default-jre-headless`) or leave METEOR out (`--no-meteor`)"
         )
+    return java
+
+
+def _ptb_tokens(sentences: list[str]) -> list[str]:
+    """Tokenize with Stanford's PTB tokenizer, lower-cased and without punctuation; an empty sentence stays empty.
+
+    Same program, options and punctuation as pycocoevalcap's `PTBTokenizer`. That class is not called because it writes
+    into its own installation folder, which may be read-only, loses count at a form feed or carriage return inside a
+    sentence, and prints a line per call.
+    """
+    java = require_java()
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
     options = ("-preserveLines", "-lowerCase", "-encoding", "UTF-8")
     process = subprocess.run(

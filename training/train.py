@@ -59,9 +59,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("recipe", help="YAML file of `field: value` lines, or the name of a packaged recipe")
+    parser.add_argument(
+        "recipe", nargs="?", help="YAML file of `field: value` lines, or the name of a packaged recipe"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of output_dir")
     options, overrides = parser.parse_known_args(argv)
+    if options.recipe is None:
+        raise ValueError("Name a recipe: a YAML file or a packaged one, for example `kcfi train debug`.")
     train(parse_recipe(options.recipe, overrides), options.resume)
 
 
@@ -162,7 +166,7 @@ def find_checkpoint(output_dir: Path, resume: bool) -> str | None:
     complete = [path for path in output_dir.glob("checkpoint-[0-9]*") if _is_complete(path)]
     if resume and not complete:
         raise ValueError(f"Nothing to resume: {output_dir} has no complete checkpoint. Start without --resume.")
-    if complete and not resume:
+    if (complete or (output_dir / "model.safetensors").exists()) and not resume:
         raise ValueError(f"{output_dir} holds a run: continue it with --resume, or choose another --output_dir.")
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if resume else None
 

@@ -255,7 +255,8 @@ class KCFITrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.zeros(4, dtype=torch.int64, device=device)
         for batch in batches:
-            pixels = (batch["mask_labels"] != NO_LABEL).sum().item() if "mask_labels" in batch else 0
+            masks = batch.get("mask_labels") if self.model.config.use_change_detection_head else None
+            pixels = 0 if masks is None else (masks != NO_LABEL).sum().item()
             tokens = (batch["labels"] != IGNORED).sum().item()
             counts += torch.tensor([tokens, pixels, len(batch["filenames"]), len(batch["labels"])], device=device)
         tokens, self.labelled_pixels, pairs, captions = self.accelerator.reduce(counts, "sum").tolist()
@@ -313,9 +314,9 @@ class KCFITrainer(Trainer):
         losses = dict(zip(TASKS, self.accelerator.reduce(sums, "sum").tolist(), strict=True))
         if not self.labelled_pixels:
             del losses["mask"]
-            if self.state.global_step == 0:
+            if self.state.global_step == 0 and self.is_world_process_zero():
                 logger.warning(
-                    "The first step has no mask: until one comes, captions are trained alone, with weight 1."
+                    "The first step has no mask loss: until one comes, captions are trained alone, with weight 1."
                 )
         for task, loss in losses.items():
             self._logged[task].append(loss)

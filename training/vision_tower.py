@@ -11,6 +11,7 @@ large building on synthetic dates, one at a time, read by a linear map of the sa
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class Namer(nn.Module):
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Cross-entropy per pixel, as `loss`."""
         states = self.tower(pixel_values, output_hidden_states=list(LAYERS)).hidden_states
-        grid = pixel_values.shape[-1] // self.tower.config.patch_size
+        grid = math.isqrt(states[LAYERS[0]].shape[1] - 1)  # without the class token
         features = torch.cat([states[layer][:, 1:] for layer in LAYERS], dim=-1)
         scores = self.linear(features).transpose(1, 2).unflatten(2, (grid, grid))
         scores = F.interpolate(scores.float(), size=labels.shape[-2:], mode="bilinear")

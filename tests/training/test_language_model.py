@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from kcfi.processing import KCFIProcessor
-from kcfi.training.language_model import WORDS, SketchReader, Sketches, build_tokenizer, collate, main, sketch
+from kcfi.training.language_model import WORDS, Sketches, SketchReader, build_tokenizer, collate, main, sketch
 from kcfi.training.synthetic import Change, ObjectChange, SyntheticDataset
 
 
@@ -17,7 +17,7 @@ def processor():
 
 
 def test_any_text_survives_the_tokenizer_and_sketch_words_are_single_tokens(processor):
-    text = "Ein Haus, 10 m² groß – at the Top-Left!"
+    text = "Ein Haus, 10 m² groß, at the Top-Left!"
     assert processor.tokenizer.decode(processor.tokenizer(text)["input_ids"]) == text
     assert all(len(processor.tokenizer(word)["input_ids"]) == 1 for word in WORDS)
     assert processor.end_token == "<|im_end|>"

@@ -183,7 +183,7 @@ def test_a_missing_folder_is_named(tmp_path):
 def test_a_missing_partner_is_named(root, folder):
     path = root / "images/train" / folder / "a.png"
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=f"{re.escape(str(path))}: no such file"):
+    with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
         LevirCCDataset(root, "train")[0]
 
 
@@ -192,7 +192,7 @@ def test_a_broken_image_is_named_and_spares_the_others(root, folder):
     path = root / "images/train" / folder / "a.png"
     path.write_bytes(path.read_bytes()[:50])
     dataset = LevirCCDataset(root, "train")
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: not a readable image"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: cannot be read as an image"):
         dataset[0]
     assert dataset[1]["filename"] == "b.png"
 
@@ -214,13 +214,13 @@ def test_images_are_read_upright_and_in_colour(tmp_path):
 
 def test_a_16_bit_image_is_refused_rather_than_clipped(tmp_path):
     Image.new("I;16", (4, 4), 3000).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match=r"deep\.png: image of mode I;16; expected 8 bits"):
+    with pytest.raises(ValueError, match=r"deep\.png\) of mode 'I;16'.*8 bits"):
         read_image(tmp_path / "deep.png")
 
 
 def test_a_text_file_is_no_image(tmp_path):
     (tmp_path / "note.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"note\.png: not a readable image"):
+    with pytest.raises(ValueError, match=r"note\.png: cannot be read as an image"):
         read_image(tmp_path / "note.png")
 
 

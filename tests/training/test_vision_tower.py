@@ -18,7 +18,7 @@ def test_objects_of_the_after_date_cover_what_appeared_in_the_mask():
             built = objects(scene)
             for value, names in ((255, (2, 3)), (128, (1,))):
                 pixels = scene.mask == value
-                # a pixel has one name: where a new road meets a house, or the shift of supersampled edges, not all agree
+                # a pixel has one name, and edges are drawn twice: not all agree
                 assert not pixels.any() or np.isin(built[pixels], names).mean() > 0.95
             named = {change.kind for change in scene.change.objects}
             assert named <= {CLASSES[value] for value in np.unique(built)}
