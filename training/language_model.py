@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     scenes = SyntheticDataset(min(arguments.scenes, 32 * arguments.steps), seed=arguments.seed)
     captions = [caption for index in range(2000) for caption in scenes.truth(index % len(scenes))[2]]
     tokenizer = build_tokenizer(captions)
-    processor = KCFIProcessor.from_towers(tokenizer)
+    processor: Any = KCFIProcessor.from_towers(tokenizer)
     torch.manual_seed(arguments.seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     model = Qwen2ForCausalLM(config)
     trainer = Trainer(
-        model=SketchReader(model, tokenizer.convert_tokens_to_ids(processor.image_token)),
+        model=SketchReader(model, processor.image_token_id),
         args=TrainingArguments(
             output_dir=str(arguments.output),
             max_steps=arguments.steps,
