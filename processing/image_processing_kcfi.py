@@ -49,7 +49,11 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
         image.load()
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError) as error:  # PIL reports some broken PNGs as SyntaxError
+    except (
+        OSError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # PIL reports some broken PNGs as SyntaxError
         raise ValueError(f"{name}: cannot be read as an image ({error}).") from error
     if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
