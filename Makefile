@@ -13,7 +13,6 @@ test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: $(VENV)/installed-dev
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,deepspeed]"
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/installed-dev

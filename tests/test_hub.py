@@ -143,7 +143,8 @@ def test_without_kcfi_the_folder_loads_itself_answers_the_same_and_saves_itself(
     answers = torch.load(work / "answers.pt")
     assert all(module.startswith("transformers_modules.") for module in answers["modules"])
     for name, expected in saved.items():
-        assert torch.equal(answers[name], expected), name
+        # another process may add in another order: the last bit may differ, tokens may not
+        torch.testing.assert_close(answers[name], expected, rtol=1e-4, atol=1e-6, msg=name)
     for name in CODE:
         assert (work / "again" / name).read_bytes() == (work / "model" / name).read_bytes(), name
     for file, part in (("config.json", "auto_map"), ("processor_config.json", "auto_map")):
