@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             options = build_parser().parse_args(arguments)
             options.run(options)
-    except (OSError, ValueError, FloatingPointError) as error:
+    except input_errors() as error:
         text = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:  # without the number in front
             text = f"{error.filename}: {error.strerror}"
@@ -43,6 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def input_errors() -> tuple[type[Exception], ...]:
+    """What bad input raises; called, and so importing, only once something was raised."""
+    from huggingface_hub.errors import StrictDataclassError  # a setting that the config of a model refuses
+
+    return OSError, ValueError, FloatingPointError, StrictDataclassError
 
 
 class _Parser(argparse.ArgumentParser):

@@ -23,6 +23,7 @@ class TowerGeometry(NamedTuple):
     patch_size: int  # side in pixels
     num_blocks: int
     image_size: int  # side in pixels that the position embeddings are made for
+    any_size: bool = True  # takes images of other sizes without being told at construction
 
 
 @functools.cache
@@ -43,8 +44,13 @@ def timm_geometry(architecture: str, model_args: str) -> TowerGeometry:
         raise ValueError(
             f"timm architecture {architecture!r} is not a ViT: it has no `blocks` behind a `patch_embed`."
         )
+    patch, size = tower.patch_embed.patch_size, tower.patch_embed.img_size
     return TowerGeometry(
-        tower.embed_dim, tower.patch_embed.patch_size[0], len(tower.blocks), tower.patch_embed.img_size[0]
+        hidden_size=tower.embed_dim,
+        patch_size=patch if isinstance(patch, int) else patch[0],
+        num_blocks=len(tower.blocks),
+        image_size=size[0],
+        any_size=not hasattr(tower, "dynamic_img_size"),  # XCiT computes its position embeddings
     )
 
 
@@ -68,6 +74,8 @@ class KCFIConfig(PreTrainedConfig):
         flow_residual: "self" = warped minus own date (eq. 3), "cross" = warped minus the other date (authors' code).
         flow_scope: "stage" = a flow net per stage; "stage_and_global" = one more over all stages, whose residuals are
             added (authors' code).
+        visual_token_pooling: the language model reads the mean of so many by so many patches (1 = every patch);
+            perceiver and head still see every patch. Ours, not the paper's.
         change_context: stage features put beside the change features, by channel, for the projector and the head:
             none, those of the after image, or of both. Ours, not the paper's.
         projector: "linear" (eq. 4) or "mlp2x_gelu" (authors' code).
@@ -124,6 +132,7 @@ class KCFIConfig(PreTrainedConfig):
     use_key_change_perceiver: bool = True
     flow_residual: Literal["self", "cross"] = "self"
     flow_scope: Literal["stage", "stage_and_global"] = "stage"
+    visual_token_pooling: int = 1
     change_context: Literal["none", "after", "bitemporal"] = "none"
     projector: Literal["linear", "mlp2x_gelu"] = "linear"
     use_change_detection_head: bool = True
@@ -151,7 +160,9 @@ class KCFIConfig(PreTrainedConfig):
             vision.use_mask_token = False  # a parameter that nothing reads has no gradient, which stops DDP
         if vision.model_type == "timm_wrapper":
             vision.do_pooling = False
-            if self.image_size != self.tower.image_size:  # timm's name for interpolated position embeddings
+            if (
+                self.image_size != self.tower.image_size and not self.tower.any_size
+            ):  # timm's name for interpolated position embeddings
                 vision.model_args = {**(vision.model_args or {}), "dynamic_img_size": True}
 
     def validate_architecture(self) -> None:
@@ -168,6 +179,11 @@ class KCFIConfig(PreTrainedConfig):
             raise ValueError(
                 f"image_size={size} is not a multiple of the vision tower's patch size {patch}; the nearest is "
                 f"{max(1, round(size / patch)) * patch}."
+            )
+        if self.visual_token_pooling < 1 or size % self.visual_token_size:
+            raise ValueError(
+                f"visual_token_pooling={self.visual_token_pooling} does not divide the {size // patch} x "
+                f"{size // patch} patches of an image (image_size={size}, patch size {patch})."
             )
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
@@ -212,13 +228,18 @@ class KCFIConfig(PreTrainedConfig):
         return self.tower.patch_size
 
     @property
+    def visual_token_size(self) -> int:
+        """Side in pixels of the square that one placeholder stands for: the `patch_size` of the processor."""
+        return self.patch_size * self.visual_token_pooling
+
+    @property
     def num_patches(self) -> int:
         """Number N of patches of an image of `image_size`."""
         return ((self.image_size or self.tower.image_size) // self.patch_size) ** 2
 
     @property
     def num_image_tokens(self) -> int:
-        """How many `<image>` tokens a prompt has (Fig. 7), each replaced by N features."""
+        """How many `<image>` tokens a prompt has (Fig. 7), each replaced by N features (with pooling: fewer)."""
         return {"change": 1, "bitemporal": 2, "bitemporal_change": 3}[self.visual_inputs]
 
     @property

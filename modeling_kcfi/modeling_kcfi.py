@@ -41,7 +41,7 @@ class KCFIImageFeatures(BaseModelOutputWithPooling):
         last_hidden_state (`torch.Tensor` of shape `(B, 2 * S, C)`): last states of the vision tower, those of the
             before image and then those of the after image, S each (patches, class and register tokens).
         pooler_output (`list[torch.Tensor]`): per pair the `(num_image_tokens * N, D)` features that replace its
-            `<image>` placeholders.
+            `<image>` placeholders; with `visual_token_pooling` p there are N / p^2 instead of N.
         hidden_states, attentions: of the vision tower, for both dates (`2B` rows: before, after, before, ...).
         change_features (`torch.Tensor` of shape `(B, N, L*C)`): key change features (with context: wider).
         mask_logits (`torch.Tensor` of shape `(B, num_change_classes, H, W)`): None without a head.
@@ -97,9 +97,15 @@ def trim_tower(tower: PreTrainedModel, last_block: int) -> PreTrainedModel:
 
     Nothing reads them, they cost time, and parameters without a gradient stop DDP.
     """
-    backbone = getattr(tower, "timm_model", tower)
-    blocks = max((part for part in backbone.modules() if isinstance(part, nn.ModuleList | nn.Sequential)), key=len)
+    backbone: Any = getattr(tower, "timm_model", tower)
+    lists = [part for part in backbone.modules() if isinstance(part, nn.ModuleList | nn.Sequential)]
+    blocks = getattr(backbone, "blocks", None) or max(lists, key=len)  # timm has a name for them
     del blocks[last_block:]
+    if hasattr(backbone, "cls_attn_blocks"):  # XCiT, CaiT: the class token comes in behind the blocks
+        del backbone.cls_attn_blocks[:]
+        class_token = backbone.cls_token.detach()
+        del backbone.cls_token
+        backbone.register_buffer("cls_token", class_token)
     for name in ("layernorm", "post_layernorm", "norm", "fc_norm", "pooler", "attn_pool", "head"):
         if isinstance(getattr(backbone, name, None), nn.Module):
             setattr(backbone, name, nn.Identity())
@@ -107,16 +113,23 @@ def trim_tower(tower: PreTrainedModel, last_block: int) -> PreTrainedModel:
 
 
 class KCFIProjector(nn.Module):
-    """Features (B, N, C_in) -> embeddings (B, N, D) of the language model (eq. 4), scattered over `<image>`."""
+    """Features (B, N, C_in) -> embeddings (B, N, D) of the language model (eq. 4), scattered over `<image>`.
+
+    With `visual_token_pooling` p the features are first averaged over p x p patches: (B, N / p^2, D).
+    """
 
     def __init__(self, config: KCFIConfig) -> None:
         super().__init__()
         width = config.text_config.hidden_size
+        self.pooling = config.visual_token_pooling
         self.linear_1 = nn.Linear(config.change_width, width)
         self.linear_2 = nn.Linear(width, width) if config.projector == "mlp2x_gelu" else None
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+    def forward(self, features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """See the class; `grid` is (h, w) with h * w = N."""
+        if self.pooling > 1:
+            maps = features.transpose(1, 2).unflatten(2, grid)
+            features = F.avg_pool2d(maps, self.pooling).flatten(2).transpose(1, 2)
         hidden = self.linear_1(features)
         if self.linear_2 is not None:
             hidden = self.linear_2(F.gelu(hidden))
@@ -167,6 +180,7 @@ class KCFIModel(KCFIPreTrainedModel):
         self.change_detection_head = ChangeDetectionHead(config) if config.use_change_detection_head else None
         self.language_model = AutoModel.from_config(config.text_config)
         self.patch_size = config.patch_size
+        self.token_size = config.visual_token_size
         # CLIP, SigLIP and ViT refuse other sizes than their own unless asked; DINOv2 needs no asking
         asked = "interpolate_pos_encoding" in inspect.signature(self.vision_tower.forward).parameters
         self.interpolation = {"interpolate_pos_encoding": True} if asked else {}
@@ -186,14 +200,17 @@ class KCFIModel(KCFIPreTrainedModel):
             class or register tokens; and the tower's own output.
 
         Raises:
-            ValueError: shape other than (B, 2, 3, H, W), or sides that the patch size does not divide.
+            ValueError: shape other than (B, 2, 3, H, W), or sides that the patch size (times the pooling of the visual
+                tokens) does not divide.
         """
         patch = self.patch_size
         if pixel_values.ndim != 5 or pixel_values.shape[1] != 2:
             raise ValueError(f"pixel_values must be pairs, (B, 2, 3, H, W), not {tuple(pixel_values.shape)}.")
         height, width = pixel_values.shape[-2:]
-        if height % patch or width % patch:
-            raise ValueError(f"pixel_values of {height} x {width} px do not divide into patches of {patch} px.")
+        if height % self.token_size or width % self.token_size:
+            raise ValueError(
+                f"pixel_values of {height} x {width} px do not divide into squares of {self.token_size} px."
+            )
         images = pixel_values.flatten(0, 1).to(self.vision_tower.dtype)  # (2B,3,H,W)
         layers = self.config.vision_feature_layers or []
         if self.config.vision_config.model_type == "timm_wrapper":
@@ -231,10 +248,11 @@ class KCFIModel(KCFIPreTrainedModel):
         inputs = [] if self.config.visual_inputs == "change" else [flatten_stages(before), flatten_stages(after)]
         if self.config.visual_inputs != "bitemporal":
             inputs.append(change)
-        embeddings = torch.cat([self.projector(features) for features in inputs], dim=1)  # (B,num_image_tokens*N,D)
+        grid = before[0].shape[-2:]
+        embeddings = torch.cat([self.projector(features, grid) for features in inputs], dim=1)
         mask_logits = None
         if self.change_detection_head is not None:
-            mask_logits = self.change_detection_head(change, before[0].shape[-2:], pixel_values.shape[-2:])
+            mask_logits = self.change_detection_head(change, grid, pixel_values.shape[-2:])
         return KCFIImageFeatures(
             last_hidden_state=outputs.last_hidden_state.unflatten(0, (-1, 2)).flatten(1, 2),
             pooler_output=list(embeddings),

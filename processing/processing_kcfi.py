@@ -129,7 +129,8 @@ class KCFIProcessor(ProcessorMixin):
             padding token, its end token serves (padding is masked, so nothing else changes). It pads on the left, as
             generation needs.
         chat_template: Jinja template of prompts; None = `build_chat_template`.
-        patch_size: side of the vision tower's patches in pixels.
+        patch_size: side in pixels of the square that one placeholder stands for: that of the vision tower's patches,
+            times `visual_token_pooling` (`KCFIConfig.visual_token_size`).
         visual_inputs: what replaces `<image>` (`KCFIConfig.visual_inputs`): "change" (1 token), "bitemporal" (2) or
             "bitemporal_change" (3).
         image_token: the placeholder.
@@ -187,7 +188,7 @@ class KCFIProcessor(ProcessorMixin):
             image_mean: of the vision tower's own image processor, per channel, for values from 0 to 1.
             image_std: the same.
             image_size: side in pixels of the tower's input.
-            patch_size: side in pixels of its patches.
+            patch_size: side in pixels of the square that one placeholder stands for, see the class.
             visual_inputs: as `KCFIConfig.visual_inputs`.
             shortest_edge: resize the shorter side to this and crop the centre of `image_size` (the `released` preset);
                 None = resize the whole image to `image_size`.
@@ -220,7 +221,7 @@ class KCFIProcessor(ProcessorMixin):
 
     @property
     def num_patches(self) -> int:
-        """Number of patches of an image as the tower gets it: placeholders per `<image>`."""
+        """Placeholders per `<image>`: the squares of `patch_size` of an image as the tower gets it."""
         settings = self.image_processor
         return self._count_patches(settings.crop_size if settings.do_center_crop else settings.size)
 

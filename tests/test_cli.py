@@ -221,6 +221,13 @@ def test_train_refuses_unknown_fields_and_recipes(capsys):
     assert "packaged recipes: debug, paper" in refusal(capsys, "train", "debgu")
 
 
+def test_train_refuses_a_setting_of_the_model_that_is_unknown(capsys, tmp_path):
+    towers = ["--text_model", tmp_path, "--vision_config", '{"model_type": "vit"}', "--output_dir", tmp_path / "run"]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("dataset: synthetic")
+    assert "projector" in refusal(capsys, "train", recipe, *towers, "--model_settings.projector", "mlp")
+
+
 def test_train_refuses_a_data_set_that_is_missing(capsys, tmp_path):
     options = ["--dataset", tmp_path / "nowhere", "--output_dir", tmp_path / "run"]
     assert refusal(capsys, "train", "debug", *options) == f"{tmp_path / 'nowhere'}: no such folder"

@@ -37,13 +37,9 @@ TOWERS = {
     "Qwen/Qwen2-1.5B-Instruct": QWEN2,
     # pretrained by `make tiny`
     "runs/tiny-vit": {
-        "model_type": "vit",
-        "image_size": 256,
-        "patch_size": 16,
-        "hidden_size": 192,
-        "intermediate_size": 768,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 3,
+        "model_type": "timm_wrapper",
+        "architecture": "xcit_nano_12_p8_224",
+        "model_args": {"img_size": 256, "embed_dim": 128, "depth": 8, "num_heads": 4, "cls_attn_layers": 0},
     },
     "runs/tiny-lm": {
         "model_type": "qwen2",

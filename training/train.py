@@ -78,11 +78,14 @@ def train(recipe: Recipe, resume: bool = False) -> KCFITrainer:
 
     Raises:
         FileNotFoundError: no such data set.
-        ValueError: settings that do not fit together, nothing to resume, or a run that would be overwritten.
+        ValueError: settings that do not fit together, nothing to resume, other settings than those of the run to
+            resume, or a run that would be overwritten.
     """
     args, data = recipe.training, recipe.data
     output_dir = Path(str(args.output_dir))
     checkpoint = find_checkpoint(output_dir, resume)
+    if resume:
+        check_same_recipe(recipe, output_dir)
     train_pairs = load_pairs(data.dataset, data.train_split, data.num_train_pairs, data.dataset_seed)
     eval_pairs = None
     if args.eval_strategy != "no":
@@ -145,7 +148,7 @@ def join_towers(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCF
         image_mean=mean,
         image_std=std,
         image_size=config.image_size,
-        patch_size=config.patch_size,
+        patch_size=config.visual_token_size,
         visual_inputs=config.visual_inputs,
         shortest_edge=args.shortest_edge,
     )
@@ -178,6 +181,27 @@ def _is_complete(checkpoint: Path) -> bool:
     except (FileNotFoundError, ValueError):
         return False
     return True
+
+
+def check_same_recipe(recipe: Recipe, output_dir: Path) -> None:
+    """Refuse to resume a run with other settings than it began with: what comes out would repeat neither.
+
+    Raises:
+        ValueError: names each setting that differs, with both values.
+    """
+    file = output_dir / "recipe.yaml"
+    began = parse_recipe(file).values
+    names = dict.fromkeys([*began, *recipe.values])
+    changed = [
+        f"{name}: {began.get(name, 'not set')} -> {recipe.values.get(name, 'not set')}"
+        for name in names
+        if began.get(name) != recipe.values.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{output_dir} was started with other settings ({'; '.join(changed)}). Resume with its own recipe, `kcfi "
+            f"train {file} --resume` (edit that file for a change you mean), or choose another --output_dir."
+        )
 
 
 def save_recipe(recipe: Recipe, output_dir: Path) -> None:

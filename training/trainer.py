@@ -36,8 +36,9 @@ def freeze(model: KCFIForConditionalGeneration, args: KCFITrainingArguments) -> 
     """Switch gradients off where `args` say so; after loading, since loading switches them on.
 
     Returns:
-        The frozen modules that have dropout: they must run in evaluation mode. The others stay in training mode,
-        because transformers checkpoints activations only there.
+        What must run in evaluation mode: frozen modules that have dropout, and batch norms, whose statistics would
+        depend on how an optimizer step is cut into micro-batches and ranks (a tower brings its own). All else stays in
+        training mode, because transformers checkpoints activations only there.
     """
     frozen = []
     if not args.train_language_model:
@@ -46,7 +47,8 @@ def freeze(model: KCFIForConditionalGeneration, args: KCFITrainingArguments) -> 
         frozen.append(model.model.vision_tower)
     for module in frozen:
         module.requires_grad_(False)
-    return [module for module in frozen if _has_dropout(module)]
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    return [module for module in frozen if _has_dropout(module)] + norms
 
 
 def _has_dropout(module: nn.Module) -> bool:
@@ -194,7 +196,7 @@ class KCFITrainer(Trainer):
                 "PATH: install a Java runtime, or choose the best checkpoint by another score "
                 "(--metric_for_best_model cider_d)."
             )
-        self.frozen_with_dropout = freeze(model, args)
+        self.evaluated = freeze(model, args)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         self.evaluation_collator = data_collator.for_evaluation()
         self.dwa = None
@@ -281,7 +283,7 @@ class KCFITrainer(Trainer):
         """
         inputs = dict(inputs)
         filenames = inputs.pop("filenames")
-        for module in self.frozen_with_dropout:
+        for module in self.evaluated:
             module.eval()
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False)
         losses = {"caption": outputs.caption_loss}
@@ -308,6 +310,20 @@ class KCFITrainer(Trainer):
         if self.accelerator.sync_gradients:
             self._finish_step()
         return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Trainer's.
+
+        Raises:
+            FloatingPointError: the gradient is not finite (in fp16 the scaler skips such steps instead).
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):
+            raise FloatingPointError(
+                f"Optimizer step {self.state.global_step + 1}: the losses are finite, but the norm of their gradient "
+                f"is {float(norm)}. Training stopped before the weights changed; a lower learning rate may help."
+            )
+        return norm
 
     def _finish_step(self) -> None:
         sums = torch.tensor([float(self._step_losses[task]) for task in TASKS], device=self.args.device)

@@ -19,6 +19,11 @@ VISION = {
         "architecture": "vit_tiny_patch16_224",
         "model_args": {"img_size": 16, "patch_size": 4, "depth": 3, "embed_dim": 32, "num_heads": 4},
     },
+    "xcit": {  # patches of 8 px; its class token comes in behind the blocks
+        "model_type": "timm_wrapper",
+        "architecture": "xcit_nano_12_p8_224",
+        "model_args": {"img_size": 32, "depth": 3, "embed_dim": 32, "num_heads": 4},
+    },
 }
 WORDS = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 DECODER = {
@@ -48,7 +53,7 @@ TEXT = {
 
 @pytest.fixture
 def vision():
-    """Configs of five vision towers, by name."""
+    """Configs of the vision towers, by name."""
     return copy.deepcopy(VISION)
 
 

@@ -44,7 +44,7 @@ def test_default_stages_are_evenly_spaced_up_to_the_last_block(vision, blocks, l
 @pytest.mark.parametrize("tower", TOWERS)
 def test_every_kind_of_tower_tells_its_geometry(make_config, tower):
     config = make_config(tower)
-    assert config.tower == (32, 4, 3, 16)
+    assert config.tower[:4] == (32, 4, 3, 16)
     assert (config.num_patches, config.num_stages, config.stage_width) == (16, 2, 64)
 
 
@@ -66,6 +66,8 @@ def test_change_context_widens_the_change_features(make_config, context, width):
     [
         ({"image_size": 250}, r"image_size=250 .* patch size 4; the nearest is 248"),
         ({"image_size": 2}, r"image_size=2 .* nearest is 4"),
+        ({"visual_token_pooling": 3}, r"visual_token_pooling=3 does not divide the 4 x 4 patches of an image"),
+        ({"visual_token_pooling": 0}, r"visual_token_pooling=0 does not divide"),
         ({"vision_feature_layers": []}, r"vision_feature_layers=\[\] .* between 1 and 3"),
         ({"vision_feature_layers": [0, 3]}, r"\[0, 3\] must be ascending block numbers between 1 and 3"),
         ({"vision_feature_layers": [1, 4]}, r"\[1, 4\] must be ascending block numbers between 1 and 3"),

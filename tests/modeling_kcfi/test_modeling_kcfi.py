@@ -99,11 +99,54 @@ def test_pixel_values_must_be_pairs(make_model, shape):
 
 
 def test_a_size_that_the_patch_does_not_divide_is_refused(make_model):
-    with pytest.raises(ValueError, match="16 x 18 px do not divide into patches of 4 px"):
+    with pytest.raises(ValueError, match="16 x 18 px do not divide into squares of 4 px"):
         make_model().get_image_features(torch.randn(1, 2, 3, 16, 18))
 
 
+@pytest.mark.parametrize("size", [(32, 32), (16, 40)])
+def test_an_xcit_tower_computes_what_timm_does_at_any_size(make_model, make_inputs, vision, size):
+    model = make_model("xcit", image_size=64).model
+    pixels = make_inputs(size=size, patch=8)["pixel_values"]
+    plain = AutoModel.from_config(AutoConfig.for_model(**vision["xcit"])).eval()
+    assert plain.load_state_dict(model.vision_tower.state_dict(), strict=False).unexpected_keys == []
+    with torch.no_grad():
+        before, after, _ = model.get_stage_features(pixels)
+        for date, maps in enumerate((before, after)):
+            expected = plain.timm_model.forward_intermediates(pixels[:, date], indices=[0, 2], intermediates_only=True)
+            torch.testing.assert_close(maps, expected)
+
+
+def test_every_parameter_of_an_xcit_tower_gets_a_gradient(make_model, make_inputs):
+    model = make_model("xcit", visual_token_pooling=2).train()
+    inputs = make_inputs(size=(32, 32), patch=16)
+    model(**inputs, labels=inputs["input_ids"], mask_labels=torch.ones(2, 32, 32, dtype=torch.long)).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_an_xcit_model_survives_saving(make_model, make_inputs, tmp_path):
+    model, inputs = make_model("xcit"), make_inputs(size=(32, 32), patch=8)
+    model.save_pretrained(tmp_path)
+    loaded = KCFIForConditionalGeneration.from_pretrained(tmp_path)
+    labels = {"labels": inputs["input_ids"], "mask_labels": torch.ones(2, 32, 32, dtype=torch.long)}
+    with torch.no_grad():
+        assert_same_outputs(loaded(**inputs, **labels), model(**inputs, **labels))
+
+
 # ---- what fills <image> ----
+
+
+@pytest.mark.parametrize("visual_inputs", ["change", "bitemporal_change"])
+@pytest.mark.parametrize("size", [(16, 16), (8, 24)])
+def test_pooling_averages_the_visual_tokens_and_leaves_the_mask_alone(make_model, make_inputs, visual_inputs, size):
+    count = 3 if visual_inputs == "bitemporal_change" else 1
+    full = make_model(visual_inputs=visual_inputs, image_size=24)
+    pooled = make_model(visual_inputs=visual_inputs, image_size=24, visual_token_pooling=2)
+    with torch.no_grad():
+        fine = full(**make_inputs(size=size, image_tokens=count))
+        coarse = pooled(**make_inputs(size=size, image_tokens=count, patch=8))
+    grid = fine.image_hidden_states.unflatten(1, (count, size[0] // 8, 2, size[1] // 8, 2))  # (B,count,h,2,w,2,D)
+    torch.testing.assert_close(coarse.image_hidden_states, grid.mean(dim=(3, 5)).flatten(1, 3), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(coarse.mask_logits, fine.mask_logits)
 
 
 @pytest.mark.parametrize(("visual_inputs", "tokens"), [("change", 1), ("bitemporal", 2), ("bitemporal_change", 3)])

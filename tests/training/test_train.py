@@ -112,6 +112,18 @@ def test_the_newest_checkpoint_is_the_one_of_most_steps_that_is_complete(tmp_pat
     assert train.find_checkpoint(tmp_path, resume=True) == str(tmp_path / "checkpoint-10")
 
 
+def test_a_run_is_not_resumed_with_other_settings(recipe, tmp_path):
+    output_dir = tmp_path / "run"
+    command = [str(recipe), "--output_dir", str(output_dir), "--eval_strategy", "no", "--save_steps", "1"]
+    command += ["--save_strategy", "steps", "--load_best_model_at_end", "false"]
+    train.main([*command, "--max_steps", "1"])
+    saved = (output_dir / "recipe.yaml").read_text()
+    with pytest.raises(ValueError, match=r"other settings \(seed: 42 -> 7; max_steps: 1 -> 2\).*recipe.yaml --resume"):
+        train.main([*command, "--max_steps", "2", "--seed", "7", "--resume"])
+    assert (output_dir / "recipe.yaml").read_text() == saved
+    train.main([str(output_dir / "recipe.yaml"), "--resume"])  # its own recipe is always accepted
+
+
 def test_nothing_to_resume_is_said(recipe):
     with pytest.raises(ValueError, match="Nothing to resume"):
         train.main([str(recipe), "--resume"])

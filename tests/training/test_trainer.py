@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
+from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.training.arguments import KCFITrainingArguments
 from kcfi.training.collator import KCFICollator
 from kcfi.training.trainer import KCFITrainer, freeze, parameter_groups
@@ -122,6 +123,19 @@ def test_a_frozen_module_with_dropout_drops_nothing_out(model, processor, make_t
     torch.manual_seed(99)
     second.train()
     assert losses(first)[0]["caption_loss"] == losses(second)[0]["caption_loss"]
+
+
+def test_batch_norms_keep_the_statistics_of_their_tower(text_model, processor, make_pairs, tmp_path):
+    size = {"img_size": 32, "depth": 2, "embed_dim": 16, "num_heads": 2}
+    tower = {"model_type": "timm_wrapper", "architecture": "xcit_nano_12_p8_224", "model_args": size}
+    model = KCFIForConditionalGeneration.from_vision_text_pretrained(
+        tower, str(text_model), image_token_id=processor.image_token_id
+    )
+    norm = model.model.vision_tower.timm_model.patch_embed.proj[0][1]
+    weight, mean = norm.weight.detach().clone(), norm.running_mean.clone()
+    args = arguments(tmp_path, max_steps=2)
+    KCFITrainer(model, args, KCFICollator(processor), train_dataset=make_pairs(8), processing_class=processor).train()
+    assert torch.equal(norm.running_mean, mean) and not torch.equal(norm.weight, weight)
 
 
 def test_a_frozen_module_without_dropout_stays_in_training_mode(model, tmp_path):
@@ -254,6 +268,18 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_trainer,
     with pytest.raises(FloatingPointError, match=r"Optimizer step 1: caption loss nan.*pair_0\.png"):
         trainer.train()
     assert torch.equal(head, before)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(make_trainer, make_pairs):
+    trainer = make_trainer(make_pairs(4), max_steps=3)
+    head = trainer.model.model.change_detection_head.linear.weight
+    head.register_hook(lambda gradient: gradient * float("inf"))  # the losses stay finite
+    before = trainer.model.model.projector.linear_1.weight.detach().clone()
+    with pytest.raises(
+        FloatingPointError, match=r"Optimizer step 1: the losses are finite, but the norm .* is (nan|inf)"
+    ):
+        trainer.train()
+    assert torch.equal(trainer.model.model.projector.linear_1.weight, before)
 
 
 # Evaluation

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, ViTConfig, ViTModel
+from transformers import AutoModel, TimmWrapperConfig, TimmWrapperModel
 
 from kcfi.processing import KCFIImageProcessor
+from kcfi.training.arguments import parse_recipe
 from kcfi.training.synthetic import SyntheticDataset
 from kcfi.training.vision_tower import CLASSES, LAYERS, Dates, Namer, main, objects
 
@@ -39,20 +40,17 @@ def test_turned_images_keep_their_labels():
 
 
 def test_namer_reads_the_blocks_that_kcfi_compares():
-    config = ViTConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=LAYERS[-1],
-        num_attention_heads=2,
-        image_size=64,
-        patch_size=16,
-    )
-    namer = Namer(ViTModel(config, add_pooling_layer=False))
-    namer(torch.randn(2, 3, 64, 64), torch.randint(0, 4, (2, 64, 64)))["loss"].backward()
-    assert all(block.mlp.fc1.weight.grad.abs().sum() > 0 for block in namer.tower.layers)
+    size = {"img_size": 64, "embed_dim": 16, "depth": LAYERS[-1] + 1, "num_heads": 2, "cls_attn_layers": 0}
+    namer = Namer(TimmWrapperModel(TimmWrapperConfig(architecture="xcit_nano_12_p8_224", model_args=size)))
+    images = torch.randn(2, 3, 64, 64)
+    namer(images, torch.randint(0, 4, (2, 64, 64)))["loss"].backward()
+    assert all(block.mlp.fc1.weight.grad.abs().sum() > 0 for block in namer.tower.timm_model.blocks)
+
+    recipe = parse_recipe("tiny").model
+    assert [layer + 1 for layer in LAYERS] == recipe.model_settings["vision_feature_layers"]
 
 
 @pytest.mark.slow
 def test_pretraining_command_writes_a_tower_that_loads(tmp_path):
     main(["--output", str(tmp_path), "--steps", "1"])
-    assert AutoModel.from_pretrained(tmp_path, add_pooling_layer=False).config.num_hidden_layers == LAYERS[-1]
+    assert len(AutoModel.from_pretrained(tmp_path).timm_model.blocks) == LAYERS[-1] + 1
