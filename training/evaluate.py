@@ -226,8 +226,30 @@ def pair_score(pair: PairPrediction) -> float:
     return (rouge_l + f1) / 2
 
 
+def telling_pairs(predictions: Sequence[PairPrediction], count: int) -> list[tuple[str, int]]:
+    """Choose the best, the median and the worst pairs by `pair_score`, changed and unchanged pairs apart.
+
+    Args:
+        predictions: of a data set.
+        count: pairs of each kind.
+
+    Returns:
+        ("changed, best", position in `predictions`), ...; changed pairs first, from the best to the worst.
+    """
+    scores = [pair_score(pair) for pair in predictions]
+    chosen = []
+    for changed in (True, False):
+        order = [index for index, pair in enumerate(predictions) if pair.changed == changed]
+        order.sort(key=lambda index: -scores[index])
+        middle = max(0, (len(order) - count) // 2)
+        kinds = {"best": order[:count], "median": order[middle : middle + count], "worst": order[-count:]}
+        for kind, indices in kinds.items():
+            chosen += [(f"{'changed' if changed else 'unchanged'}, {kind}", index) for index in indices]
+    return chosen
+
+
 def picture_sheet(pairs: Any, predictions: Sequence[PairPrediction], count: int = 2) -> Image.Image:
-    """Draw the best, the median and the worst pairs, `count` of each, changed and unchanged pairs apart.
+    """Draw the pairs that `telling_pairs` chooses.
 
     Args:
         pairs: the data set.
@@ -237,24 +259,15 @@ def picture_sheet(pairs: Any, predictions: Sequence[PairPrediction], count: int 
     Returns:
         Rows of before, after, true mask, predicted mask, with the caption and a reference at their right.
     """
-    scores = [pair_score(pair) for pair in predictions]
     rows, captions = [], []
-    for changed in (True, False):
-        order = [index for index, pair in enumerate(predictions) if pair.changed == changed]
-        order.sort(key=lambda index: -scores[index])
-        middle = max(0, (len(order) - count) // 2)
-        kinds = {"best": order[:count], "median": order[middle : middle + count], "worst": order[-count:]}
-        for kind, indices in kinds.items():
-            for index in indices:
-                example, pair = pairs[index], predictions[index]
-                after = example["image_after"]
-                masked = [
-                    Image.new("RGB", after.size)
-                    if mask is None
-                    else overlay(after, np.where(mask == NO_LABEL, 0, mask))
-                    for mask in (pair.true_mask, pair.mask)
-                ]
-                rows.append([example["image_before"], after, *masked])
-                title = f"{'changed' if changed else 'unchanged'}, {kind} ({scores[index]:.0f}): {pair.filename}"
-                captions.append(f"{title}\npredicted: {pair.caption}\ntrue: {pair.references[0]}")
+    for kind, index in telling_pairs(predictions, count):
+        example, pair = pairs[index], predictions[index]
+        after = example["image_after"]
+        masked = [
+            Image.new("RGB", after.size) if mask is None else overlay(after, np.where(mask == NO_LABEL, 0, mask))
+            for mask in (pair.true_mask, pair.mask)
+        ]
+        rows.append([example["image_before"], after, *masked])
+        title = f"{kind} ({pair_score(pair):.0f}): {pair.filename}"
+        captions.append(f"{title}\npredicted: {pair.caption}\ntrue: {pair.references[0]}")
     return contact_sheet(rows, captions, ["before", "after", "true mask", "predicted mask"])

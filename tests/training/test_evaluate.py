@@ -6,7 +6,16 @@ import torch
 from PIL import Image
 
 from kcfi.training.collator import KCFICollator
-from kcfi.training.evaluate import PairPrediction, Scores, encode, evaluate_model, pair_score, picture_sheet, predict
+from kcfi.training.evaluate import (
+    PairPrediction,
+    Scores,
+    encode,
+    evaluate_model,
+    pair_score,
+    picture_sheet,
+    predict,
+    telling_pairs,
+)
 
 SQUARE = np.zeros((8, 8), np.uint8)
 SQUARE[2:6, 2:6] = 1
@@ -86,23 +95,19 @@ def test_a_pair_scores_by_its_caption_and_its_mask():
     assert pair_score(prediction(mask=border)) == pytest.approx(100)
 
 
-def test_the_sheet_shows_the_best_the_median_and_the_worst_of_both_kinds(make_pairs, monkeypatch):
-    shown = {}
-    monkeypatch.setattr(
-        "kcfi.training.evaluate.contact_sheet",
-        lambda rows, captions, titles: shown.update(rows=rows, captions=captions),
-    )
-    pairs = make_pairs(10)
+def test_the_sheet_shows_the_best_the_median_and_the_worst_of_both_kinds(make_pairs):
     words = ["a house appears .", "a house .", "a tree appears .", "appears .", "nothing"]
     predictions = [
         prediction(words[index // 2], None, None, bool(index % 2), f"pair_{index}.png") for index in range(10)
     ]
-    picture_sheet(pairs, predictions, count=1)
-    names = [caption.splitlines()[0].split(": ")[1] for caption in shown["captions"]]
     order = sorted(range(5), key=lambda word: -pair_score(predictions[2 * word]))
-    expected = [order[0], order[2], order[4]]
-    assert names == [f"pair_{2 * word + 1}.png" for word in expected] + [f"pair_{2 * word}.png" for word in expected]
-    assert all(len(row) == 4 for row in shown["rows"])
+    kinds = {"best": order[0], "median": order[2], "worst": order[4]}
+    assert telling_pairs(predictions, 1) == [
+        *((f"changed, {kind}", 2 * word + 1) for kind, word in kinds.items()),
+        *((f"unchanged, {kind}", 2 * word) for kind, word in kinds.items()),
+    ]
+    sheets = [picture_sheet(make_pairs(10), predictions, count=count) for count in (1, 2)]
+    assert sheets[1].height > 1.8 * sheets[0].height  # a row per pair
 
 
 def test_results_predictions_and_pictures_are_written(saved, tmp_path):

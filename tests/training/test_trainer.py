@@ -220,12 +220,16 @@ def test_captions_alone_are_trained_with_weight_one_and_said_once(make_trainer, 
 
 
 def test_activation_checkpointing_changes_no_gradient(make_trainer, make_pairs):
-    gradients = []
+    gradients, passes = [], []
     for checkpointing in (False, True):
-        keep = Gradients()
+        keep, calls = Gradients(), []
         trainer = make_trainer(make_pairs(4), callbacks=[keep], max_steps=1, activation_checkpointing=checkpointing)
+        norm = trainer.model.model.vision_tower.layers[0].layernorm_before
+        norm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         trainer.train()
         gradients.append(keep.first)
+        passes.append(len(calls))
+    assert passes == [1, 2]  # the second time in the backward pass
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-7)
