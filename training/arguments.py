@@ -54,23 +54,31 @@ class DataArguments:
     """The pairs to train on and to choose the best checkpoint with."""
 
     dataset: str = field(
-        default="synthetic", metadata={"help": "'synthetic', or a folder in the layout of LEVIR-CC / LEVIR-MCI."}
+        default="synthetic",
+        metadata={"help": "'synthetic', a LEVIR-CC / LEVIR-MCI folder, a folder of parquet shards, or a Hub id."},
+    )
+    columns: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "What shards or a Hub data set call our columns image_before, image_after, mask, captions, changed "
+            "and filename, where the names differ (JSON; one alone: --columns.image_before A)."
+        },
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="val", metadata={"help": "Split the best checkpoint is chosen on (never test)."})
     num_train_pairs: int | None = field(
-        default=None, metadata={"help": "Pairs to train on (default: all of a folder, 5000 of 'synthetic')."}
+        default=None, metadata={"help": "Pairs to train on (default: all, 5000 of 'synthetic')."}
     )
     num_eval_pairs: int | None = field(
-        default=None, metadata={"help": "Pairs to evaluate on (default: all of a folder, 500 of 'synthetic')."}
+        default=None, metadata={"help": "Pairs to evaluate on (default: all, 500 of 'synthetic')."}
     )
-    dataset_seed: int = field(default=0, metadata={"help": "Seed of the synthetic scenes; a folder has none."})
+    dataset_seed: int = field(default=0, metadata={"help": "Seed of the synthetic scenes; other data has none."})
     mask_classes: Literal["change", "building", "road_building"] = field(
         default="change",
         metadata={"help": "Classes made of the masks: change (road or building), building, or road and building."},
     )
     captions_per_pair: int = field(
-        default=1, metadata={"help": "Captions drawn per pair and visit, 1 to 5 (1 = the paper's rows)."}
+        default=1, metadata={"help": "Captions drawn per pair and visit, 1 to 5; they share the pair and the prompt."}
     )
 
 
@@ -92,7 +100,7 @@ class KCFITrainingArguments(TrainingArguments):
     )
     num_train_epochs: float = field(default=50.0, metadata={"help": "Epochs; one epoch visits every pair once."})
     per_device_train_batch_size: int = field(
-        default=32, metadata={"help": "Pairs per micro-batch and device (each gives `captions_per_pair` rows)."}
+        default=32, metadata={"help": "Pairs per micro-batch and device (each with `captions_per_pair` captions)."}
     )
     train_language_model: bool = field(default=False, metadata={"help": "Train the language model too."})
     train_vision_tower: bool = field(
@@ -179,6 +187,7 @@ def parse_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     parser = _Parser(GROUPS, allow_abbrev=False)
     model, data, training = parser.parse_args_into_dataclasses(_argv(values), look_for_args_file=False)
     model.vision_config, model.model_settings = as_dict(model.vision_config), as_dict(model.model_settings)
+    data.columns = as_dict(data.columns)
     parsed = {**vars(model), **vars(data), **training.to_dict()}
     names = dict.fromkeys([*_own_fields(), *values])
     return Recipe(model, data, training, {name: parsed[name] for name in names if parsed[name] not in (None, {})})

@@ -6,21 +6,29 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.utils.rnn import pad_sequence
 
 from kcfi.processing import INSTRUCTIONS, KCFIProcessor
 from kcfi.training.levir_cc import MaskClasses, class_ids
 
 IGNORED = -100  # label of the tokens that are not learned: the prompt and the padding
+PADDING = -1  # segment id of padding
 
 
 @dataclass
 class KCFICollator:
     """Examples (see `levir_cc`) -> tensors of a batch.
 
-    In training a pair gives `captions_per_pair` rows of prompt and caption, padded on the right. Instruction and
-    captions are drawn once per pair and visit, by a function of (seed, epoch, filename): workers, ranks and resumed
-    runs draw the same. In evaluation a pair gives one row, the prompt with the first instruction, padded on the left.
+    In training a pair gives one row, a prompt and `captions_per_pair` captions behind it, padded on the right.
+    Instruction and captions are drawn once per pair and visit, by a function of (seed, epoch, filename): workers, ranks
+    and resumed runs draw the same. In evaluation a pair gives one row, the prompt with the first instruction, padded on
+    the left.
+
+    **Several captions in a row** do not see each other. The row is [prompt without its last token] [last token of the
+    prompt, caption 1] [last token, caption 2] ...; each bracket behind the first is a segment that attends to the
+    prompt and to itself (`packed_attention_mask`), and its positions go on where the prompt's end. So the loss and its
+    gradients are those of one row per caption, without encoding pair and prompt again for each.
 
     Args:
         processor: of the model.
@@ -56,10 +64,11 @@ class KCFICollator:
         """Make a batch.
 
         Returns:
-            Both: `pixel_values` (R, 2, 3, H, W), `input_ids` and `attention_mask` (R, T), `labels`, `filenames`, and
-            `mask_labels` (R, H, W), 255 = no label, if a pair has a mask. Training: R rows, `labels` (R, T) is -100 on
-            prompt and padding. Evaluation: one row per pair, `labels` (B, T') holds the first caption alone; and
-            `references`, `changed`, `sizes` (height, width) and `true_masks` (class ids at that size, or None).
+            Both: `pixel_values` (B, 2, 3, H, W), `input_ids` (B, T), `labels`, `filenames`, and `mask_labels`
+            (B, H, W), 255 = no label, if a pair has a mask. Training: `labels` (B, T), -100 on prompt and padding;
+            `segment_ids` (B, T), 0 on the prompt, k on caption k, -1 on padding; `position_ids` (B, T). Evaluation:
+            `attention_mask` (B, T); `labels` (B, T') holds the first caption alone; and `references`, `changed`, `sizes`
+            (height, width) and `true_masks` (class ids at that size, or None).
 
         Raises:
             ValueError: a pair without captions, or a mask with unknown values; names the pair.
@@ -80,20 +89,32 @@ class KCFICollator:
         return self._training_rows(examples, batch) if self.train else self._prompts(examples, batch, masks)
 
     def _training_rows(self, examples: Sequence[dict[str, Any]], batch: dict[str, Any]) -> dict[str, Any]:
-        """Rows of prompt and caption; the tensors of a pair are repeated for each of its rows."""
-        pairs, rows, labels = [], [], []
-        for pair, example in enumerate(examples):
+        """A row per pair: its prompt, and its captions in segments behind it."""
+        rows, segments, positions, labels = [], [], [], []
+        for example in examples:
             draw = random.Random(f"{self.seed} {self._epoch.item()} {example['filename']}")
-            prompt = self.processor.encode_prompt(draw.choice(INSTRUCTIONS))
+            *row, last = self.processor.encode_prompt(draw.choice(INSTRUCTIONS))
+            start = len(row)
+            segment, position, label = [0] * start, list(range(start)), [IGNORED] * start
             captions = example["captions"]
-            for caption in draw.sample(captions, min(self.captions_per_pair, len(captions))):
+            chosen = draw.sample(captions, min(self.captions_per_pair, len(captions)))
+            for number, caption in enumerate(chosen, start=1):
                 answer = self.processor.encode_caption(caption.strip())
-                pairs.append(pair)
-                rows.append(prompt + answer)
-                labels.append([IGNORED] * len(prompt) + answer)
-        for name in {"pixel_values", "mask_labels"} & batch.keys():
-            batch[name] = batch[name][pairs]
-        return {**batch, **self._padded(rows, "right"), "labels": _pad(labels, IGNORED, "right")}
+                row += [last, *answer]
+                segment += [number] * (1 + len(answer))
+                position += range(start, start + 1 + len(answer))
+                label += [IGNORED, *answer]
+            rows.append(row)
+            segments.append(segment)
+            positions.append(position)
+            labels.append(label)
+        return {
+            **batch,
+            "input_ids": _pad(rows, self.processor.tokenizer.pad_token_id, "right"),
+            "segment_ids": _pad(segments, PADDING, "right"),
+            "position_ids": _pad(positions, 0, "right"),
+            "labels": _pad(labels, IGNORED, "right"),
+        }
 
     def _prompts(self, examples: Sequence[dict[str, Any]], batch: dict[str, Any], masks: list[Any]) -> dict[str, Any]:
         """One prompt per pair, and what its prediction is compared with."""
@@ -113,6 +134,44 @@ class KCFICollator:
         ones = [[1] * len(row) for row in rows]
         pad = self.processor.tokenizer.pad_token_id
         return {"input_ids": _pad(rows, pad, side), "attention_mask": _pad(ones, 0, side)}
+
+
+def packed_attention_mask(segment_ids: torch.Tensor, implementation: str, dtype: torch.dtype) -> Any:
+    """What the language model's attention takes for rows of several captions.
+
+    A token sees the tokens before it that belong to the prompt or to its own caption; padding sees itself.
+
+    Args:
+        segment_ids: (B, T), 0 on the prompt, k on caption k, -1 on padding.
+        implementation: of attention: "eager", "sdpa" or "flex_attention".
+        dtype: of the language model.
+
+    Returns:
+        One caption per row: the ordinary mask (B, T), for every implementation. Otherwise an additive mask (B, 1, T, T)
+        or, for flex attention, a `BlockMask`.
+
+    Raises:
+        ValueError: an implementation (flash attention) that takes no such mask.
+    """
+    if segment_ids.max() <= 1:
+        return (segment_ids != PADDING).long()
+
+    def visible(row: Any, _head: Any, query: Any, key: Any) -> torch.Tensor:
+        own, other = segment_ids[row, query], segment_ids[row, key]
+        return ((key <= query) & ((other == 0) | (other == own)) & (own != PADDING)) | (key == query)
+
+    rows, length = segment_ids.shape
+    if implementation == "flex_attention":
+        return create_block_mask(visible, rows, None, length, length, device=segment_ids.device)
+    if implementation not in ("eager", "sdpa"):
+        raise ValueError(
+            f"{implementation} cannot keep the captions of a row apart: load the model with "
+            'attn_implementation="sdpa", or set captions_per_pair to 1.'
+        )
+    place = torch.arange(length, device=segment_ids.device)
+    batch = torch.arange(rows, device=segment_ids.device)[:, None, None, None]
+    allowed = visible(batch, None, place[:, None], place)  # (B,1,T,T)
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 def _pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -22,10 +22,11 @@ from transformers.utils import logging
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import KCFIProcessor
 from kcfi.training.arguments import KCFITrainingArguments
-from kcfi.training.collator import IGNORED, KCFICollator
+from kcfi.training.collator import IGNORED, KCFICollator, packed_attention_mask
 from kcfi.training.dwa import TASKS, DynamicWeightAverage
 from kcfi.training.evaluate import Scores, encode, predict
 from kcfi.training.levir_cc import NO_LABEL
+from kcfi.training.model_card import LICENSE, card_of_run
 
 logger = logging.get_logger(__name__)
 
@@ -260,7 +261,8 @@ class KCFITrainer(Trainer):
             masks = batch.get("mask_labels") if self.model.config.use_change_detection_head else None
             pixels = 0 if masks is None else (masks != NO_LABEL).sum().item()
             tokens = (batch["labels"] != IGNORED).sum().item()
-            counts += torch.tensor([tokens, pixels, len(batch["filenames"]), len(batch["labels"])], device=device)
+            captions = batch["segment_ids"].amax(dim=1).sum().item()
+            counts += torch.tensor([tokens, pixels, len(batch["filenames"]), captions], device=device)
         tokens, self.labelled_pixels, pairs, captions = self.accelerator.reduce(counts, "sum").tolist()
         self.pairs_seen += pairs
         self.captions_seen += captions
@@ -283,6 +285,10 @@ class KCFITrainer(Trainer):
         """
         inputs = dict(inputs)
         filenames = inputs.pop("filenames")
+        language_model = self.model.model.language_model
+        inputs["attention_mask"] = packed_attention_mask(
+            inputs.pop("segment_ids"), language_model.config._attn_implementation, language_model.dtype
+        )
         for module in self.evaluated:
             module.eval()
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False)
@@ -409,6 +415,25 @@ class KCFITrainer(Trainer):
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
             num_samples=len(scores.captions),
         )
+
+    # Hub
+
+    def create_model_card(  # type: ignore[override]  # all else is read from the run
+        self, *, model_name: str | None = None, license: str = LICENSE, tags: Sequence[str] = ()
+    ) -> None:
+        """Write README.md into `output_dir`, the card that `kcfi push` makes; `push_to_hub` calls it.
+
+        Args:
+            model_name: where the trainer has no `hub_model_id` (None: the name of `output_dir`).
+            license: the Hub's name of the weights' licence.
+            tags: further ones.
+        """
+        if self.is_world_process_zero():
+            folder = Path(str(self.args.output_dir))
+            repo_id = self.hub_model_id or model_name or folder.name
+            card = card_of_run(folder, repo_id, self.model.config, vars(self.state), license=license, tags=tags)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "README.md").write_text(card, encoding="utf-8")
 
     # Checkpoints
 

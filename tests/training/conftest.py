@@ -66,7 +66,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_pairs() -> type[Pairs]:
     return Pairs
 

@@ -1,10 +1,24 @@
+import functools
+import random
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
 
-from kcfi.processing import INSTRUCTIONS
-from kcfi.training.collator import KCFICollator
+from kcfi.modeling_kcfi import KCFIConfig, KCFIForConditionalGeneration
+from kcfi.processing import INSTRUCTIONS, KCFIProcessor
+from kcfi.training.collator import PADDING, KCFICollator, packed_attention_mask
+
+WORDS = "the a house scene tree left right . appears same before no change is built in two".split()
+
+
+def prompts_of(processor):
+    return [processor.encode_prompt(instruction) for instruction in INSTRUCTIONS]
 
 
 def batch_of(collator, pairs, indices=None):
@@ -23,7 +37,7 @@ def test_only_the_caption_and_its_end_are_learned(processor, make_pairs):
         learned = batch["labels"][row] != -100
         assert torch.equal(batch["input_ids"][row][learned], batch["labels"][row][learned])
         assert texts(processor, batch)[row] in [f"{caption} <eos>" for caption in pair["captions"]]
-        last = batch["attention_mask"][row].sum() - 1
+        last = (batch["segment_ids"][row] != PADDING).sum() - 1
         assert learned[last] and not learned[last + 1 :].any()  # padding stands at the right, unlearned
         assert learned.sum() == learned[last - learned.sum() + 1 : last + 1].sum()  # one stretch, behind the prompt
 
@@ -34,6 +48,7 @@ def test_training_rows_begin_with_the_prompt_that_evaluation_uses(processor, mak
     batch = batch_of(collator, make_pairs(8))
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         assert tuple(ids[: (labels != -100).nonzero()[0, 0]].tolist()) in prompts
+    assert torch.equal(batch["position_ids"][0], torch.arange(len(batch["position_ids"][0])))
     evaluated = batch_of(collator.for_evaluation(), make_pairs(8))
     assert evaluated["input_ids"].tolist() == [processor.encode_prompt(INSTRUCTIONS[0])] * 8
 
@@ -75,15 +90,122 @@ def test_workers_that_outlive_an_epoch_draw_like_the_main_process(processor, mak
         assert rows == texts(processor, batch_of(collator, pairs))
 
 
-def test_captions_of_a_pair_share_its_instruction_and_its_pixels(processor, make_pairs):
+def test_captions_of_a_pair_stand_in_segments_behind_one_prompt(processor, make_pairs):
     batch = batch_of(KCFICollator(processor, captions_per_pair=3), make_pairs(2))
-    assert batch["input_ids"].shape[0] == batch["pixel_values"].shape[0] == batch["mask_labels"].shape[0] == 6
-    assert len(batch["filenames"]) == 2
-    assert torch.equal(batch["pixel_values"][0], batch["pixel_values"][2])
-    assert not torch.equal(batch["pixel_values"][2], batch["pixel_values"][3])
-    assert len(set(texts(processor, batch)[:3])) == 3
-    prompts = [ids[labels == -100].tolist() for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)]
-    assert prompts[0][:50] == prompts[1][:50] == prompts[2][:50]
+    assert len(batch["input_ids"]) == len(batch["pixel_values"]) == len(batch["mask_labels"]) == 2
+    for pair in range(2):
+        ids, segments, labels = (batch[name][pair] for name in ("input_ids", "segment_ids", "labels"))
+        [prompt] = {tuple(prompt) for prompt in prompts_of(processor) if prompt[:-1] == ids[segments == 0].tolist()}
+        captions = [processor.tokenizer.decode(ids[segments == number][1:]) for number in (1, 2, 3)]
+        assert sorted(captions) == sorted(f"{caption} <eos>" for caption in make_pairs(2)[pair]["captions"])
+        for number in (1, 2, 3):
+            positions = batch["position_ids"][pair][segments == number]
+            assert positions.tolist() == list(range(len(prompt) - 1, len(prompt) - 1 + len(positions)))
+            assert ids[segments == number][0] == prompt[-1]
+            assert labels[segments == number].tolist() == [-100, *ids[segments == number][1:].tolist()]
+        assert (labels[segments <= 0] == -100).all()
+
+
+SIZE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+EXACT = {  # computes in fp64 throughout; transformers' RMS norms and our warping are fp32 in any model
+    "text_config": {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2},
+    "use_key_change_perceiver": False,
+}
+USUAL = {"text_config": {"model_type": "qwen2", "num_key_value_heads": 1, **SIZE}}
+
+
+@functools.cache
+def packing_model(text_model, visual_inputs, dtype):
+    """A tiny model with visible differences, and its processor."""
+    tokenizer = AutoTokenizer.from_pretrained(text_model)
+    processor = KCFIProcessor.from_towers(tokenizer, image_size=32, patch_size=8, visual_inputs=visual_inputs)
+    settings = EXACT if dtype == torch.float64 else USUAL
+    text = {**settings["text_config"], "vocab_size": len(tokenizer), "eos_token_id": 1, "bos_token_id": 1}
+    tower = {"model_type": "vit", "image_size": 32, "patch_size": 8, **SIZE}
+    token = processor.image_token_id
+    torch.manual_seed(0)
+    model = KCFIForConditionalGeneration(
+        KCFIConfig(
+            vision_config=tower,
+            image_token_id=token,
+            visual_inputs=visual_inputs,
+            **{**settings, "text_config": text},
+        )
+    )
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.to(dtype).eval(), processor
+
+
+def loss_and_gradients(model, batch):
+    """Caption loss of a training batch in the model's precision (the model's own is fp32), gradients by parameter."""
+    model.zero_grad()
+    batch = {name: value for name, value in batch.items() if name not in ("filenames", "mask_labels")}
+    implementation = model.model.language_model.config._attn_implementation
+    mask = packed_attention_mask(batch.pop("segment_ids"), implementation, model.dtype)
+    outputs = model(**batch, attention_mask=mask, use_cache=False)
+    loss = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    torch.testing.assert_close(outputs.caption_loss, loss.float())
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("visual_inputs", ["change", "bitemporal", "bitemporal_change"])
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=5), min_size=1, max_size=3),
+    implementation=st.sampled_from(["eager", "sdpa"]),
+    seed=st.integers(0, 99),
+)
+def test_packed_captions_have_the_loss_and_gradients_of_one_row_each(
+    text_model, make_pairs, dtype, tolerance, visual_inputs, lengths, implementation, seed
+):
+    model, processor = packing_model(text_model, visual_inputs, dtype)
+    model.set_attn_implementation({"text_config": implementation})
+    draw = random.Random(seed)
+    pairs = [
+        {**make_pairs(9)[index], "captions": [" ".join(draw.choices(WORDS, k=length)) for length in captions]}
+        for index, captions in enumerate(lengths)
+    ]
+    collator = KCFICollator(processor, captions_per_pair=5, seed=seed)
+    packed = collator(pairs)
+    plain = collator([{**pair, "captions": [caption]} for pair in pairs for caption in pair["captions"]])
+    assert len(plain["labels"]) == sum(map(len, lengths)) and len(packed["labels"]) == len(pairs)
+    for batch in (packed, plain):
+        batch["pixel_values"] = batch["pixel_values"].to(dtype)
+
+    (loss, gradients), (expected, twins) = (loss_and_gradients(model, batch) for batch in (packed, plain))
+    torch.testing.assert_close(loss, expected, rtol=tolerance, atol=tolerance)
+    assert gradients.keys() == twins.keys()
+    scale = max(gradient.abs().max() for gradient in twins.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, twins[name], rtol=tolerance, atol=tolerance * float(scale), msg=name)
+
+
+def test_flex_attention_gets_the_same_mask_as_a_block_mask():
+    segments = torch.tensor([[0, 0, 1, 1, 2, 2, -1], [0, 0, 0, 1, 1, 1, 1]])
+    dense = packed_attention_mask(segments, "sdpa", torch.float32)[:, 0] == 0
+    block = packed_attention_mask(segments, "flex_attention", torch.float32)
+    rows, places = torch.arange(2)[:, None, None], torch.arange(7)
+    assert torch.equal(block.mask_mod(rows, 0, places[:, None], places), dense)
+    assert dense[0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0],
+        [1, 1, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0, 1],
+    ]
+
+
+def test_flash_attention_takes_one_caption_per_row_only():
+    with pytest.raises(ValueError, match='attn_implementation="sdpa", or set captions_per_pair to 1'):
+        packed_attention_mask(torch.tensor([[0, 1, 2]]), "flash_attention_2", torch.float32)
+    mask = packed_attention_mask(torch.tensor([[0, 1, 1], [0, 1, -1]]), "flash_attention_2", torch.float32)
+    assert mask.tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
 def test_a_pair_without_a_mask_has_no_labels_and_a_batch_without_masks_has_none(processor, make_pairs):
