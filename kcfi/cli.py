@@ -12,10 +12,12 @@ EXAMPLES = """examples:
   kcfi caption before.png after.png                        sentence, mask and overlay by the embedded model
   kcfi caption before.tif after.tif --regions --json       also a sentence per changed region; all as JSON
   kcfi data synthesize --pairs 100 --output pairs          drawn pairs in the layout of LEVIR-MCI
+  kcfi data check LEVIR-MCI                                every problem of a data set, and what its splits hold
   kcfi train debug                                         train for two minutes on drawn pairs
   kcfi train paper --dataset LEVIR-MCI --output_dir runs/paper
   kcfi evaluate --model runs/paper --dataset LEVIR-MCI --split test --output runs/paper/results.json
   kcfi score predictions.json --references LevirCCcaptions.json --split test --output scores.json
+  kcfi push runs/paper me/kcfi-levir --dry-run card        what would go to the Hub, with a card of the run
 """
 
 
@@ -23,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 0; 2 behind one line on stderr, for bad input or losses that are not finite; 130 on Ctrl-C.
+        The exit code: 0; 1 for a data set with problems (`kcfi data check`); 2 behind one line on stderr, for bad
+        input or losses that are not finite; 130 on Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -33,15 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             train(arguments[1:])
         else:
             options = build_parser().parse_args(arguments)
-            options.run(options)
-    except input_errors() as error:
+            return options.run(options) or 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if not isinstance(error, input_errors()):
+            raise
         text = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:  # without the number in front
             text = f"{error.filename}: {error.strerror}"
         print(f"kcfi: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 
@@ -101,7 +106,14 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: kcfi evaluate --dataset synthetic --num_pairs 20 --output runs/results.json",
     )
     evaluate.add_argument("--model", default="kcfi-tiny", help="folder or Hub id (default: the embedded kcfi-tiny)")
-    evaluate.add_argument("--dataset", required=True, help="'synthetic', or a LEVIR-CC / LEVIR-MCI folder")
+    evaluate.add_argument(
+        "--dataset",
+        required=True,
+        help="'synthetic', a LEVIR-CC / LEVIR-MCI folder, a folder of parquet shards, or a Hub id",
+    )
+    evaluate.add_argument(
+        "--columns", help='what the columns of a Hub data set are called, as JSON: \'{"image_before": "A"}\''
+    )
     evaluate.add_argument("--split", default="test", help="train, val or test (%(default)s)")
     evaluate.add_argument("--output", required=True, type=Path, help="results file; the others are written beside it")
     evaluate.add_argument("--num_pairs", type=int, help="the first so many pairs (all)")
@@ -124,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--no-meteor", action="store_true", help="do without Java, METEOR and S_m*")
     score.set_defaults(run=run_score)
 
-    data = commands.add_parser("data", help="make data sets").add_subparsers(metavar="action", required=True)
+    data = commands.add_parser("data", help="make and check data sets").add_subparsers(metavar="action", required=True)
     synthesize = data.add_parser(
         "synthesize",
         help="draw synthetic pairs",
@@ -137,6 +149,43 @@ def build_parser() -> argparse.ArgumentParser:
     synthesize.add_argument("--output", type=Path, required=True, help="new folder")
     synthesize.add_argument("--seed", type=int, default=0, help="of the scenes (%(default)s)")
     synthesize.set_defaults(run=run_synthesize)
+
+    check = data.add_parser(
+        "check",
+        help="find what is wrong with a folder",
+        description="Read every file of a LEVIR-CC or LEVIR-MCI folder, print each problem and what each split holds. "
+        "The exit code is 1 if there are problems.",
+        epilog="example: kcfi data check LEVIR-MCI",
+    )
+    check.add_argument("root", type=Path, help="LEVIR-CC / LEVIR-MCI folder")
+    check.set_defaults(run=run_check)
+
+    convert = data.add_parser(
+        "convert",
+        help="write parquet shards",
+        description="Copy a LEVIR-CC or LEVIR-MCI folder into parquet shards with a dataset card; train on them by "
+        "--dataset SHARDS, or upload them to the Hub. Images are copied as they are: run `kcfi data check` first.",
+        epilog="example: kcfi data convert LEVIR-MCI --output shards",
+    )
+    convert.add_argument("root", type=Path, help="LEVIR-CC / LEVIR-MCI folder")
+    convert.add_argument("--output", type=Path, required=True, help="new folder")
+    convert.set_defaults(run=run_convert)
+
+    push = commands.add_parser(
+        "push",
+        help="put a run on the Hub",
+        description="Upload weights, code, processor and a generated model card of a finished run to the Hugging Face "
+        "Hub (log in with `hf auth login`).\nCall it from where the run was trained: a tower whose name is no folder "
+        "here stands in the card as a model of the Hub.",
+        epilog="example: kcfi push runs/paper me/kcfi-levir --dry-run card",
+    )
+    push.add_argument("folder", type=Path, help="output_dir of `kcfi train`")
+    push.add_argument("repo_id", help="owner/name on the Hub; created if missing")
+    push.add_argument("--results", type=Path, help="results file of `kcfi evaluate` (default: results.json of FOLDER)")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--license", default="apache-2.0", help="licence of the weights (%(default)s)")
+    push.add_argument("--dry-run", type=Path, metavar="DIR", help="write what would be uploaded into a new folder")
+    push.set_defaults(run=run_push)
     return parser
 
 
@@ -215,6 +264,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     """`kcfi evaluate`."""
     from transformers.utils.logging import disable_progress_bar
 
+    from kcfi.training.arguments import as_dict
     from kcfi.training.evaluate import evaluate_model
 
     disable_progress_bar()  # of loading weights, which is over before it can be read
@@ -229,6 +279,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         mask_classes=options.mask_classes,
         batch_size=options.batch_size,
         meteor=not options.no_meteor,
+        columns=as_dict(options.columns),
     )
     print(json.dumps(results, indent=2))
 
@@ -247,6 +298,32 @@ def run_score(options: argparse.Namespace) -> None:
     print(text)
 
 
+def run_check(options: argparse.Namespace) -> int:
+    """`kcfi data check`; returns its exit code."""
+    from kcfi.training.data_check import check_folder, counts_table
+
+    problems, counts = check_folder(options.root)
+    for problem in problems:
+        print(problem)
+    print(counts_table(counts))
+    disagreeing = sum(count.disagreeing for count in counts.values())
+    print(f"pairs whose changeflag and mask disagree: {disagreeing} (both are kept)")
+    print(f"problems: {len(problems)}")
+    return 1 if problems else 0
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    """`kcfi data convert`."""
+    from datasets import disable_progress_bars
+
+    from kcfi.training.shards import write_shards
+
+    disable_progress_bars()  # one per shard; ours counts pairs
+    check_writable(options.output)
+    write_shards(options.root, options.output)
+    print(f"{options.output}: train on it with `kcfi train RECIPE --dataset {options.output}`")
+
+
 def run_synthesize(options: argparse.Namespace) -> None:
     """`kcfi data synthesize`."""
     from kcfi.training.synthetic import synthesize
@@ -254,6 +331,13 @@ def run_synthesize(options: argparse.Namespace) -> None:
     check_writable(options.output)
     synthesize(options.output, options.pairs, options.seed)
     print(f"{options.pairs} pairs: {options.output}, with a picture of some: {options.output / 'contact_sheet.png'}")
+
+
+def run_push(options: argparse.Namespace) -> None:
+    """`kcfi push`."""
+    from kcfi.training.export import push
+
+    print(push(options.folder, options.repo_id, options.results, options.private, options.license, options.dry_run))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def timm_geometry(architecture: str, model_args: str) -> TowerGeometry:
         patch_size=patch if isinstance(patch, int) else patch[0],
         num_blocks=len(tower.blocks),
         image_size=size[0],
-        any_size=not hasattr(tower, "dynamic_img_size"),  # XCiT computes its position embeddings
+        any_size=not hasattr(tower.patch_embed, "strict_img_size"),  # XCiT computes its position embeddings
     )
 
 

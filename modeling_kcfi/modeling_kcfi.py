@@ -101,7 +101,7 @@ def trim_tower(tower: PreTrainedModel, last_block: int) -> PreTrainedModel:
     lists = [part for part in backbone.modules() if isinstance(part, nn.ModuleList | nn.Sequential)]
     blocks = getattr(backbone, "blocks", None) or max(lists, key=len)  # timm has a name for them
     del blocks[last_block:]
-    if hasattr(backbone, "cls_attn_blocks"):  # XCiT, CaiT: the class token comes in behind the blocks
+    if hasattr(backbone, "cls_attn_blocks"):  # XCiT: the class token comes in behind the blocks
         del backbone.cls_attn_blocks[:]
         class_token = backbone.cls_token.detach()
         del backbone.cls_token
@@ -157,6 +157,12 @@ class KCFIPreTrainedModel(PreTrainedModel):
     ) -> Self:
         """As in transformers, but weights in a pickle are refused."""
         return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
+        if self.config.vision_config.model_type == "timm_wrapper":  # timm has a switch of its own
+            base: Any = self.base_model
+            base.vision_tower.timm_model.set_grad_checkpointing(enable)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, and the code beside the weights: the folder loads where kcfi is not installed."""

@@ -7,9 +7,12 @@ import sys
 
 import numpy as np
 import pytest
+from huggingface_hub import metadata_load
 from PIL import Image
 
 from kcfi.cli import main
+from kcfi.training.arguments import parse_recipe
+from kcfi.training.train import save_recipe
 
 
 @pytest.fixture
@@ -166,6 +169,7 @@ def test_data_sets_that_cannot_be_used_are_named(capsys, scenes, tmp_path):
 
     assert evaluate(tmp_path / "nowhere") == f"{tmp_path / 'nowhere'}: no such folder"
     assert "no LevirCCcaptions.json" in evaluate(tmp_path)
+    assert evaluate("nobody/nothing").startswith("nobody/nothing: neither a folder nor a data set on the Hub")
     assert "no pair of split 'tset'; splits in the file: test, train, val" in evaluate(scenes, "--split", "tset")
     assert "expected at least 1" in evaluate(scenes, "--num_pairs", "0")
     assert "No model ./nothing" in evaluate(scenes)
@@ -204,6 +208,43 @@ def test_synthesize_never_mixes_with_what_is_there(capsys, scenes):
     assert not (scenes / "new").exists()
 
 
+def test_check_prints_problems_and_counts_and_exits_with_1(capsys, scenes, tmp_path):
+    assert main(["data", "check", str(scenes)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["split", "pairs"]
+    assert [line.split()[:5] for line in lines[1:4]] == [
+        ["train", "8", "4", "4", "40"],
+        ["val", "1", "0", "1", "5"],
+        ["test", "1", "0", "1", "5"],
+    ]
+    assert lines[4:] == ["pairs whose changeflag and mask disagree: 0 (both are kept)", "problems: 0"]
+
+    (tmp_path / "LevirCCcaptions.json").write_bytes((scenes / "LevirCCcaptions.json").read_bytes())
+    (tmp_path / "images").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "images" / split).symlink_to(scenes / "images" / split)
+    assert main(["data", "check", str(tmp_path)]) == 1
+    first, second, *_, last = capsys.readouterr().out.splitlines()
+    assert first == f"{tmp_path / 'images/test/A'}: no such folder; expected the images of split 'test'"
+    assert second.startswith(f"{tmp_path / 'images/test/B'}: no such folder") and last == "problems: 2"
+    assert refusal(capsys, "data", "check", tmp_path / "nowhere") == f"{tmp_path / 'nowhere'}: no such folder"
+
+
+def test_a_folder_and_its_shards_score_alike(capsys, scenes, detector, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    shards = tmp_path / "shards"
+    assert main(["data", "convert", str(scenes), "--output", str(shards)]) == 0
+    assert capsys.readouterr().out == f"{shards}: train on it with `kcfi train RECIPE --dataset {shards}`\n"
+    reports = []
+    for dataset in (scenes, shards):
+        options = ["--dataset", str(dataset), "--split", "train", "--num_pairs", "2", "--no-meteor"]
+        output = str(tmp_path / "results.json")
+        assert main(["evaluate", "--model", str(detector), *options, "--output", output]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    assert reports[1] == {**reports[0], "dataset": str(shards)}
+    assert "is not an empty folder" in refusal(capsys, "data", "convert", scenes, "--output", shards)
+
+
 def test_score_names_what_it_misses(capsys, scenes, tmp_path):
     predictions = tmp_path / "predictions.json"
     predictions.write_text(json.dumps({"another.png": "a house appears ."}))
@@ -233,10 +274,73 @@ def test_train_refuses_a_data_set_that_is_missing(capsys, tmp_path):
     assert refusal(capsys, "train", "debug", *options) == f"{tmp_path / 'nowhere'}: no such folder"
 
 
+# push
+
+
+@pytest.fixture
+def run(make_detector, tmp_path):
+    """A folder as `kcfi train` leaves it."""
+    folder = make_detector(tmp_path / "run", num_change_classes=2)
+    save_recipe(parse_recipe("debug", ["--mask_classes", "change", "--use_cpu", "true"]), folder)
+    (folder / "trainer_state.json").write_text(
+        '{"global_step": 1, "epoch": 1, "best_metric": null, "log_history": []}'
+    )
+    return folder
+
+
+def test_a_dry_run_writes_a_folder_that_captions(capsys, pair, run):
+    assert main(["push", str(run), "me/kcfi-own", "--dry-run", "pushed", "--license", "mit"]) == 0
+    assert capsys.readouterr().out == "pushed\n" and metadata_load("pushed/README.md")["license"] == "mit"
+    answers = []
+    for model in (str(run), "pushed"):
+        assert main(["caption", *pair, "--model", model]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+
+
+def test_push_refuses_what_is_no_finished_run(capsys, run, tmp_path, detector):
+    def refused(folder, *more, repo_id="me/kcfi-own"):
+        return refusal(capsys, "push", folder, repo_id, "--dry-run", tmp_path / "pushed", *more)
+
+    assert refused(tmp_path / "nowhere").startswith(f"No run {tmp_path / 'nowhere'}: give the folder")
+    assert f"{detector} has no recipe.yaml, so it is no finished run" in refused(detector)
+    assert "nowhere.json: no such file" in refused(run, "--results", tmp_path / "nowhere.json")
+    assert "'kcfi-own' names no owner" in refused(run, repo_id="kcfi-own")
+    assert "Repo id must" in refused(run, repo_id="me/kcfi own")
+    (run / "config.json").write_text('{"model_type": "bert"}')
+    assert refused(run) == f"{run} holds a model of type 'bert', not 'kcfi'."
+    (tmp_path / "pushed").mkdir()
+    (tmp_path / "pushed" / "mine.txt").touch()
+    assert "is not an empty folder: choose a new one" in refused(run)
+    assert [path.name for path in (tmp_path / "pushed").iterdir()] == ["mine.txt"]
+
+
+def test_push_without_a_connection_is_one_line(run, environment):
+    environment = {**environment, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there
+    command = [sys.executable, "-m", "kcfi.cli", "push", str(run), "me/kcfi-own"]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 2 and process.stdout == ""
+    last = process.stderr.splitlines()[-1]  # behind the progress bars
+    assert last.startswith("kcfi: error: Cannot push to me/kcfi-own at http://127.0.0.1:9: ")
+
+
 # Help, and the process as a whole
 
 
-@pytest.mark.parametrize("command", [[], ["caption"], ["train"], ["evaluate"], ["score"], ["data", "synthesize"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["caption"],
+        ["train"],
+        ["evaluate"],
+        ["score"],
+        ["push"],
+        ["data", "synthesize"],
+        ["data", "check"],
+        ["data", "convert"],
+    ],
+)
 def test_help_shows_an_example(capsys, command):
     with pytest.raises(SystemExit, match="0"):
         main([*command, "--help"])

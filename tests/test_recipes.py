@@ -87,6 +87,7 @@ def test_its_model_has_every_parameter_in_the_group_of_its_part(read, name):
         found.setdefault(group["name"], {"lr": group["lr"], "parameters": 0})
         found[group["name"]]["parameters"] += sum(parameter.numel() for parameter in group["params"])
         assert group["weight_decay"] in (0, recipe.training.weight_decay)
+        assert group["weight_decay"] == 0 or all(parameter.ndim > 1 for parameter in group["params"])
 
     def size(*parts):
         return sum(parameter.numel() for part in parts for parameter in part.parameters())

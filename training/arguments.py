@@ -60,8 +60,8 @@ class DataArguments:
     columns: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "What shards or a Hub data set call our columns image_before, image_after, mask, captions, changed "
-            "and filename, where the names differ (JSON; one alone: --columns.image_before A)."
+            "help": "What shards or a Hub data set call our columns image_before, image_after, mask, captions, "
+            "changed and filename, where the names differ (JSON; one alone: --columns.image_before A)."
         },
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
@@ -190,7 +190,7 @@ def parse_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     data.columns = as_dict(data.columns)
     parsed = {**vars(model), **vars(data), **training.to_dict()}
     names = dict.fromkeys([*_own_fields(), *values])
-    return Recipe(model, data, training, {name: parsed[name] for name in names if parsed[name] not in (None, {})})
+    return Recipe(model, data, training, {name: parsed[name] for name in names if parsed[name] not in (None, {}, [])})
 
 
 def find_recipe(recipe: str | Path) -> Path:

@@ -21,9 +21,9 @@ class KCFICollator:
     """Examples (see `levir_cc`) -> tensors of a batch.
 
     In training a pair gives one row, a prompt and `captions_per_pair` captions behind it, padded on the right.
-    Instruction and captions are drawn once per pair and visit, by a function of (seed, epoch, filename): workers, ranks
-    and resumed runs draw the same. In evaluation a pair gives one row, the prompt with the first instruction, padded on
-    the left.
+    Instruction and captions are drawn once per pair and visit, by a function of (seed, epoch, filename): workers,
+    ranks and resumed runs draw the same. In evaluation a pair gives one row, the prompt with the first instruction,
+    padded on the left.
 
     **Several captions in a row** do not see each other. The row is [prompt without its last token] [last token of the
     prompt, caption 1] [last token, caption 2] ...; each bracket behind the first is a segment that attends to the
@@ -66,9 +66,10 @@ class KCFICollator:
         Returns:
             Both: `pixel_values` (B, 2, 3, H, W), `input_ids` (B, T), `labels`, `filenames`, and `mask_labels`
             (B, H, W), 255 = no label, if a pair has a mask. Training: `labels` (B, T), -100 on prompt and padding;
-            `segment_ids` (B, T), 0 on the prompt, k on caption k, -1 on padding; `position_ids` (B, T). Evaluation:
-            `attention_mask` (B, T); `labels` (B, T') holds the first caption alone; and `references`, `changed`, `sizes`
-            (height, width) and `true_masks` (class ids at that size, or None).
+            `segment_ids` (B, T), 0 on the prompt, k on caption k, -1 on padding, which `packed_attention_mask` turns
+            into the model's `attention_mask` (`KCFITrainer` does); `position_ids` (B, T). Evaluation:
+            `attention_mask` (B, T); `labels` (B, T') holds the first caption alone; and `references`, `changed`,
+            `sizes` (height, width) and `true_masks` (class ids at that size, or None).
 
         Raises:
             ValueError: a pair without captions, or a mask with unknown values; names the pair.
@@ -147,8 +148,8 @@ def packed_attention_mask(segment_ids: torch.Tensor, implementation: str, dtype:
         dtype: of the language model.
 
     Returns:
-        One caption per row: the ordinary mask (B, T), for every implementation. Otherwise an additive mask (B, 1, T, T)
-        or, for flex attention, a `BlockMask`.
+        One caption per row: the ordinary mask (B, T), for every implementation. Otherwise an additive mask
+        (B, 1, T, T) or, for flex attention, a `BlockMask`.
 
     Raises:
         ValueError: an implementation (flash attention) that takes no such mask.
@@ -172,6 +173,40 @@ def packed_attention_mask(segment_ids: torch.Tensor, implementation: str, dtype:
     batch = torch.arange(rows, device=segment_ids.device)[:, None, None, None]
     allowed = visible(batch, None, place[:, None], place)  # (B,1,T,T)
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def check_packing(language_model: Any, longest: int) -> None:
+    """Refuse a language model that would mix up the captions of a row.
+
+    Args:
+        language_model: without its output layer; on the CPU or a GPU.
+        longest: tokens of the longest row.
+
+    Raises:
+        ValueError: its attention takes no such mask (flash), looks back by a window or by distance in the row, or its
+            state runs on from one caption into the next (recurrent and convolutional layers).
+    """
+    config = language_model.config
+    segments = torch.tensor([[0] * 4 + [1] * 3 + [2] * 3], device=language_model.device)
+    mask = packed_attention_mask(segments, config._attn_implementation, language_model.dtype)
+    tokens = torch.arange(10, device=language_model.device)[None] % config.vocab_size
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 4, 5, 6]], device=language_model.device)
+    alone = torch.tensor([[0, 1, 2, 3, 7, 8, 9]], device=language_model.device)  # the prompt and caption 2
+    try:
+        with torch.no_grad():
+            packed = language_model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False)
+            plain = language_model(input_ids=tokens[:, alone[0]], use_cache=False)
+        packed, plain = packed.last_hidden_state[:, 7:].float(), plain.last_hidden_state[:, 4:].float()
+        tolerance = torch.finfo(language_model.dtype).eps ** 0.5
+        same = bool((packed - plain).abs().max() <= tolerance * plain.abs().max())
+    except (RuntimeError, ValueError, IndexError):
+        same = False
+    window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
+    if not same or (window and window < longest):
+        raise ValueError(
+            f"The language model ({config.model_type}) cannot keep several captions of a row apart: set "
+            "captions_per_pair to 1."
+        )
 
 
 def _pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:

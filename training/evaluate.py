@@ -6,7 +6,7 @@ kcfi evaluate --model kcfi-tiny --dataset synthetic --split test --num_pairs 20 
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -159,20 +159,22 @@ def evaluate_model(
     batch_size: int = 8,
     max_new_tokens: int = 64,
     meteor: bool = True,
+    columns: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Score a model on a split and write results.json, predictions.json and pairs.png into one folder.
 
     Args:
         model: folder, Hub id, or "kcfi-tiny".
-        dataset: "synthetic", or a folder in the layout of LEVIR-CC / LEVIR-MCI.
+        dataset: "synthetic", a folder in the layout of LEVIR-CC / LEVIR-MCI, a folder of parquet shards, or a Hub id.
         split: "train", "val" or "test".
         output: the results file; predictions and picture sheet are written beside it.
-        num_pairs: how many pairs (None: all of a folder).
+        num_pairs: how many of the first pairs (None: all).
         seed: of the synthetic scenes.
         mask_classes: as the model was trained (None: "road_building" for a model of three classes, else "change").
         batch_size: pairs per batch.
         max_new_tokens: longest caption, in tokens.
         meteor: False does without Java and leaves METEOR and S_m* out.
+        columns: names of the columns of shards or a Hub data set, where they differ from ours.
 
     Returns:
         What results.json holds.
@@ -183,7 +185,7 @@ def evaluate_model(
     """
     if meteor:
         require_java()  # now, not after an hour of captions
-    pairs = load_pairs(dataset, split, num_pairs, seed)
+    pairs = load_pairs(dataset, split, num_pairs, seed, columns)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network: Any = AutoModelForImageTextToText.from_pretrained(
         model_source(model),

@@ -1,4 +1,7 @@
-"""A training run -> the folder of an embedded model: bf16 weights, and no copy of the code, which the package holds.
+"""A training run -> a folder to give away: on the Hub, or embedded in the package.
+
+`kcfi push` makes the first one: weights as they were trained, the code, the card. The second one has bf16 weights, and
+no copy of the code, which the package holds:
 
 ```
 python -m kcfi.training.export runs/tiny hub_configs/kcfi-tiny
@@ -9,13 +12,36 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.trainer import TRAINER_STATE_NAME
 
 import kcfi  # noqa: F401 (registers the Auto classes)
+from kcfi.training.levir_cc import check_new_folder, read_json
+from kcfi.training.model_card import LICENSE, RECIPE_FILE, card_of_run
 
 SETTINGS = ("config.json", "processor_config.json", "tokenizer_config.json")
+
+
+def save(source: str | Path, output: Path, dtype: torch.dtype | str) -> None:
+    """Load a model and its processor and save them, with the installed code, and nothing else of their folder.
+
+    Raises:
+        ValueError: the weights are damaged.
+        OSError: a file is missing.
+    """
+    try:
+        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {source} cannot be read: {error}") from error
+    model.save_pretrained(output)
+    AutoProcessor.from_pretrained(source).save_pretrained(output)
 
 
 def export(source: str | Path, output: str | Path) -> None:
@@ -28,8 +54,7 @@ def export(source: str | Path, output: str | Path) -> None:
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        AutoModelForImageTextToText.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(folder)
-        AutoProcessor.from_pretrained(source).save_pretrained(folder)
+        save(source, Path(folder), torch.bfloat16)
         for file in Path(folder).iterdir():
             if file.name in SETTINGS:
                 (output / file.name).write_text(_without_code(file.read_text(encoding="utf-8")), encoding="utf-8")
@@ -46,6 +71,85 @@ def _without_code(settings: str) -> str:
         return values
 
     return json.dumps(strip(json.loads(settings)), indent=2, ensure_ascii=False) + "\n"
+
+
+def check_run(folder: Path) -> None:
+    """Refuse what is not the folder of a finished run.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or a file that `kcfi train` leaves is missing.
+        ValueError: it is a model of another kind.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"No run {folder}: give the folder that `kcfi train` wrote, its output_dir.")
+    for name in ("config.json", RECIPE_FILE, TRAINER_STATE_NAME):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {name}, so it is no finished run of `kcfi train`: give its output_dir, or finish it "
+                "with --resume."
+            )
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind != "kcfi":
+        raise ValueError(f"{folder} holds a model of type {kind!r}, not 'kcfi'.")
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    results: Path | None = None,
+    private: bool = False,
+    license: str = LICENSE,
+    dry_run: Path | None = None,
+) -> str:
+    """Upload a finished run: weights, code, processor, generation settings and card; nothing that training needs.
+
+    Args:
+        folder: `output_dir` of the run.
+        repo_id: `owner/name` of the model on the Hub; created if missing.
+        results: results file of `kcfi evaluate` for the card (None: results.json of `folder`, if there is one).
+        private: whether a new repository is private.
+        license: the Hub's name of the weights' licence.
+        dry_run: new folder to write, exactly as it would be uploaded, instead of uploading it.
+
+    Returns:
+        Address of the commit, or the folder of a dry run.
+
+    Raises:
+        FileNotFoundError: no finished run, or no results file.
+        FileExistsError: `dry_run` is not empty.
+        ValueError: not a KCFI model, an invalid `repo_id`, or a file that cannot be read.
+        OSError: the Hub cannot be reached, or refuses.
+    """
+    validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"{repo_id!r} names no owner: write owner/name, for example me/{repo_id}.")
+    if dry_run:
+        check_new_folder(dry_run)
+    check_run(folder)
+    state = read_json(folder / TRAINER_STATE_NAME)
+    card = card_of_run(folder, repo_id, AutoConfig.from_pretrained(folder), state, results, license=license)
+
+    if dry_run:
+        dry_run.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=dry_run.parent if dry_run else None) as temporary:
+        content = Path(temporary) / "content"
+        save(folder, content, "auto")
+        (content / "README.md").write_text(card, encoding="utf-8")
+        if dry_run:
+            content.rename(dry_run)
+            return str(dry_run)
+        hub = HfApi()
+        try:
+            hub.create_repo(repo_id, private=private or None, exist_ok=True)  # None: what the owner has set
+            commit = hub.upload_folder(
+                repo_id=repo_id,
+                folder_path=content,
+                commit_message="Push with kcfi",
+                delete_patterns="model*.safetensors*",  # of an earlier push that was cut into other shards
+            )
+        except HTTPError as error:
+            raise ConnectionError(f"Cannot push to {repo_id} at {hub.endpoint}: {error}") from error
+    return str(commit.commit_url)
 
 
 def main(argv: list[str] | None = None) -> None:

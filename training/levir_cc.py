@@ -15,14 +15,16 @@ Every data set of this project yields the same example, a dictionary:
 | `changed` | bool, the data set's own flag |
 | `filename`, `split` | str |
 
-`class_ids` is the one place that turns file values into the classes a model is trained on.
+`class_ids` is the one place that turns file values into the classes a model is trained on. The same pairs as parquet
+shards or from the Hub are read by `shards.py`; `load_pairs` opens all of them by name.
 """
 
 import gzip
 import json
+import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -56,6 +58,10 @@ _CLASS_IDS: dict[MaskClasses, dict[int, int]] = {
     "building": {MASK_BACKGROUND: 0, MASK_ROAD: 0, MASK_BUILDING: 1},
     "road_building": {MASK_BACKGROUND: 0, MASK_ROAD: 1, MASK_BUILDING: 2},
 }
+
+# Names of the captions file, and the folder of each image of an example below `images/{split}`.
+CAPTIONS_FILES = ("LevirCCcaptions.json", "LevirCCcaptions.json.gz")
+FOLDERS = {"image_before": "A", "image_after": "B", "mask": "label"}
 
 # The five sentences that every unchanged pair of LEVIR-CC carries, and no changed one.
 UNCHANGED_SENTENCES = (
@@ -149,11 +155,11 @@ def read_image(path: str | Path | Image.Image) -> Image.Image:
     return Image.fromarray(np.asarray(convert_to_rgb(image, return_numpy=True)))
 
 
-def read_mask(path: Path) -> Image.Image:
+def read_mask(path: Path | Image.Image) -> Image.Image:
     """Read a mask in the geometry of `read_image`.
 
     Args:
-        path: File of values 0, 128 and 255 in one channel or three equal ones.
+        path: File of values 0, 128 and 255 in one channel or three equal ones, or a PIL image of such a file.
 
     Returns:
         Image of mode "L" holding the file values.
@@ -162,7 +168,40 @@ def read_mask(path: Path) -> Image.Image:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is no readable image or no grey mask.
     """
-    return grey_mask(open_image(path), str(path))
+    return grey_mask(open_image(path), str(getattr(path, "filename", path)))
+
+
+def read_pair(
+    sources: Mapping[str, Path | Image.Image],
+) -> tuple[dict[str, Image.Image], list[FileNotFoundError | ValueError]]:
+    """Read the images of a pair and its mask, and find everything that is wrong with them.
+
+    Args:
+        sources: Files, or images that PIL opened, by the key of the example; without "mask" if there is none.
+
+    Returns:
+        What could be read, by key, and the problems: a file is missing, unreadable, no grey mask, or not as large as
+        the first one that could be read. Each names its file.
+    """
+    images: dict[str, Image.Image] = {}
+    problems: list[FileNotFoundError | ValueError] = []
+    names = {key: str(getattr(source, "filename", source)) for key, source in sources.items()}
+    for key, source in sources.items():
+        try:
+            images[key] = read_mask(source) if key == "mask" else read_image(source)
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(error)
+            continue
+        first = next(iter(images))
+        if images[key].size != images[first].size:
+            width, height = images[first].size
+            problems.append(
+                ValueError(
+                    f"{names[key]}: {images[key].width} x {images[key].height} pixels, "
+                    f"but {names[first]} has {width} x {height}"
+                )
+            )
+    return images, problems
 
 
 @dataclass(frozen=True)
@@ -173,11 +212,50 @@ class CaptionedPair:
         filename: Name of both images and of the mask, without a folder.
         changed: The `changeflag`.
         captions: The raw sentences, stripped; at least one.
+        split: "train", "val" or "test".
     """
 
     filename: str
     changed: bool
     captions: list[str]
+    split: str
+
+    def example(self, sources: Mapping[str, Path | Image.Image]) -> dict[str, Any]:
+        """Read the images of the pair: the example of the module's docstring.
+
+        Args:
+            sources: As in `read_pair`.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If a file is no image, the mask is coloured, or the sizes differ.
+        """
+        images, problems = read_pair(sources)
+        if problems:
+            raise problems[0]
+        return {
+            "image_before": images["image_before"],
+            "image_after": images["image_after"],
+            "mask": images.get("mask"),
+            "captions": list(self.captions),
+            "changed": self.changed,
+            "filename": self.filename,
+            "split": self.split,
+        }
+
+
+def find_captions(root: Path) -> Path:
+    """Find the captions file of a LEVIR-CC or LEVIR-MCI folder.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or no such file in it.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    for name in CAPTIONS_FILES:
+        if (root / name).is_file():
+            return root / name
+    raise FileNotFoundError(f"{root}: no {' or '.join(CAPTIONS_FILES)} in this folder")
 
 
 def read_captions(path: Path, split: str) -> list[CaptionedPair]:
@@ -192,30 +270,55 @@ def read_captions(path: Path, split: str) -> list[CaptionedPair]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no such JSON, has no pair of this split, or a pair lacks a field, lacks sentences
-            or occurs twice.
+        ValueError: If the file is no such JSON, has no pair of this split, or a pair of any split lacks a field, lacks
+            sentences or occurs twice.
+    """
+    pairs, problems = read_all_captions(path)
+    if problems:
+        raise ValueError(problems[0])
+    found = sorted({pair.split for pair in pairs})
+    if split not in found:
+        raise ValueError(f"{path}: no pair of split '{split}'; splits in the file: {', '.join(found) or 'none'}")
+    return [pair for pair in pairs if pair.split == split]
+
+
+def read_all_captions(path: Path) -> tuple[list[CaptionedPair], list[str]]:
+    """Read the pairs of every split from LevirCCcaptions.json, and find everything that is wrong with the others.
+
+    Args:
+        path: The JSON file, plain or gzipped (`.gz`).
+
+    Returns:
+        The pairs in the order of the file, and one line per entry that lacks a field, lacks sentences, repeats the
+        file name of another pair of its split, or has a folder in its file name or split.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no such JSON.
     """
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise ValueError(f"{path}: no list 'images'; expected the schema of LevirCCcaptions.json")
-    pairs = []
+    pairs: dict[tuple[str, str], CaptionedPair] = {}
+    problems = []
     for number, entry in enumerate(content["images"]):
         try:
-            if entry["split"] != split:
-                continue
             captions = [sentence["raw"].strip() for sentence in entry["sentences"]]
-            pairs.append(CaptionedPair(entry["filename"], bool(entry["changeflag"]), captions))
+            pair = CaptionedPair(entry["filename"], bool(entry["changeflag"]), captions, entry["split"])
+            repeated = (pair.split, pair.filename) in pairs
+            is_path = any(Path(name).name != name for name in (pair.split, pair.filename))
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: images[{number}] is not as in LevirCCcaptions.json ({error!r})") from error
-        if not captions or "" in captions:
-            raise ValueError(f"{path}: {entry['filename']} has no sentence, or an empty one")
-    if not pairs:
-        found = ", ".join(sorted({str(entry["split"]) for entry in content["images"]})) or "none"
-        raise ValueError(f"{path}: no pair of split '{split}'; splits in the file: {found}")
-    counts = Counter(pair.filename for pair in pairs)
-    if len(counts) < len(pairs):
-        raise ValueError(f"{path}: {name_some(name for name in counts if counts[name] > 1)} occurs more than once")
-    return pairs
+            problems.append(f"{path}: images[{number}] is not as in LevirCCcaptions.json ({error!r})")
+            continue
+        if repeated:
+            problems.append(f"{path}: {pair.filename} occurs more than once")
+        elif is_path:
+            problems.append(f"{path}: {pair.filename} in split {pair.split}: expected names without a folder")
+        elif not captions or "" in captions:
+            problems.append(f"{path}: {pair.filename} has no sentence, or an empty one")
+        else:
+            pairs[pair.split, pair.filename] = pair
+    return list(pairs.values()), problems
 
 
 def read_json(path: Path) -> Any:
@@ -276,16 +379,8 @@ class LevirCCDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, root: str | Path, split: str) -> None:
-        root = Path(root)
-        if not root.is_dir():
-            raise FileNotFoundError(f"{root}: no such folder")
-        plain, gzipped = root / "LevirCCcaptions.json", root / "LevirCCcaptions.json.gz"
-        captions = plain if plain.is_file() else gzipped
-        if not captions.is_file():
-            raise FileNotFoundError(f"{root}: no LevirCCcaptions.json or LevirCCcaptions.json.gz in this folder")
-        self.pairs = read_captions(captions, split)
-        self.split = split
-        self.folder = root / "images" / split
+        self.pairs = read_captions(find_captions(Path(root)), split)
+        self.folder = Path(root) / "images" / split
         for folder in (self.folder / "A", self.folder / "B"):
             if not folder.is_dir() or not any(folder.iterdir()):
                 raise FileNotFoundError(f"{folder}: missing or empty; expected the images of split '{split}'")
@@ -294,52 +389,74 @@ class LevirCCDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def files(self, index: int) -> dict[str, Path]:
+        """The files of a pair by the key of the example; without "mask" if the split has no masks."""
+        filename = self.pairs[index].filename
+        return {key: self.folder / name / filename for key, name in FOLDERS.items() if key != "mask" or self.has_masks}
+
     def __getitem__(self, index: int) -> dict[str, Any]:
-        pair = self.pairs[index]
-        before = read_image(self.folder / "A" / pair.filename)
-        after = read_image(self.folder / "B" / pair.filename)
-        mask = read_mask(self.folder / "label" / pair.filename) if self.has_masks else None
-        for name, other in (("B", after), ("label", mask)):
-            if other is not None and other.size != before.size:
-                raise ValueError(
-                    f"{self.folder / name / pair.filename}: {other.width} x {other.height} pixels, "
-                    f"but its partner in A has {before.width} x {before.height}"
-                )
-        return {
-            "image_before": before,
-            "image_after": after,
-            "mask": mask,
-            "captions": list(pair.captions),
-            "changed": pair.changed,
-            "filename": pair.filename,
-            "split": self.split,
-        }
+        return self.pairs[index].example(self.files(index))
 
 
-def load_pairs(dataset: str, split: str, num_pairs: int | None = None, seed: int = 0) -> Dataset[dict[str, Any]]:
+def is_datasets_name(dataset: str) -> bool:
+    """Tell whether `datasets` opens this name: a folder of parquet shards, or a Hub id where there is no folder."""
+    root = Path(dataset)
+    if root.is_dir():
+        return not any((root / name).is_file() for name in CAPTIONS_FILES) and any(root.rglob("*.parquet"))
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset) is not None
+
+
+def check_new_folder(folder: Path) -> None:
+    """Refuse to write a data set over anything.
+
+    Raises:
+        FileExistsError: If the path is a file or a folder that is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder: choose a new one")
+
+
+def load_pairs(
+    dataset: str,
+    split: str,
+    num_pairs: int | None = None,
+    seed: int = 0,
+    columns: Mapping[str, str] | None = None,
+) -> Dataset[dict[str, Any]]:
     """Open a data set by the name that recipes and commands use.
 
     Args:
-        dataset: "synthetic", or a folder in the layout of LEVIR-CC or LEVIR-MCI.
-        split: "train", "val" or "test".
-        num_pairs: Pairs that "synthetic" draws (None: `SYNTHETIC_PAIRS`), or how many of a folder's first pairs to
-            take at most (None: all).
-        seed: Seed of "synthetic"; a folder has none.
+        dataset: "synthetic", a folder in the layout of LEVIR-CC or LEVIR-MCI, a folder of parquet shards, or a data
+            set's id on the Hub.
+        split: "train", "val" or "test", or what the data set calls them.
+        num_pairs: Pairs that "synthetic" draws (None: `SYNTHETIC_PAIRS`), or how many of the first pairs of any other
+            data set to take at most (None: all).
+        seed: Seed of "synthetic"; the others have none.
+        columns: What shards or a data set on the Hub call our columns, where the names differ; see `ShardDataset`.
 
     Returns:
         Map-style data set of examples as in the module's docstring.
 
     Raises:
-        FileNotFoundError: If the folder or a part of it is missing.
-        ValueError: If `num_pairs` is below 1, the split is unknown, or the folder's JSON is refused.
+        FileNotFoundError: If the data set or a part of it is missing.
+        ValueError: If `num_pairs` is below 1, the split is unknown, the folder's JSON or the columns are refused, or
+            `columns` is given for a data set that has none.
     """
     if num_pairs is not None and num_pairs < 1:
         raise ValueError(f"num_pairs is {num_pairs}; expected at least 1")
+    if columns and not is_datasets_name(dataset):
+        raise ValueError(f"columns are for parquet shards and Hub ids; {dataset} is neither")
     if dataset == "synthetic":
         from kcfi.training.synthetic import SyntheticDataset  # a folder needs none of its drawing code
 
         if split not in SYNTHETIC_PAIRS:
             raise ValueError(f"split '{split}' is unknown; 'synthetic' has {', '.join(SYNTHETIC_PAIRS)}")
         return SyntheticDataset(num_pairs or SYNTHETIC_PAIRS[split], split=split, seed=seed)
-    pairs = LevirCCDataset(dataset, split)
+    pairs: Any
+    if is_datasets_name(dataset):
+        from kcfi.training.shards import ShardDataset  # `datasets` takes a second to import
+
+        pairs = ShardDataset(dataset, split, columns)
+    else:
+        pairs = LevirCCDataset(dataset, split)
     return pairs if num_pairs is None else Subset(pairs, range(min(num_pairs, len(pairs))))

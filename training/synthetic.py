@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from kcfi.pictures import contact_sheet, overlay
-from kcfi.training.levir_cc import MASK_BUILDING, MASK_ROAD
+from kcfi.training.levir_cc import MASK_BUILDING, MASK_ROAD, check_new_folder
 from kcfi.training.synthetic_captions import Change, Ground, ObjectChange, describe, locate
 from kcfi.training.synthetic_layout import (
     MARGIN,
@@ -253,8 +253,7 @@ def write_levir_mci(datasets: Sequence[SyntheticDataset], root: Path) -> None:
     Raises:
         FileExistsError: If the folder is not empty.
     """
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise FileExistsError(f"{root} exists and is not an empty folder: choose a new one")
+    check_new_folder(root)
     records: list[dict[str, Any]] = []
     pairs = ((dataset, index) for dataset in datasets for index in range(len(dataset)))
     for dataset, index in tqdm(pairs, "drawing", sum(map(len, datasets)), unit="pair"):

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -27,6 +28,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
+    TimmWrapperImageProcessor,
     set_seed,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -86,10 +88,11 @@ def train(recipe: Recipe, resume: bool = False) -> KCFITrainer:
     checkpoint = find_checkpoint(output_dir, resume)
     if resume:
         check_same_recipe(recipe, output_dir)
-    train_pairs = load_pairs(data.dataset, data.train_split, data.num_train_pairs, data.dataset_seed)
+    columns = as_dict(data.columns)
+    train_pairs = load_pairs(data.dataset, data.train_split, data.num_train_pairs, data.dataset_seed, columns)
     eval_pairs = None
     if args.eval_strategy != "no":
-        eval_pairs = load_pairs(data.dataset, data.eval_split, data.num_eval_pairs, data.dataset_seed)
+        eval_pairs = load_pairs(data.dataset, data.eval_split, data.num_eval_pairs, data.dataset_seed, columns)
 
     set_seed(args.seed)
     model, processor = build_model(recipe.model)
@@ -139,8 +142,11 @@ def join_towers(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCF
         vision = model_source(args.vision_model)
         tower = AutoConfig.from_pretrained(vision)
         tower = getattr(tower, "vision_config", tower)  # CLIP and SigLIP have two halves
-        pixels = AutoImageProcessor.from_pretrained(vision)
-        mean, std = pixels.image_mean, pixels.image_std
+        pixels: Any = AutoImageProcessor.from_pretrained(vision)
+        if isinstance(pixels, TimmWrapperImageProcessor):
+            mean, std = pixels.data_config["mean"], pixels.data_config["std"]
+        else:
+            mean, std = pixels.image_mean, pixels.image_std
     config: Any = KCFIConfig(vision_config=tower, **settings)
     text = model_source(args.text_model)
     processor = KCFIProcessor.from_towers(
@@ -155,6 +161,11 @@ def join_towers(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCF
     model = KCFIForConditionalGeneration.from_vision_text_pretrained(
         vision, text, image_token_id=processor.image_token_id, **settings
     )
+    if not args.vision_model and any(isinstance(part, nn.BatchNorm2d) for part in model.model.vision_tower.modules()):
+        raise ValueError(
+            "The vision tower has batch norms, which keep the statistics they come with: it needs pretrained weights, "
+            "`vision_model` instead of `vision_config`."
+        )
     # greedy decoding, and none of the penalties that instruct models ship for long answers
     model.generation_config = GenerationConfig(do_sample=False, **processor.generation_tokens)
     return model, processor
@@ -184,18 +195,20 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def check_same_recipe(recipe: Recipe, output_dir: Path) -> None:
-    """Refuse to resume a run with other settings than it began with: what comes out would repeat neither.
+    """Refuse to resume a run with other settings than it began with: its recipe.yaml would no longer tell the truth.
+
+    The folder itself may have moved.
 
     Raises:
         ValueError: names each setting that differs, with both values.
     """
     file = output_dir / "recipe.yaml"
-    began = parse_recipe(file).values
-    names = dict.fromkeys([*began, *recipe.values])
+    began = yaml.safe_load(file.read_text(encoding="utf-8"))
+    now = yaml.safe_load(yaml.safe_dump(recipe.values))
     changed = [
-        f"{name}: {began.get(name, 'not set')} -> {recipe.values.get(name, 'not set')}"
-        for name in names
-        if began.get(name) != recipe.values.get(name)
+        f"{name}: {began.get(name, 'not set')} -> {now.get(name, 'not set')}"
+        for name in dict.fromkeys([*began, *now])
+        if began.get(name) != now.get(name) and name != "output_dir"
     ]
     if changed:
         raise ValueError(

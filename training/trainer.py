@@ -11,10 +11,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
@@ -22,7 +24,7 @@ from transformers.utils import logging
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import KCFIProcessor
 from kcfi.training.arguments import KCFITrainingArguments
-from kcfi.training.collator import IGNORED, KCFICollator, packed_attention_mask
+from kcfi.training.collator import IGNORED, KCFICollator, check_packing, packed_attention_mask
 from kcfi.training.dwa import TASKS, DynamicWeightAverage
 from kcfi.training.evaluate import Scores, encode, predict
 from kcfi.training.levir_cc import NO_LABEL
@@ -83,7 +85,8 @@ def parameter_groups(
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((owner.get(id(parameter), ""), name in decayed), []).append(parameter)
+            decays = name in decayed and parameter.squeeze().ndim > 1  # batch norms and layer scales have other names
+            groups.setdefault((owner.get(id(parameter), ""), decays), []).append(parameter)
 
     placed = [id(parameter) for parameters in groups.values() for parameter in parameters]
     trainable = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
@@ -165,7 +168,8 @@ class KCFITrainer(Trainer):
         **kwargs: of `transformers.Trainer`: `train_dataset`, `eval_dataset`, `processing_class`, `callbacks`, ...
 
     Raises:
-        ValueError: several GPUs in one process, or a checkpoint metric that needs Java where there is none.
+        ValueError: several GPUs in one process, a checkpoint metric that needs Java where there is none, or several
+            captions per pair with a language model that cannot keep them apart.
     """
 
     args: KCFITrainingArguments
@@ -197,6 +201,12 @@ class KCFITrainer(Trainer):
                 "PATH: install a Java runtime, or choose the best checkpoint by another score "
                 "(--metric_for_best_model cider_d)."
             )
+        if args.eval_strategy != "no" and not self.meteor:
+            logger.warning("Java is not on the PATH: evaluation leaves out METEOR and S_m*.")
+        if data_collator.captions_per_pair > 1 and not is_deepspeed_zero3_enabled():  # ZeRO-3: no weights here yet
+            prompt = len(data_collator.processor.encode_prompt())
+            captions = data_collator.captions_per_pair * args.generation_max_new_tokens
+            check_packing(model.model.language_model.eval(), prompt + captions)
         self.evaluated = freeze(model, args)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         self.evaluation_collator = data_collator.for_evaluation()
@@ -289,6 +299,10 @@ class KCFITrainer(Trainer):
         inputs["attention_mask"] = packed_attention_mask(
             inputs.pop("segment_ids"), language_model.config._attn_implementation, language_model.dtype
         )
+        # logits only from the first learned token on: before it stand hundreds of others, times the vocabulary
+        learned = (inputs["labels"] != IGNORED).any(dim=0).nonzero()
+        inputs["logits_to_keep"] = inputs["labels"].shape[1] - int(learned[0]) + 1
+        inputs["labels"] = inputs["labels"][:, -inputs["logits_to_keep"] :]
         for module in self.evaluated:
             module.eval()
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False)
@@ -321,10 +335,12 @@ class KCFITrainer(Trainer):
         """Trainer's.
 
         Raises:
-            FloatingPointError: the gradient is not finite (in fp16 the scaler skips such steps instead).
+            FloatingPointError: the gradient is not finite. Not in fp16, whose scaler skips such steps, and not under
+                DeepSpeed, which has stepped already.
         """
         norm = super()._get_grad_norm(model, grad_norm)
-        if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):
+        looked_after = self.accelerator.scaler is not None or self.is_deepspeed_enabled
+        if norm is not None and not looked_after and not math.isfinite(norm):
             raise FloatingPointError(
                 f"Optimizer step {self.state.global_step + 1}: the losses are finite, but the norm of their gradient "
                 f"is {float(norm)}. Training stopped before the weights changed; a lower learning rate may help."
@@ -405,7 +421,9 @@ class KCFITrainer(Trainer):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
         caption_sum, tokens, mask_sum, pixels = sums.tolist()
-        metrics = {"caption_loss": caption_sum / tokens, **scores.metrics(self.meteor)}
+        scored = [scores.metrics(self.meteor) if self.is_world_process_zero() else {}]  # METEOR starts Java: once
+        broadcast_object_list(scored)
+        metrics = {"caption_loss": caption_sum / tokens, **scored[0]}
         if pixels:
             metrics["mask_loss"] = mask_sum / pixels
         metrics["loss"] = metrics["caption_loss"] + metrics.get("mask_loss", 0.0)

@@ -115,6 +115,14 @@ def test_tied_embeddings_follow_the_language_model(vision, text, tie):
     assert KCFIConfig(vision_config=vision["vit"], text_config=language, image_token_id=4).tie_word_embeddings is tie
 
 
+def test_a_timm_tower_of_another_size_is_told_so_where_it_must_be():
+    size = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 4}
+    for architecture, told in (("vit_tiny_patch16_224", {"dynamic_img_size": True}), ("xcit_nano_12_p16_224", {})):
+        tower = {"model_type": "timm_wrapper", "architecture": architecture, "model_args": size}
+        assert KCFIConfig(vision_config=tower, image_size=64).vision_config.model_args == {**size, **told}
+        assert KCFIConfig(vision_config=tower, image_size=32).vision_config.model_args == size
+
+
 def test_a_timm_tower_loses_its_dropout_and_drop_path():
     args = {"img_size": 64, "depth": 4, "drop_path_rate": 0.3, "proj_drop_rate": 0.1}
     tower = {"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224", "model_args": args}

@@ -123,6 +123,19 @@ def test_every_parameter_of_an_xcit_tower_gets_a_gradient(make_model, make_input
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
+@pytest.mark.parametrize(("tower", "patch"), [("timm", 4), ("xcit", 8)])
+def test_checkpointing_computes_the_blocks_of_a_timm_tower_twice(make_model, make_inputs, tower, patch):
+    model, inputs = make_model(tower).train(), make_inputs(size=(4 * patch, 4 * patch), patch=patch)
+    calls, gradients = count_calls(model.model.vision_tower.timm_model.blocks[0].norm1), []
+    for switch in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+        switch()
+        model.zero_grad()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append(model.model.vision_tower.timm_model.blocks[0].norm1.weight.grad.clone())
+    assert len(calls) == 1 + 2
+    torch.testing.assert_close(*gradients)
+
+
 def test_an_xcit_model_survives_saving(make_model, make_inputs, tmp_path):
     model, inputs = make_model("xcit"), make_inputs(size=(32, 32), patch=8)
     model.save_pretrained(tmp_path)

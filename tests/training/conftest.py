@@ -1,5 +1,6 @@
 """A tiny model, its processor and a handful of pairs, all made here: nothing is downloaded."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,31 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def make_pairs() -> type[Pairs]:
     return Pairs
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A LEVIR-MCI folder: two training pairs and one validation pair of 8 x 6 px, grey masks."""
+    entries = [
+        {"filename": "a.png", "split": "train", "changeflag": 1, "imgid": 0, "filepath": "train", "sentids": [0, 1]},
+        {"filename": "b.png", "split": "train", "changeflag": 0},
+        {"filename": "c.png", "split": "val", "changeflag": 1},
+    ]
+    folder = tmp_path / "levir_mci"
+    mask = np.tile(np.array([[0, 128, 255], [255, 0, 128]], np.uint8), (3, 3))[:, :8]
+    for number, entry in enumerate(entries):
+        sentences = [f" sentence {n} of {entry['filename']} ." for n in range(5)]
+        entry["sentences"] = [{"raw": sentence, "tokens": sentence.split()} for sentence in sentences]
+        for name, image in (
+            ("A", Image.new("RGB", (8, 6), (10 + number,) * 3)),
+            ("B", Image.new("RGB", (8, 6), (100 + number,) * 3)),
+            ("label", Image.fromarray(mask)),
+        ):
+            path = folder / "images" / entry["split"] / name / entry["filename"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+    (folder / "LevirCCcaptions.json").write_text(json.dumps({"images": entries, "dataset": "LEVIR-CC"}))
+    return folder
 
 
 @pytest.fixture(scope="session")

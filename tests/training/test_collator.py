@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from kcfi.modeling_kcfi import KCFIConfig, KCFIForConditionalGeneration
 from kcfi.processing import INSTRUCTIONS, KCFIProcessor
-from kcfi.training.collator import PADDING, KCFICollator, packed_attention_mask
+from kcfi.training.collator import PADDING, KCFICollator, check_packing, packed_attention_mask
 
 WORDS = "the a house scene tree left right . appears same before no change is built in two".split()
 
@@ -182,6 +182,35 @@ def test_packed_captions_have_the_loss_and_gradients_of_one_row_each(
     scale = max(gradient.abs().max() for gradient in twins.values())
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, twins[name], rtol=tolerance, atol=tolerance * float(scale), msg=name)
+
+
+TINY = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 50, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "longest"),
+    [
+        ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "num_key_value_heads": 2}, 10),
+        ({"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 400}, 401),
+        ({"model_type": "bloom", "n_layer": 2, "n_head": 2}, 10),
+    ],
+)
+def test_a_language_model_that_mixes_captions_up_is_refused(settings, longest):
+    torch.manual_seed(0)
+    model = AutoModel.from_config(AutoConfig.for_model(**TINY, num_hidden_layers=2, **settings)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    with pytest.raises(ValueError, match=rf"\({settings['model_type']}\) cannot keep .* set captions_per_pair to 1"):
+        check_packing(model, longest)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral", "gpt2", "opt"])
+def test_a_language_model_that_keeps_captions_apart_is_accepted(model_type):
+    torch.manual_seed(0)
+    names = {"gpt2": {"n_embd": 16, "n_head": 2}, "opt": {"word_embed_proj_dim": 16, "ffn_dim": 32}}
+    settings = names.get(model_type, {"num_key_value_heads": 2})
+    config = AutoConfig.for_model(model_type, **TINY, num_hidden_layers=2, **settings)
+    check_packing(AutoModel.from_config(config).eval(), 400)
 
 
 def test_flex_attention_gets_the_same_mask_as_a_block_mask():

@@ -20,36 +20,6 @@ from kcfi.training.levir_cc import (
 FILE_VALUES = np.array([[0, 128, 255], [255, 0, 128]], np.uint8)
 
 
-def entry(filename, split="train", changeflag=1, **extra):
-    sentences = [{"raw": f" sentence {n} of {filename} .", "tokens": ["sentence"]} for n in range(5)]
-    return {"filename": filename, "split": split, "changeflag": changeflag, "sentences": sentences, **extra}
-
-
-def picture(value, size=(8, 6)):
-    return Image.new("RGB", size, (value, value, value))
-
-
-@pytest.fixture
-def root(tmp_path):
-    """A LEVIR-MCI folder: two training pairs and one validation pair, grey masks."""
-    entries = [
-        entry("a.png", imgid=0, filepath="train", sentids=[0, 1, 2, 3, 4]),
-        entry("b.png", changeflag=0),
-        entry("c.png", "val"),
-    ]
-    (tmp_path / "LevirCCcaptions.json").write_text(json.dumps({"images": entries, "dataset": "LEVIR-CC"}))
-    for number, item in enumerate(entries):
-        for folder, image in (
-            ("A", picture(10 + number)),
-            ("B", picture(100 + number)),
-            ("label", Image.fromarray(np.tile(FILE_VALUES, (3, 3))[:, :8])),
-        ):
-            path = tmp_path / "images" / item["split"] / folder / item["filename"]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)
-    return tmp_path
-
-
 def edit_captions(root, edit):
     path = root / "LevirCCcaptions.json"
     content = json.loads(path.read_text())
@@ -147,7 +117,7 @@ def test_only_the_letter_folder_tells_the_dates_apart(tmp_path, root):
         (lambda root: (root / "LevirCCcaptions.json").write_text("{"), ValueError, "not readable as JSON"),
         (lambda root: (root / "LevirCCcaptions.json").write_text("[]"), ValueError, "no list 'images'"),
         (
-            lambda root: edit_captions(root, lambda content: content["images"].append(entry("a.png"))),
+            lambda root: edit_captions(root, lambda content: content["images"].append(content["images"][0])),
             ValueError,
             "a.png occurs more than once",
         ),
@@ -160,6 +130,16 @@ def test_only_the_letter_folder_tells_the_dates_apart(tmp_path, root):
             lambda root: edit_captions(root, lambda content: content["images"][1].update(sentences=[])),
             ValueError,
             "b.png has no sentence",
+        ),
+        (
+            lambda root: edit_captions(root, lambda content: content["images"][1].update(filename="../A/b.png")),
+            ValueError,
+            r"\.\./A/b\.png in split train: expected names without a folder",
+        ),
+        (
+            lambda root: edit_captions(root, lambda content: content["images"][2].update(split=None)),
+            ValueError,
+            r"images\[2\] is not as in LevirCCcaptions.json \(TypeError",
         ),
     ],
 )
@@ -199,8 +179,8 @@ def test_a_broken_image_is_named_and_spares_the_others(root, folder):
 
 @pytest.mark.parametrize("folder", ["B", "label"])
 def test_a_partner_of_another_size_is_named_with_both_sizes(root, folder):
-    picture(0, (4, 4)).save(root / "images/train" / folder / "a.png")
-    with pytest.raises(ValueError, match=rf"{folder}/a\.png: 4 x 4 pixels, but its partner in A has 8 x 6"):
+    Image.new("L", (4, 4)).save(root / "images/train" / folder / "a.png")
+    with pytest.raises(ValueError, match=rf"{folder}/a\.png: 4 x 4 pixels, but .*/A/a\.png has 8 x 6"):
         LevirCCDataset(root, "train")[0]
 
 

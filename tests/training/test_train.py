@@ -6,10 +6,11 @@ import time
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, TimmWrapperConfig, TimmWrapperModel
 
 from kcfi.training import train
-from kcfi.training.arguments import ModelArguments
+from kcfi.training.arguments import ModelArguments, parse_recipe
+from kcfi.training.collator import KCFICollator
 from kcfi.training.synthetic import SyntheticDataset
 
 VISION = {
@@ -122,6 +123,43 @@ def test_a_run_is_not_resumed_with_other_settings(recipe, tmp_path):
         train.main([*command, "--max_steps", "2", "--seed", "7", "--resume"])
     assert (output_dir / "recipe.yaml").read_text() == saved
     train.main([str(output_dir / "recipe.yaml"), "--resume"])  # its own recipe is always accepted
+    train.main([*command, "--max_steps", "1", "--output_dir", f"{output_dir}/", "--resume"])  # and its folder may move
+
+
+@pytest.mark.parametrize(
+    "option", [["--report_to", "none"], ["--lr_scheduler_kwargs", "{}"], ["--label_names", "labels"]]
+)
+def test_every_saved_setting_can_be_read_again(recipe, tmp_path, option):
+    values = parse_recipe(recipe, option).values
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(values))
+    assert parse_recipe(tmp_path / "again.yaml").values == values
+
+
+def test_pooled_visual_tokens_have_as_many_placeholders(text_model):
+    args = ModelArguments(vision_config=VISION, text_model=str(text_model), model_settings={"visual_token_pooling": 2})
+    model, processor = train.build_model(args)
+    assert (processor.num_patches, model.config.num_patches) == (4, 16)
+    batch = KCFICollator(processor)([SyntheticDataset(2)[1]])
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 4
+    assert model(batch["input_ids"], batch["pixel_values"]).image_hidden_states.shape[:2] == (1, 4)
+
+
+def test_a_random_tower_with_batch_norms_is_refused(text_model):
+    size = {"img_size": 32, "depth": 2, "embed_dim": 16, "num_heads": 2}
+    tower = {"model_type": "timm_wrapper", "architecture": "xcit_nano_12_p8_224", "model_args": size}
+    with pytest.raises(ValueError, match=r"batch norms.* needs pretrained weights"):
+        train.build_model(ModelArguments(vision_config=tower, text_model=str(text_model)))
+
+
+def test_a_timm_tower_brings_its_own_normalisation(text_model, tmp_path):
+    size = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 16, "num_heads": 2}
+    statistics = {"mean": [0.4, 0.5, 0.6], "std": [0.1, 0.2, 0.3], "input_size": [3, 32, 32]}
+    config = TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=size, pretrained_cfg=statistics)
+    TimmWrapperModel(config).save_pretrained(tmp_path)
+    model, processor = train.build_model(ModelArguments(vision_model=str(tmp_path), text_model=str(text_model)))
+    assert (list(processor.image_processor.image_mean), processor.patch_size) == ([0.4, 0.5, 0.6], 8)
+    assert list(processor.image_processor.image_std) == [0.1, 0.2, 0.3]
+    assert model.config.num_patches == processor.num_patches == 16
 
 
 def test_nothing_to_resume_is_said(recipe):

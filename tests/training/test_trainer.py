@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.training.arguments import KCFITrainingArguments
-from kcfi.training.collator import KCFICollator
+from kcfi.training.collator import KCFICollator, packed_attention_mask
 from kcfi.training.trainer import KCFITrainer, freeze, parameter_groups
 
 JAVA = shutil.which("java") is not None
@@ -167,14 +167,22 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(make_trainer, make_pairs, 
             )
 
 
-def test_logged_losses_are_the_models_own_over_the_whole_step(make_trainer, make_pairs, processor):
-    pairs = make_pairs(8, masks="some")
-    trainer = make_trainer(pairs, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=1)
-    batch = KCFICollator(processor, seed=3)([pairs[index] for index in range(8)])
+@pytest.mark.parametrize("captions_per_pair", [1, 3])
+def test_logged_losses_are_the_models_own_over_the_whole_step(make_trainer, make_pairs, processor, captions_per_pair):
+    pairs, collator = make_pairs(8, masks="some"), KCFICollator(processor, captions_per_pair=captions_per_pair, seed=3)
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 1}
+    trainer = make_trainer(pairs, collator, **settings)
+    batch = collator([pairs[index] for index in range(8)])
     del batch["filenames"]
+    batch["attention_mask"] = packed_attention_mask(batch.pop("segment_ids"), "sdpa", torch.float32)
     with torch.no_grad():
         expected = trainer.model(**batch)
+
+    widths = []
+    trainer.model.lm_head.register_forward_hook(lambda _, states, __: widths.append(states[0].shape[1]))
     trainer.train()
+    prompt = int((batch["labels"] == -100).all(dim=0).int().argmin())  # columns before the first learned token
+    assert max(widths) <= batch["labels"].shape[1] - prompt + 1  # no logits for the prompt
     logged = losses(trainer)[0]
     assert logged["caption_loss"] == pytest.approx(expected.caption_loss.item(), rel=1e-5)
     assert logged["mask_loss"] == pytest.approx(expected.mask_loss.item(), rel=1e-5)
@@ -305,10 +313,12 @@ def test_evaluation_scores_generated_captions_and_masks(make_trainer, make_pairs
     assert all(0 <= metrics[name] <= 100 for name in expected - {"eval_cider_d"})
 
 
-def test_bf16_trains_and_evaluates_in_autocast(make_trainer, make_pairs, no_java):
-    full = make_trainer(make_pairs(4), max_steps=2)
+def test_bf16_trains_and_evaluates_in_autocast(make_trainer, make_pairs, processor, no_java):
+    collator = KCFICollator(processor, captions_per_pair=2)
+    full = make_trainer(make_pairs(4), collator, max_steps=2)
     full.train()
-    trainer = make_trainer(make_pairs(4), eval_dataset=make_pairs(4), bf16=True, max_steps=2, dataloader_num_workers=1)
+    settings = {"bf16": True, "max_steps": 2, "dataloader_num_workers": 1}
+    trainer = make_trainer(make_pairs(4), collator, eval_dataset=make_pairs(4), **settings)
     trainer.train()
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
     for line, other in zip(losses(trainer), losses(full), strict=True):

@@ -1,0 +1,107 @@
+import gzip
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kcfi.training.data_check import check_folder, counts_table
+
+
+def edit_captions(root, edit):
+    path = root / "LevirCCcaptions.json"
+    content = json.loads(path.read_text())
+    edit(content["images"])
+    path.write_text(json.dumps(content))
+
+
+def test_a_folder_as_distributed_has_no_problems(root):
+    problems, counts = check_folder(root)
+    assert problems == [] and list(counts) == ["train", "val"]
+    train = counts["train"]
+    assert (train.pairs, train.changed, train.captions, train.masks) == (2, 1, 10, 2)
+    mask = np.asarray(Image.open(root / "images/train/label/a.png"))
+    assert train.pixels.tolist() == [2 * (mask == value).sum() for value in (0, 128, 255)]
+    title, first, second = counts_table(counts).splitlines()
+    names = ["split", "pairs", "changed", "unchanged", "captions", "with", "mask"]
+    assert title.split() == [*names, "background", "px", "road", "px", "building", "px"]
+    assert first.split() == ["train", "2", "1", "1", "10", "2", *map(str, train.pixels)]
+    assert second.split()[:6] == ["val", "1", "1", "0", "5", "1"] and len(title) == len(first) == len(second)
+
+
+def test_pairs_whose_flag_and_mask_disagree_are_counted_and_no_problem(root):
+    Image.new("L", (8, 6)).save(root / "images/val/label/c.png")  # changed, but empty
+    problems, counts = check_folder(root)  # and b.png is unchanged, but not empty
+    assert problems == [] and (counts["train"].disagreeing, counts["val"].disagreeing) == (1, 1)
+
+
+def test_masks_of_levir_cd_and_of_three_channels_and_gzipped_captions_are_fine(root):
+    Image.fromarray(np.tile(np.array([0, 255], np.uint8), (6, 4))).save(root / "images/val/label/c.png")
+    path = root / "images/train/label/a.png"
+    Image.open(path).convert("RGB").save(path)
+    captions = root / "LevirCCcaptions.json"
+    (root / "LevirCCcaptions.json.gz").write_bytes(gzip.compress(captions.read_bytes()))
+    captions.unlink()
+    problems, counts = check_folder(root)
+    assert problems == [] and counts["val"].pixels.tolist() == [24, 0, 24]
+
+
+def test_levir_cc_has_no_masks(root):
+    for split in ("train", "val"):
+        (root / "images" / split / "label").rename(root / f"{split}_label")
+    problems, counts = check_folder(root)
+    assert problems == [] and counts["train"].masks == counts["train"].disagreeing == 0
+
+
+def test_every_problem_is_named_with_its_file(root):
+    images = root / "images"
+    (images / "train/A/a.png").unlink()
+    (images / "train/label/b.png").unlink()
+    (images / "train/B/b.png").write_text("no image")
+    Image.new("RGB", (4, 4)).save(images / "val/B/c.png")
+    Image.fromarray(np.full((5, 8), 7, np.uint8)).save(images / "val/label/c.png")
+    Image.new("RGB", (8, 6)).save(images / "train/B/extra.png")
+    (images / "val/B/.hidden").touch()
+    (images / "test/A").mkdir(parents=True)
+
+    def edit(entries):
+        entries[0]["sentences"].pop()
+        entries.append(entries[1])
+        entries.append({"filename": "d.png", "split": "val", "sentences": []})
+        entries.append({"filename": "e.png", "split": "val", "sentences": [], "changeflag": 0})
+
+    edit_captions(root, edit)
+    captions = root / "LevirCCcaptions.json"
+    problems, counts = check_folder(root)
+    expected = [
+        f"{captions}: b.png occurs more than once",
+        f"{captions}: images[4] is not as in LevirCCcaptions.json (KeyError('changeflag'))",
+        f"{captions}: e.png has no sentence, or an empty one",
+        f"{captions}: a.png has 4 captions; expected 5",
+        f"{images}/test: no pair of split 'test' in LevirCCcaptions.json",
+        f"{images}/train/B/extra.png: no pair of split 'train' in LevirCCcaptions.json has this file",
+        f"{images}/train/A/a.png: No such file or directory",
+        f"{images}/train/B/b.png: cannot be read as an image",
+        f"{images}/train/label/b.png: No such file or directory",
+        f"{images}/val/B/c.png: 4 x 4 pixels, but {images}/val/A/c.png has 8 x 6",
+        f"{images}/val/label/c.png: 8 x 5 pixels, but {images}/val/A/c.png has 8 x 6",
+        f"{images}/val/label/c.png: mask value 7 is unknown",
+    ]
+    assert len(problems) == len(expected)
+    for problem, start in zip(problems, expected, strict=True):
+        assert problem.startswith(start)
+    assert (counts["train"].captions, counts["train"].masks, counts["val"].masks) == (9, 1, 0)
+
+
+def test_a_split_without_a_folder_is_one_problem_per_date(root):
+    (root / "images/val").rename(root / "elsewhere")
+    problems, counts = check_folder(root)
+    assert problems == [
+        f"{root}/images/val/{name}: no such folder; expected the images of split 'val'" for name in ("A", "B")
+    ]
+    assert counts["val"].pairs == 1
+
+
+def test_a_folder_that_is_no_data_set_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no LevirCCcaptions\.json or LevirCCcaptions\.json\.gz"):
+        check_folder(tmp_path)

@@ -1,0 +1,246 @@
+import json
+
+import datasets
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from kcfi.training import shards, train
+from kcfi.training.levir_cc import load_pairs
+from kcfi.training.shards import FEATURES, ShardDataset, write_shards
+
+VISION = {
+    "model_type": "vit",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def converted(root, tmp_path):
+    write_shards(root, tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+@pytest.fixture
+def write(root, tmp_path):
+    """Writes the two training pairs as one parquet file, whose columns a function may change."""
+
+    def parquet(change=lambda rows: rows, features=FEATURES):
+        folder = tmp_path / "other"
+        folder.mkdir()
+        rows = [
+            {
+                "image_before": (root / "images/train/A" / name).read_bytes(),
+                "image_after": (root / "images/train/B" / name).read_bytes(),
+                "mask": None,
+                "captions": ["a house appears ."],
+                "changed": True,
+                "filename": name,
+                "split": "train",
+            }
+            for name in ("a.png", "b.png")
+        ]
+        change(datasets.Dataset.from_list(rows, features=FEATURES)).to_parquet(folder / "train.parquet")
+        return str(folder)
+
+    return parquet
+
+
+def plain(example):
+    """An example with arrays and modes instead of images."""
+    return {
+        key: (value.mode, np.asarray(value).tolist()) if isinstance(value, Image.Image) else value
+        for key, value in example.items()
+    }
+
+
+@pytest.mark.parametrize("masks", ["grey", "three equal channels", "none"])
+def test_a_folder_and_its_shards_give_equal_examples(root, tmp_path, masks):
+    for path in sorted((root / "images").glob("*/label/*")):
+        if masks == "three equal channels":
+            Image.open(path).convert("RGB").save(path)
+        if masks == "none":
+            path.unlink()
+    if masks == "none":
+        for folder in (root / "images").glob("*/label"):
+            folder.rmdir()
+    write_shards(root, tmp_path / "shards")
+    for split, count in (("train", 2), ("val", 1)):
+        expected = load_pairs(str(root), split)
+        found = load_pairs(str(tmp_path / "shards"), split)
+        assert len(found) == len(expected) == count
+        for index in range(count):
+            assert plain(found[index]) == plain(expected[index])
+            assert (found[index]["mask"] is None) == (masks == "none")
+
+
+def test_shards_hold_the_bytes_of_the_files_and_datasets_opens_them_by_the_card(root, converted, monkeypatch):
+    monkeypatch.chdir(root / "images/train/A")  # where a file of the same name lies
+    rows = datasets.load_dataset(str(converted), split="train")
+    assert rows.features == FEATURES
+    undecoded = rows.cast_column("image_after", datasets.Image(decode=False))
+    for row in undecoded:
+        assert row["image_after"]["bytes"] == (root / "images/train/B" / row["filename"]).read_bytes()
+    assert datasets.load_dataset(str(converted)).keys() == {"train", "val"}
+    _, header, text = (converted / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(header)["configs"][0]["data_files"][1] == {"split": "val", "path": "data/val-*.parquet"}
+    assert "| train | 2 | 1 | 1 | 10 | yes |" in text
+
+
+def test_folders_of_one_name_are_not_mixed_up_by_the_cache(root, tmp_path):
+    """`datasets` 5.2 tells folders that have a card apart by the card alone."""
+    write_shards(root, tmp_path / "one/shards")
+    Image.new("RGB", (8, 6), (7, 7, 7)).save(root / "images/train/A/a.png", compress_level=0)
+    write_shards(root, tmp_path / "two/shards")
+    for name, value in (("one", 10), ("two", 7)):
+        folder = str(tmp_path / name / "shards")
+        for example in (load_pairs(folder, "train")[0], datasets.load_dataset(folder, split="train")[0]):
+            assert example["image_before"].getpixel((0, 0)) == (value,) * 3
+
+
+def test_pairs_keep_their_order_over_several_shards(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "PAIRS_PER_SHARD", 1)
+    write_shards(root, tmp_path / "shards")
+    names = sorted(path.name for path in (tmp_path / "shards/data").iterdir())
+    assert names == [
+        "train-00000-of-00002.parquet",
+        "train-00001-of-00002.parquet",
+        "val-00000-of-00001.parquet",
+    ]
+    assert [pair["filename"] for pair in load_pairs(str(tmp_path / "shards"), "train")] == ["a.png", "b.png"]
+    assert len(load_pairs(str(tmp_path / "shards"), "train", num_pairs=1)) == 1
+
+
+def test_a_conversion_that_fails_leaves_nothing_behind(root, tmp_path):
+    (root / "images/val/B/c.png").unlink()
+    (root / "images/val/B/d.png").touch()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError, match=r"val/B/c\.png"):
+        write_shards(root, tmp_path / "shards")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_captions_that_are_refused_are_not_converted(root, tmp_path):
+    captions = root / "LevirCCcaptions.json"
+    content = json.loads(captions.read_text())
+    for images, message in (([], "names no pair"), ([{"filename": "a.png"}], r"images\[0\] is not as in")):
+        captions.write_text(json.dumps({**content, "images": images}))
+        with pytest.raises(ValueError, match=message):
+            write_shards(root, tmp_path / "shards")
+
+
+def test_a_folder_that_holds_anything_is_not_written_to(root, tmp_path):
+    with pytest.raises(FileExistsError, match="is not an empty folder"):
+        write_shards(root, tmp_path)
+    (tmp_path / "shards").mkdir()
+    write_shards(root, tmp_path / "shards")
+    assert (tmp_path / "shards/README.md").is_file()
+
+
+def test_a_recipe_trains_from_shards(converted, text_model, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    values = {
+        "vision_config": VISION,
+        "text_model": str(text_model),
+        "dataset": str(converted),
+        "output_dir": str(tmp_path / "run"),
+        "eval_strategy": "no",
+        "per_device_train_batch_size": 2,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    recipe.write_text(yaml.safe_dump(values))
+    train.main([str(recipe)])
+    log = json.loads((tmp_path / "run/trainer_state.json").read_text())["log_history"]
+    assert log[0]["loss"] > 0 and log[0]["mask_loss"] > 0
+
+
+def test_columns_may_have_other_names(write):
+    others = {"image_before": "A", "image_after": "B", "captions": "sentences", "changed": "changeflag"}
+
+    def change(rows):
+        rows = rows.cast_column("changed", datasets.Value("int64"))
+        return rows.rename_columns(others).remove_columns(["mask", "split"])
+
+    folder = write(change)
+    example = load_pairs(folder, "train", columns=others)[1]
+    assert example["image_after"].getpixel((0, 0)) == (101, 101, 101)
+    assert (example["mask"], example["changed"], example["split"]) == (None, True, "train")
+    assert example["captions"] == ["a house appears ."]
+    with pytest.raises(ValueError, match=r"its columns are A, B, sentences, changeflag, filename, but.*`columns`"):
+        load_pairs(folder, "train")
+    with pytest.raises(ValueError, match="but there must be one for each of image_before"):
+        load_pairs(folder, "train", columns={**others, "image_after": "A"})
+    with pytest.raises(ValueError, match="'image_befor': did you mean 'image_before'"):
+        load_pairs(folder, "train", columns={"image_befor": "A"})
+
+
+def test_a_column_of_another_type_is_refused(write):
+    folder = write(lambda rows: rows.remove_columns("captions").rename_column("split", "captions"))
+    with pytest.raises(ValueError, match=r"captions is a column of Value\('string'\); expected List"):
+        load_pairs(folder, "train")
+
+
+def test_a_flag_that_is_neither_true_nor_false_is_refused(write):
+    folder = write(lambda rows: rows.remove_columns("changed").rename_column("split", "changed"))
+    with pytest.raises(ValueError, match=r"a\.png: changed is 'train'; expected true or false"):
+        load_pairs(folder, "train")[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"no image", r"a\.png \(image_after\): cannot be read"), (None, r"a\.png \(image_after\): no image")],
+)
+def test_an_image_that_cannot_be_read_is_named_and_spares_the_others(write, content, message):
+    def change(rows):
+        rows = rows.cast_column("image_after", datasets.Image(decode=False))
+        cells = [content and {"bytes": content, "path": None}, rows[1]["image_after"]]
+        return rows.remove_columns("image_after").add_column("image_after", cells, feature=datasets.Image())
+
+    pairs = ShardDataset(write(change), "train")
+    with pytest.raises(ValueError, match=message):
+        pairs[0]
+    assert pairs[1]["filename"] == "b.png"
+
+
+def test_a_truncated_image_and_one_of_another_size_are_named(write, root):
+    path = root / "images/train/B/a.png"
+    path.write_bytes(path.read_bytes()[:50])
+    Image.new("RGB", (4, 4)).save(root / "images/train/B/b.png")
+    pairs = ShardDataset(write(), "train")
+    with pytest.raises(ValueError, match=r"a\.png \(image_after\): cannot be read as an image"):
+        pairs[0]
+    with pytest.raises(ValueError, match=r"b\.png \(image_after\): 4 x 4 pixels, but .*\(image_before\) has 8 x 6"):
+        pairs[1]
+
+
+def test_what_is_no_data_set_is_named(converted, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nobody/nothing: neither a folder nor a data set on the Hub"):
+        load_pairs("nobody/nothing", "train")
+    with pytest.raises(ValueError, match="no parquet files of split 'tset'; splits in the folder: train, val"):
+        load_pairs(str(converted), "tset")
+    file = converted / "data/train-00000-of-00001.parquet"
+    content = file.read_bytes()
+    for broken in (b"PAR1", content[:-100], b"x" * len(content)):
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match="shards, split 'train': "):
+            load_pairs(str(converted), "train")
+
+
+def test_columns_are_refused_where_there_are_none(root):
+    for dataset in ("synthetic", str(root)):
+        with pytest.raises(ValueError, match="columns are for parquet shards and Hub ids"):
+            load_pairs(dataset, "train", columns={"image_before": "A"})

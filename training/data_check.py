@@ -1,0 +1,170 @@
+"""Check of a LEVIR-CC or LEVIR-MCI folder (`kcfi data check`): every problem, and what each split holds."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from kcfi.training.levir_cc import (
+    CLASS_NAMES,
+    FOLDERS,
+    CaptionedPair,
+    class_ids,
+    find_captions,
+    num_classes,
+    read_all_captions,
+    read_pair,
+)
+
+CAPTIONS_PER_PAIR = 5  # of LEVIR-CC
+
+
+@dataclass
+class SplitCounts:
+    """What a split holds, as far as it can be read.
+
+    Attributes:
+        pairs, changed, captions: By the captions file.
+        masks: Pairs with a mask.
+        disagreeing: Pairs whose `changeflag` says changed and whose mask is empty, or the reverse.
+        pixels: Mask pixels of background, road and building.
+    """
+
+    pairs: int = 0
+    changed: int = 0
+    captions: int = 0
+    masks: int = 0
+    disagreeing: int = 0
+    pixels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(num_classes("road_building"), np.int64))
+
+    def add(self, pair: CaptionedPair, pixels: NDArray[np.int64] | None) -> None:
+        """Count a pair.
+
+        Args:
+            pair: Of the captions file.
+            pixels: Mask pixels per class, None without a readable mask.
+        """
+        self.pairs += 1
+        self.changed += pair.changed
+        self.captions += len(pair.captions)
+        if pixels is not None:
+            self.masks += 1
+            self.disagreeing += pair.changed != bool(pixels[1:].any())
+            self.pixels += pixels
+
+
+def check_folder(root: str | Path) -> tuple[list[str], dict[str, SplitCounts]]:
+    """Read every file of a LEVIR-CC or LEVIR-MCI folder and find everything that is wrong.
+
+    Args:
+        root: Folder in the layout of `levir_cc.py`; a split without the folder `label` has no masks.
+
+    Returns:
+        One line per problem, naming the file, and the counts of each split of the captions file. A `changeflag` that
+        disagrees with the mask is counted and no problem: LEVIR-MCI has such pairs.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or no captions file in it.
+        ValueError: If the captions file is no such JSON.
+    """
+    captions = find_captions(Path(root))
+    images = Path(root) / "images"
+    pairs, problems = read_all_captions(captions)
+    for pair in pairs:
+        if len(pair.captions) != CAPTIONS_PER_PAIR:
+            problems.append(
+                f"{captions}: {pair.filename} has {len(pair.captions)} captions; expected {CAPTIONS_PER_PAIR}"
+            )
+    problems += misplaced(images, pairs, captions.name)
+    counts: dict[str, SplitCounts] = defaultdict(SplitCounts)
+    with ThreadPool() as pool:  # PIL decodes outside Python's lock
+        checked = pool.imap(partial(check_pair, images), pairs)
+        for pair, (found, pixels) in zip(pairs, tqdm(checked, "checking", len(pairs), unit="pair"), strict=True):
+            problems += found
+            counts[pair.split].add(pair, pixels)
+    return problems, dict(counts)
+
+
+def misplaced(images: Path, pairs: Sequence[CaptionedPair], captions: str) -> list[str]:
+    """Find folders that are missing, and folders and files that belong to no pair; hidden ones do not count.
+
+    Args:
+        images: The folder `images`.
+        pairs: Of the captions file.
+        captions: Name of the captions file.
+
+    Returns:
+        One line per problem.
+    """
+    listed: dict[str, set[str]] = defaultdict(set)
+    for pair in pairs:
+        listed[pair.split].add(pair.filename)
+    problems = [
+        f"{folder}: no pair of split '{folder.name}' in {captions}"
+        for folder in sorted(images.glob("[!.]*"))
+        if folder.is_dir() and folder.name not in listed
+    ]
+    for split, filenames in listed.items():
+        for key, name in FOLDERS.items():
+            folder = images / split / name
+            if key != "mask" and not folder.is_dir():
+                problems.append(f"{folder}: no such folder; expected the images of split '{split}'")
+            problems += [
+                f"{path}: no pair of split '{split}' in {captions} has this file"
+                for path in sorted(folder.glob("[!.]*"))
+                if path.name not in filenames
+            ]
+    return problems
+
+
+def check_pair(images: Path, pair: CaptionedPair) -> tuple[list[str], NDArray[np.int64] | None]:
+    """Read the files of a pair from those folders that exist.
+
+    Args:
+        images: The folder `images`.
+        pair: Of the captions file.
+
+    Returns:
+        One line per problem, and the mask pixels of background, road and building (3,); None without a mask that can
+        be read.
+    """
+    folders = {key: images / pair.split / name for key, name in FOLDERS.items()}
+    sources = {key: folder / pair.filename for key, folder in folders.items() if folder.is_dir()}
+    found, errors = read_pair(sources)
+    problems = [
+        f"{error.filename}: {error.strerror}" if isinstance(error, FileNotFoundError) else str(error)
+        for error in errors
+    ]
+    if "mask" not in found:
+        return problems, None
+    try:
+        ids = class_ids(found["mask"], "road_building", str(sources["mask"]))
+    except ValueError as error:
+        return [*problems, str(error)], None
+    return problems, np.bincount(ids.ravel(), minlength=num_classes("road_building"))
+
+
+def counts_table(counts: Mapping[str, SplitCounts]) -> str:
+    """Lay out the counts of each split, one line per split under a line of titles.
+
+    Args:
+        counts: Of `check_folder`.
+    """
+    classes = [f"{name} px" for name in CLASS_NAMES["road_building"]]
+    rows = [["split", "pairs", "changed", "unchanged", "captions", "with mask", *classes]]
+    for split, count in counts.items():
+        numbers = [count.pairs, count.changed, count.pairs - count.changed, count.captions, count.masks, *count.pixels]
+        rows.append([split, *map(str, numbers)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )

@@ -1,0 +1,425 @@
+"""The model card of a run: what `kcfi push` and `KCFITrainer.push_to_hub` put beside the weights as README.md.
+
+`model_card` is a pure function of what a run left; `card_of_run` reads that from its folder.
+"""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from kcfi.modeling_kcfi import KCFIConfig
+from kcfi.training.levir_cc import CLASS_NAMES, read_json
+
+LICENSE = "apache-2.0"
+RECIPE_FILE, RESULTS_FILE = "recipe.yaml", "results.json"
+ORIGINS = ("model", "vision_model", "text_model")  # fields of a recipe: what a run starts from
+TAGS = ("kcfi", "remote-sensing", "change-captioning", "change-detection")
+TASK = "image-text-to-text"
+# Score of results.json -> the Hub's name of its metric, the name that people read
+CAPTION_METRICS = {
+    "bleu_1": ("bleu", "BLEU-1"),
+    "bleu_2": ("bleu", "BLEU-2"),
+    "bleu_3": ("bleu", "BLEU-3"),
+    "bleu_4": ("bleu", "BLEU-4"),
+    "meteor": ("meteor", "METEOR"),
+    "rouge_l": ("rouge", "ROUGE-L"),
+    "cider_d": ("cider", "CIDEr-D"),
+    "s_m": ("s_m", "S_m*"),
+}
+MASK_METRICS = {"f1": "F1", "iou": "IoU", "precision": "precision", "recall": "recall"}
+
+TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ name }}
+
+Two co-registered images of one place, before and after, go in; an English sentence of *what* changed {{ output }} come
+out. A KCFI model, after "Enhancing Perception of Key Changes in Remote Sensing Image Change Captioning"
+([arXiv 2409.12612](https://arxiv.org/abs/2409.12612)), trained with `kcfi`.
+
+## What it is
+
+{{ architecture }}
+
+## How to load it
+
+With `kcfi` installed:
+
+```python
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+import kcfi  # registers the classes
+
+model = AutoModelForImageTextToText.from_pretrained("{{ repo_id }}")
+processor = AutoProcessor.from_pretrained("{{ repo_id }}")
+pair = [Image.open("before.png"), Image.open("after.png")]
+inputs = processor(images=[pair], text=[processor.prompt()], return_tensors="pt")
+tokens = model.generate(**inputs, **processor.generation_tokens, max_new_tokens=64)
+print(processor.post_process_image_text_to_text(tokens[:, inputs["input_ids"].shape[1] :])[0])
+```
+
+or `kcfi caption before.png after.png --model {{ repo_id }}`. Without `kcfi`, leave out `import kcfi` and let
+transformers run the code of this repository (read it first, and pin it with `revision=`):
+
+```python
+model = AutoModelForImageTextToText.from_pretrained("{{ repo_id }}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{{ repo_id }}", trust_remote_code=True)
+```
+
+## Intended use and limits
+
+For research on remote sensing change captioning, and for drafts that a person checks against the images.
+
+{{ limits }}
+
+## Training data
+
+{{ data }}
+
+## Training procedure
+
+{{ procedure }}
+
+## Results
+
+{{ results }}
+
+## Environment
+
+{{ environment }}
+
+## Citation
+
+```bibtex
+@article{yang2025kcfi,
+  title   = {Enhancing Perception of Key Changes in Remote Sensing Image Change Captioning},
+  author  = {Yang, Cong and Li, Zuchao and Jiao, Hongzan and Gao, Zhi and Zhang, Lefei},
+  journal = {IEEE Transactions on Image Processing},
+  volume  = {34},
+  pages   = {7378--7390},
+  year    = {2025},
+  note    = {arXiv:2409.12612}
+}
+```
+"""
+
+
+class DataSet(NamedTuple):
+    """A data set as a card names it: for people, on the Hub (None = it is not there), and in a sentence."""
+
+    name: str
+    hub_id: str | None
+    description: str
+
+
+SYNTHETIC = DataSet("synthetic scenes", None, "Drawn by `kcfi`, with five sentences and a mask per pair")
+LEVIR = {
+    "levir-cc": DataSet(
+        "LEVIR-CC",
+        "lcybuaa/LEVIR-CC",
+        "Aerial pairs of 256 x 256 px at 0.5 m/px with five sentences each, without masks",
+    ),
+    "levir-mci": DataSet(
+        "LEVIR-MCI",
+        "lcybuaa/LEVIR-MCI",
+        "The pairs of LEVIR-CC (256 x 256 px at 0.5 m/px, five sentences each) with masks of roads and buildings",
+    ),
+}
+
+
+def find_data_set(dataset: str, hub_ids: Collection[str]) -> DataSet:
+    """What the `dataset` of a recipe or a results file stands for; copies of LEVIR are known by their name."""
+    if dataset == "synthetic":
+        return SYNTHETIC
+    name = Path(dataset).name
+    known = [data_set for part, data_set in LEVIR.items() if part in name.lower().replace("_", "-")]
+    data_set = known[0] if known else DataSet(name, None, "Pairs in the schema of LEVIR-MCI")
+    return data_set._replace(hub_id=dataset) if dataset in hub_ids else data_set
+
+
+def card_of_run(
+    folder: Path,
+    repo_id: str,
+    config: KCFIConfig,
+    state: dict[str, Any],
+    results: Path | None = None,
+    license: str = LICENSE,
+    tags: Sequence[str] = (),
+) -> str:
+    """The card of a run, from its folder.
+
+    Args:
+        folder: `output_dir` of the run; its recipe.yaml and results.json are read where they are there.
+        repo_id: as in `model_card`.
+        config: as in `model_card`.
+        state: as in `model_card`.
+        results: another results file than that of the folder.
+        license: as in `model_card`.
+        tags: as in `model_card`.
+
+    Raises:
+        FileNotFoundError: `results` does not exist.
+        ValueError: the recipe or the results file cannot be read.
+    """
+    recipe_file = folder / RECIPE_FILE
+    recipe = recipe_file.read_text(encoding="utf-8") if recipe_file.is_file() else ""
+    try:
+        settings = yaml.safe_load(recipe) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{recipe_file} is not a YAML file: {error}") from error
+    named = [settings[key] for key in (*ORIGINS, "dataset") if key in settings]
+    if results is None and (folder / RESULTS_FILE).is_file():
+        results = folder / RESULTS_FILE
+    scores = None if results is None else read_results(results)
+    if scores is not None:
+        named.append(scores["dataset"])
+    return model_card(repo_id, config, recipe, state, scores, list(filter(is_hub_id, named)), license, tags)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What `kcfi evaluate` or `kcfi score` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is something else; names what is missing.
+    """
+    results = read_json(path)
+    keys = ("model", "dataset", "split", "profile", "pairs", "captions", "change_accuracy")
+    missing = [key for key in keys if not isinstance(results, dict) or key not in results]
+    if missing:
+        raise ValueError(f"{path} is no results file of `kcfi evaluate`: it has no {', '.join(missing)}.")
+    return dict(results)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is `owner/name` on the Hub, and no folder here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not Path(name).exists()
+
+
+def model_card(
+    repo_id: str,
+    config: KCFIConfig,
+    recipe: str,
+    state: dict[str, Any],
+    results: dict[str, Any] | None = None,
+    hub_ids: Collection[str] = (),
+    license: str = LICENSE,
+    tags: Sequence[str] = (),
+) -> str:
+    """The text of a model card: YAML metadata, and what a user has to know.
+
+    Args:
+        repo_id: `owner/name` on the Hub.
+        config: of the model.
+        recipe: text of recipe.yaml; "" where none was saved. Folders outside the project are named by their last part.
+        state: content of trainer_state.json.
+        results: content of results.json; None = not evaluated.
+        hub_ids: which names in recipe and results are repositories on the Hub; all others are folders of a machine.
+        license: the Hub's name of a licence.
+        tags: further ones than `TAGS`.
+    """
+    settings = _without_folders(yaml.safe_load(recipe) or {})
+    data_set = find_data_set(settings["dataset"], hub_ids) if settings else None
+    base_models = [settings[key] for key in ORIGINS if settings.get(key) in hub_ids]
+    name = repo_id.split("/")[-1]
+    scores = eval_results(results, hub_ids) if results else None
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=TASK,
+        language="en",
+        license=license,
+        base_model=base_models or None,
+        base_model_relation="finetune" if base_models else None,  # the Hub takes several base models for a merge
+        datasets=[data_set.hub_id] if data_set and data_set.hub_id else None,
+        metrics=list(dict.fromkeys(score.metric_type for score in scores)) if scores else None,
+        tags=[*TAGS, *tags],
+        model_name=name if scores else None,
+        eval_results=scores,
+    )
+    environment = [f"- {line.removeprefix('#').strip()}" for line in recipe.splitlines() if line.startswith("#")]
+    card = ModelCard.from_template(
+        metadata,
+        template_str=TEMPLATE,
+        name=name,
+        repo_id=repo_id,
+        output="and a pixel mask of *where*" if config.use_change_detection_head else "(no mask: it has no head)",
+        architecture=_architecture(config, settings),
+        limits=_limits(config, settings, data_set),
+        data=_training_data(settings, data_set),
+        procedure=_procedure(settings, state),
+        results=_results(results, hub_ids) if results else "Not evaluated on a test split.",
+        environment="\n".join(environment) or "Not recorded.",
+    )
+    return f"{card}\n"
+
+
+def eval_results(results: dict[str, Any], hub_ids: Collection[str]) -> list[EvalResult]:
+    """The scores of results.json as the entries of `model-index`: one data set configuration per row of pairs.
+
+    The metric profile is the `config` of the caption metrics; a score that was not computed is left out.
+    """
+    data_set = find_data_set(results["dataset"], hub_ids)
+
+    def entry(row: str, metric: str, name: str, value: float, profile: str | None = None) -> EvalResult:
+        return EvalResult(
+            task_type=TASK,
+            task_name="Change captioning and change detection",
+            dataset_type=data_set.hub_id or data_set.name.lower().replace(" ", "-"),
+            dataset_name=f"{data_set.name}, {row} pairs",
+            dataset_config=row,
+            dataset_split=results["split"],
+            metric_type=metric,
+            metric_name=name if profile is None else f"{name} (profile {profile})",
+            metric_value=round(value, 2),
+            metric_config=profile,
+        )
+
+    entries = [
+        entry(row, metric, name, scores[score], results["profile"])
+        for row, scores in results["captions"].items()
+        for score, (metric, name) in CAPTION_METRICS.items()
+        if scores[score] is not None
+    ]
+    entries.append(entry("all", "accuracy", "changed or unchanged", results["change_accuracy"]))
+    if "mask" in results:
+        entries += [entry("all", "f1", f"mask F1, {name}", value) for name, value in results["mask"]["f1"].items()]
+        entries.append(entry("all", "mean_iou", "mask mean IoU", results["mask"]["mean_iou"]))
+    return entries
+
+
+def _without_folders(value: Any) -> Any:
+    """A setting as it may be published: an absolute path tells about a machine, its last part is enough."""
+    if isinstance(value, dict):
+        return {key: _without_folders(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; a number gets one decimal, None a dash."""
+
+    def cell(value: Any) -> str:
+        return "-" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
+
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
+
+
+def _architecture(config: KCFIConfig, settings: dict[str, Any]) -> str:
+    def made(tower: str, origin: str) -> str:
+        """How a tower was made; silent where no recipe tells."""
+        if not settings:
+            return ""
+        source = settings.get("model") or settings.get(origin)
+        trained = "trained" if settings[f"train_{tower}"] else "kept frozen"
+        return f"; {trained}, " + (f"from `{source}`" if source else "from random weights")
+
+    tower, layers = config.tower, ", ".join(map(str, config.vision_feature_layers or []))
+    perceiver = "none; the plain difference of both dates' features is read instead"
+    if config.use_key_change_perceiver:
+        perceiver = f"`flow_residual: {config.flow_residual}`, `flow_scope: {config.flow_scope}`"
+    return "\n".join(
+        [
+            f"- Vision tower: `{config.vision_config.model_type}`, width {tower.hidden_size}, patches of "
+            f"{tower.patch_size} px, images of {config.image_size} x {config.image_size} px, blocks {layers} are read"
+            f"{made('vision_tower', 'vision_model')}.",
+            f"- Key change perceiver: {perceiver}.",
+            f"- Features for the language model: `visual_inputs: {config.visual_inputs}`, `change_context: "
+            f"{config.change_context}`, `visual_token_pooling: {config.visual_token_pooling}`, `projector: "
+            f"{config.projector}`.",
+            f"- Change detection head: {_classes(config, settings)}.",
+            f"- Language model: `{config.text_config.model_type}`, width {config.text_config.hidden_size}"
+            f"{made('language_model', 'text_model')}.",
+        ]
+    )
+
+
+def _classes(config: KCFIConfig, settings: dict[str, Any]) -> str:
+    """The mask's classes in words."""
+    if not config.use_change_detection_head:
+        return "none"
+    if not settings:
+        return f"{config.num_change_classes} classes, the first one the background"
+    return ", ".join(CLASS_NAMES[settings["mask_classes"]])
+
+
+def _limits(config: KCFIConfig, settings: dict[str, Any], data_set: DataSet | None) -> str:
+    lines = [
+        "- Both images must show the same ground, pixel by pixel, at the resolution of the training images. It knows "
+        "the kinds of change of its training data, and no others.",
+        "- Sentences are English. They may name the wrong object, place, number or direction of a change.",
+    ]
+    if config.use_change_detection_head:
+        lines.append(f"- Masks know these classes: {_classes(config, settings)}. They miss changes and invent some.")
+    if data_set == SYNTHETIC:
+        lines.append("- **This run trained on drawings**: on photographs the model is a demonstration.")
+    lines.append("- Not for decisions about people, property or emergencies without a check by a person.")
+    return "\n".join(lines)
+
+
+def _training_data(settings: dict[str, Any], data_set: DataSet | None) -> str:
+    if data_set is None:
+        return "Not recorded: the run has no recipe."
+    name = data_set.name
+    if data_set.hub_id:
+        name = f"[{name}](https://huggingface.co/datasets/{data_set.hub_id})"
+    pairs = settings.get("num_train_pairs", "all")
+    return (
+        f"Split `{settings['train_split']}` of {name} ({pairs} pairs). {data_set.description}; "
+        f"{settings['captions_per_pair']} of a pair's sentences per visit."
+    )
+
+
+def _procedure(settings: dict[str, Any], state: dict[str, Any]) -> str:
+    seen = [line for line in state["log_history"] if "pairs" in line]
+    text = f"{state['global_step']} optimizer steps, {state['epoch'] or 0:.2f} epochs"
+    if seen:
+        text += f", {seen[-1]['pairs']} pairs and {seen[-1]['captions']} captions seen"
+    if not settings:
+        return f"{text}. The settings were not recorded: the run has no recipe."
+    if settings["load_best_model_at_end"] and state["best_metric"] is not None:
+        text += (
+            f". The weights are those of step {state['best_global_step']}, the best on split "
+            f"`{settings['eval_split']}` by `{settings['metric_for_best_model']}` ({state['best_metric']:.2f})"
+        )
+    values = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    text += ". `kcfi train recipe.yaml` repeats the run, where its data and towers are at hand, with this recipe"
+    return f"{text}:\n\n```yaml\n{values}```"
+
+
+def _results(results: dict[str, Any], hub_ids: Collection[str]) -> str:
+    data_set = find_data_set(results["dataset"], hub_ids)
+    what = f"`{Path(results['model']).name}` on {data_set.name}, split `{results['split']}`"
+    captions = _table(
+        ["pairs", *(name for _, name in CAPTION_METRICS.values())],
+        [
+            [f"{row} ({results['pairs'][row]})", *(scores[score] for score in CAPTION_METRICS)]
+            for row, scores in results["captions"].items()
+        ],
+    )
+    parts = [
+        f"{what}; metric profile `{results['profile']}` of `kcfi.training.metrics`; all scores x 100.",
+        captions,
+        "CIDEr-D of the unchanged row is 0 by construction of its idf where these pairs share one set of sentences.",
+        f"Changed or unchanged, read off the sentence: {results['change_accuracy']:.1f} % right.",
+    ]
+    if results["captions"]["all"]["meteor"] is None:
+        parts.append("Scored without Java: no METEOR, no S_m*, and tokens of a regular expression instead of PTB's.")
+    if "mask" in results:
+        mask = results["mask"]
+        rows = [[name, *(mask[score][name] for score in MASK_METRICS)] for name in mask["f1"]]
+        parts.append(_table(["mask", *MASK_METRICS.values()], rows))
+        parts.append(f"Mean IoU, background included: {mask['mean_iou']:.1f}.")
+    return "\n\n".join(parts)

@@ -1,0 +1,269 @@
+"""Pairs as parquet shards or from the Hub, through `datasets`: the reader, and the writer (`kcfi data convert`).
+
+```
+SHARDS/README.md                                    dataset card: names the files of every split
+SHARDS/data/{split}-00000-of-00027.parquet          `PAIRS_PER_SHARD` rows with the columns of `FEATURES`
+```
+
+The images are the bytes of the files they came from. They are decoded here rather than by `datasets`, so that one
+reader serves files and shards, and an unreadable image is named.
+"""
+
+import io
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import datasets
+import yaml
+from PIL import Image
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from kcfi.training.arguments import check_names
+from kcfi.training.levir_cc import CaptionedPair, LevirCCDataset, check_new_folder, find_captions, read_all_captions
+
+# Columns of a shard. Hub data sets need the same, under any names (see `ShardDataset`), but for `mask` and `split`.
+FEATURES = datasets.Features(
+    {
+        "image_before": datasets.Image(),
+        "image_after": datasets.Image(),
+        "mask": datasets.Image(),
+        "captions": datasets.List(datasets.Value("string")),
+        "changed": datasets.Value("bool"),
+        "filename": datasets.Value("string"),
+        "split": datasets.Value("string"),
+    }
+)
+_IMAGES = ("image_before", "image_after", "mask")
+
+PAIRS_PER_SHARD = 256  # LEVIR-CC's training split in 27 shards: enough to share out among ranks and loader workers
+
+
+class ShardDataset(Dataset[dict[str, Any]]):
+    """One split of a folder of parquet shards or of a data set on the Hub; yields the example of `levir_cc.py`.
+
+    `datasets` copies the rows into its cache (`HF_HOME`) once, and maps them into memory from then on.
+
+    Args:
+        dataset: Folder of shards, or a Hub id.
+        split: Name of the split.
+        columns: What the data set calls our columns, where the names differ: `{"image_before": "A"}`.
+
+    Raises:
+        FileNotFoundError: At construction, if there is no such data set or the Hub cannot be reached.
+        ValueError: At construction, for an unknown split, a file that is no parquet, a column that is missing or of
+            another type; by an example, if an image cannot be read, the mask is coloured, or the sizes differ.
+    """
+
+    def __init__(self, dataset: str, split: str, columns: Mapping[str, str] | None = None) -> None:
+        self.dataset, self.split = dataset, split
+        self.rows = select_columns(open_rows(dataset, split), dataset, columns or {})
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return row_example(self.rows[index], self.dataset, self.split)
+
+
+def shard_files(folder: Path, split: str) -> list[str]:
+    """The parquet files of a split, in the order of their rows: those whose names begin with it, as in `train-...`.
+
+    Raises:
+        ValueError: If there is none; the message lists the splits that there are.
+    """
+    files: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(folder.rglob("*.parquet")):
+        files[re.split("[-.]", path.name)[0]].append(str(path))
+    if split not in files:
+        raise ValueError(f"{folder}: no parquet files of split '{split}'; splits in the folder: {', '.join(files)}")
+    return files[split]
+
+
+def open_rows(dataset: str, split: str) -> Any:
+    """Open a split of a folder of shards or of a data set on the Hub with `datasets`, map-style; see `ShardDataset`.
+
+    Raises:
+        FileNotFoundError: If there is no such data set or the Hub cannot be reached.
+        ValueError: If the split is unknown or a file cannot be read.
+    """
+    name, files = dataset, None
+    if Path(dataset).is_dir():
+        # By its files, whose paths and times are part of the cache's key. A folder that is opened by its card is mixed
+        # up with any other of the same name and card (seen in `datasets` 5.2).
+        name, files = "parquet", {split: shard_files(Path(dataset), split)}
+    try:
+        return datasets.load_dataset(name, data_files=files, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        if files is None and isinstance(error, FileNotFoundError | ConnectionError):
+            raise FileNotFoundError(f"{dataset}: neither a folder nor a data set on the Hub ({error})") from error
+        raise ValueError(f"{dataset}, split '{split}': {error.__cause__ or error}") from error
+
+
+def select_columns(rows: Any, dataset: str, columns: Mapping[str, str]) -> Any:
+    """Give the columns of a `datasets` data set our names, drop the others, and leave the images undecoded.
+
+    Args:
+        rows: The data set.
+        dataset: Its name, for errors.
+        columns: As in `ShardDataset`.
+
+    Raises:
+        ValueError: If `columns` has an unknown key, or a column is missing or of another type than in `FEATURES`
+            (integers 0 and 1 may stand for `changed`).
+    """
+    ours = [name for name in FEATURES if name != "split"]
+    check_names(columns, ours, "entry of columns")
+    if "mask" not in columns and "mask" not in rows.features:
+        ours.remove("mask")
+    theirs = {columns.get(name, name): name for name in ours}
+    if len(theirs) < len(ours) or not set(theirs) <= set(rows.features):
+        raise ValueError(
+            f"{dataset}: its columns are {', '.join(rows.features)}, but there must be one for each of "
+            f"{', '.join(ours)}. Say which in `columns`, for example columns: {{image_before: A}}"
+        )
+    rows = rows.select_columns(list(theirs)).rename_columns(theirs)
+    for name in ours:
+        if not isinstance(rows.features[name], type(FEATURES[name])):
+            raise ValueError(f"{dataset}: {name} is a column of {rows.features[name]}; expected {FEATURES[name]}")
+    for name in set(ours) & set(_IMAGES):
+        rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows
+
+
+def row_example(row: Mapping[str, Any], dataset: str, split: str) -> dict[str, Any]:
+    """Decode a row: the example of `levir_cc.py`.
+
+    Args:
+        row: Columns of `FEATURES`, images undecoded (`bytes` and `path`); `mask` may be absent.
+        dataset: Name of the data set, for errors.
+        split: Name of the split.
+
+    Raises:
+        ValueError: If an image cannot be read, the mask is coloured, the sizes differ, or `changed` is not 0 or 1.
+    """
+    name = f"{dataset}: {row['filename']}"
+    if row["changed"] not in (0, 1):
+        raise ValueError(f"{name}: changed is {row['changed']!r}; expected true or false, or 1 or 0")
+    pair = CaptionedPair(row["filename"], bool(row["changed"]), row["captions"] or [], split)
+    sources = {
+        key: _open(row[key], f"{name} ({key})") for key in _IMAGES if key != "mask" or row.get("mask") is not None
+    }
+    return pair.example(sources)
+
+
+def _open(cell: dict[str, Any] | None, name: str) -> Image.Image:
+    """Open an undecoded image under a name that errors show."""
+    if cell is None:
+        raise ValueError(f"{name}: no image")
+    try:
+        image = Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name}: cannot be read as an image ({error}).") from error
+    image.filename = name
+    return image
+
+
+def write_shards(root: str | Path, output: str | Path) -> None:
+    """Copy a LEVIR-CC or LEVIR-MCI folder into parquet shards with a dataset card (`kcfi data convert`).
+
+    The images are copied byte for byte and not looked into: that is what `kcfi data check` does. The folder appears
+    under its name when it is complete.
+
+    Args:
+        root: Folder in the layout of `levir_cc.py`; all splits of its captions file are converted.
+        output: Folder to create; it must be new or empty.
+
+    Raises:
+        FileExistsError: If `output` is not empty.
+        FileNotFoundError: If `root`, a part of it or an image is missing.
+        ValueError: If the captions file is refused.
+    """
+    root, output = Path(root), Path(output)
+    check_new_folder(output)
+    pairs, problems = read_all_captions(find_captions(root))
+    if problems or not pairs:
+        raise ValueError(problems[0] if problems else f"{root}: its captions file names no pair")
+    sources = [LevirCCDataset(root, split) for split in dict.fromkeys(pair.split for pair in pairs)]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary,
+        tqdm(desc="converting", total=len(pairs), unit="pair") as bar,
+    ):
+        folder = Path(temporary) / "shards"
+        (folder / "data").mkdir(parents=True)
+        for source in sources:
+            starts = range(0, len(source), PAIRS_PER_SHARD)
+            for number, start in enumerate(starts):
+                rows = [_row(source, index) for index in range(start, min(start + PAIRS_PER_SHARD, len(source)))]
+                file = folder / "data" / f"{source.pairs[0].split}-{number:05d}-of-{len(starts):05d}.parquet"
+                datasets.Dataset.from_list(rows, features=FEATURES).to_parquet(file)
+                bar.update(len(rows))
+        (folder / "README.md").write_text(dataset_card(sources, folder), encoding="utf-8")
+        folder.rename(output)
+
+
+def _row(source: LevirCCDataset, index: int) -> dict[str, Any]:
+    """A pair with the columns of `FEATURES`; images as bytes, for a path might mean another file elsewhere."""
+    files = {key: path.read_bytes() for key, path in source.files(index).items()}
+    return {"mask": None, **files, **vars(source.pairs[index])}
+
+
+def dataset_card(sources: list[LevirCCDataset], folder: Path) -> str:
+    """Write the README.md of a data set: what `datasets.load_dataset` needs to find the splits, and what it holds.
+
+    Args:
+        sources: What was converted, one per split.
+        folder: Where the shards are.
+    """
+    splits = [source.pairs[0].split for source in sources]
+    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
+    sizes = [
+        {
+            "name": split,
+            "num_bytes": sum(Path(file).stat().st_size for file in shard_files(folder, split)),
+            "num_examples": len(source),
+        }
+        for split, source in zip(splits, sources, strict=True)
+    ]
+    header = yaml.safe_dump(
+        # the sizes are in the key of the cache of `datasets`: two folders of one name are told apart
+        {"configs": [{"config_name": "default", "data_files": files}], "dataset_info": {"splits": sizes}},
+        sort_keys=False,
+    )
+    table = ["| split | pairs | changed | unchanged | captions | masks |", "|---|---|---|---|---|---|"]
+    for split, source in zip(splits, sources, strict=True):
+        changed = Counter(pair.changed for pair in source.pairs)
+        captions = sum(len(pair.captions) for pair in source.pairs)
+        masks = "yes" if source.has_masks else "no"
+        table.append(f"| {split} | {len(source)} | {changed[True]} | {changed[False]} | {captions} | {masks} |")
+    return f"""---
+{header}---
+
+# Pairs of aerial images with captions of what changed
+
+Converted by `kcfi data convert` from a folder in the layout of LEVIR-CC or LEVIR-MCI. The images are the files of that
+folder, byte for byte. The terms of the data set that they come from apply.
+
+{chr(10).join(table)}
+
+| column | holds |
+|---|---|
+| `image_before`, `image_after` | the two dates, of one size |
+| `mask` | where the later image changed: 0 = not, 128 = road, 255 = building; null = no mask |
+| `captions` | sentences about the pair |
+| `changed` | the data set's own flag; it may disagree with the mask |
+| `filename`, `split` | where the pair comes from |
+
+```python
+from datasets import load_dataset
+
+pairs = load_dataset("<this folder, or its Hub id>", split="{splits[0]}")
+```
+
+`kcfi train <recipe> --dataset <this folder, or its Hub id>` trains on it.
+"""
