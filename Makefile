@@ -20,7 +20,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# kcfi-tiny from nothing: 105 minutes on two cores, beside other jobs
+# kcfi-tiny from nothing: 103 minutes on two cores, beside other jobs
 tiny: $(VENV)/installed
 	$(BIN)/python -m kcfi.training.language_model --output runs/tiny-lm --steps 1000
 	$(BIN)/python -m kcfi.training.vision_tower --output runs/tiny-vit --steps 600

@@ -160,9 +160,8 @@ class KCFIConfig(PreTrainedConfig):
             vision.use_mask_token = False  # a parameter that nothing reads has no gradient, which stops DDP
         if vision.model_type == "timm_wrapper":
             vision.do_pooling = False
-            if (
-                self.image_size != self.tower.image_size and not self.tower.any_size
-            ):  # timm's name for interpolated position embeddings
+            if self.image_size != self.tower.image_size and not self.tower.any_size:
+                # timm's name for interpolated position embeddings
                 vision.model_args = {**(vision.model_args or {}), "dynamic_img_size": True}
 
     def validate_architecture(self) -> None:

@@ -1,7 +1,7 @@
 """The KCFI models: two dates of one place -> a sentence of what changed and a mask of where.
 
 Letters: B pairs, L stages, C width of the vision tower, h x w grid of patches, N = h * w, D width of the language
-model, T tokens, H x W pixels.
+model, T tokens, H x W pixels. Where shapes of image tokens say N, it is N / p^2 with `visual_token_pooling` p.
 """
 
 import inspect
@@ -41,7 +41,7 @@ class KCFIImageFeatures(BaseModelOutputWithPooling):
         last_hidden_state (`torch.Tensor` of shape `(B, 2 * S, C)`): last states of the vision tower, those of the
             before image and then those of the after image, S each (patches, class and register tokens).
         pooler_output (`list[torch.Tensor]`): per pair the `(num_image_tokens * N, D)` features that replace its
-            `<image>` placeholders; with `visual_token_pooling` p there are N / p^2 instead of N.
+            `<image>` placeholders.
         hidden_states, attentions: of the vision tower, for both dates (`2B` rows: before, after, before, ...).
         change_features (`torch.Tensor` of shape `(B, N, L*C)`): key change features (with context: wider).
         mask_logits (`torch.Tensor` of shape `(B, num_change_classes, H, W)`): None without a head.

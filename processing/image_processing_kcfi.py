@@ -49,11 +49,7 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
         image.load()
     except FileNotFoundError:
         raise
-    except (
-        OSError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # PIL reports some broken PNGs as SyntaxError
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # a broken PNG may be a SyntaxError
         raise ValueError(f"{name}: cannot be read as an image ({error}).") from error
     if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)

@@ -191,11 +191,11 @@ def check_packing(language_model: Any, longest: int) -> None:
     mask = packed_attention_mask(segments, config._attn_implementation, language_model.dtype)
     tokens = torch.arange(10, device=language_model.device)[None] % config.vocab_size
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 4, 5, 6]], device=language_model.device)
-    alone = torch.tensor([[0, 1, 2, 3, 7, 8, 9]], device=language_model.device)  # the prompt and caption 2
+    alone = [0, 1, 2, 3, 7, 8, 9]  # the prompt and caption 2
     try:
         with torch.no_grad():
             packed = language_model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False)
-            plain = language_model(input_ids=tokens[:, alone[0]], use_cache=False)
+            plain = language_model(input_ids=tokens[:, alone], use_cache=False)
         packed, plain = packed.last_hidden_state[:, 7:].float(), plain.last_hidden_state[:, 4:].float()
         tolerance = torch.finfo(language_model.dtype).eps ** 0.5
         same = bool((packed - plain).abs().max() <= tolerance * plain.abs().max())

@@ -67,6 +67,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+@pytest.fixture
+def vision() -> dict[str, int | str]:
+    """Config of a tiny vision tower."""
+    return dict(VISION)
+
+
 @pytest.fixture(scope="session")
 def make_pairs() -> type[Pairs]:
     return Pairs

@@ -10,16 +10,6 @@ from kcfi.training import shards, train
 from kcfi.training.levir_cc import load_pairs
 from kcfi.training.shards import FEATURES, ShardDataset, write_shards
 
-VISION = {
-    "model_type": "vit",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
-
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
@@ -148,10 +138,10 @@ def test_a_folder_that_holds_anything_is_not_written_to(root, tmp_path):
     assert (tmp_path / "shards/README.md").is_file()
 
 
-def test_a_recipe_trains_from_shards(converted, text_model, tmp_path):
+def test_a_recipe_trains_from_shards(converted, text_model, vision, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     values = {
-        "vision_config": VISION,
+        "vision_config": vision,
         "text_model": str(text_model),
         "dataset": str(converted),
         "output_dir": str(tmp_path / "run"),

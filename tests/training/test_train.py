@@ -13,22 +13,12 @@ from kcfi.training.arguments import ModelArguments, parse_recipe
 from kcfi.training.collator import KCFICollator
 from kcfi.training.synthetic import SyntheticDataset
 
-VISION = {
-    "model_type": "vit",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
-
 
 @pytest.fixture
-def recipe(tmp_path, text_model, monkeypatch):
+def recipe(tmp_path, text_model, vision, monkeypatch):
     monkeypatch.setenv("PATH", "")  # without Java, which takes seconds to start
     values = {
-        "vision_config": VISION,
+        "vision_config": vision,
         "text_model": str(text_model),
         "model_settings": {"flow_residual": "cross", "num_change_classes": 3},
         "mask_classes": "road_building",
@@ -135,8 +125,8 @@ def test_every_saved_setting_can_be_read_again(recipe, tmp_path, option):
     assert parse_recipe(tmp_path / "again.yaml").values == values
 
 
-def test_pooled_visual_tokens_have_as_many_placeholders(text_model):
-    args = ModelArguments(vision_config=VISION, text_model=str(text_model), model_settings={"visual_token_pooling": 2})
+def test_pooled_visual_tokens_have_as_many_placeholders(text_model, vision):
+    args = ModelArguments(vision_config=vision, text_model=str(text_model), model_settings={"visual_token_pooling": 2})
     model, processor = train.build_model(args)
     assert (processor.num_patches, model.config.num_patches) == (4, 16)
     batch = KCFICollator(processor)([SyntheticDataset(2)[1]])
@@ -193,10 +183,10 @@ def test_a_model_is_either_finished_or_made_of_two_towers(settings):
         train.build_model(ModelArguments(**settings))
 
 
-def test_a_model_of_pretrained_towers_keeps_their_weights_and_pixels(tmp_path, text_model):
+def test_a_model_of_pretrained_towers_keeps_their_weights_and_pixels(tmp_path, text_model, vision):
     from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-    tower = ViTModel(ViTConfig(**VISION), add_pooling_layer=False)
+    tower = ViTModel(ViTConfig(**vision), add_pooling_layer=False)
     tower.save_pretrained(tmp_path)
     ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path)
     arguments = ModelArguments(
