@@ -118,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output", required=True, type=Path, help="results file; the others are written beside it")
     evaluate.add_argument("--num_pairs", type=int, help="the first so many pairs (all)")
     evaluate.add_argument("--seed", type=int, default=0, help="of synthetic scenes (%(default)s)")
+    add_drawing_options(evaluate)
     evaluate.add_argument("--mask_classes", choices=["change", "building", "road_building"], help="as it was trained")
     evaluate.add_argument("--batch_size", type=int, default=8, help="pairs at a time (%(default)s)")
     evaluate.add_argument("--no-meteor", action="store_true", help="do without Java, METEOR and S_m*")
@@ -148,6 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     synthesize.add_argument("--output", type=Path, required=True, help="new folder")
     synthesize.add_argument("--seed", type=int, default=0, help="of the scenes (%(default)s)")
+    add_drawing_options(synthesize)
     synthesize.set_defaults(run=run_synthesize)
 
     check = data.add_parser(
@@ -187,6 +189,16 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("--dry-run", type=Path, metavar="DIR", help="write what would be uploaded into a new folder")
     push.set_defaults(run=run_push)
     return parser
+
+
+def add_drawing_options(parser: argparse.ArgumentParser) -> None:
+    """The options of commands that draw synthetic pairs with real materials."""
+    parser.add_argument("--materials", help="library of `kcfi data materials`: draw with real ground and roofs")
+    parser.add_argument(
+        "--pair_mix",
+        help='weights of the kinds of synthetic pairs, as JSON: \'{"drawn": 1, "composed": 1, "single_date": 1}\' '
+        "(default: all alike with --materials, only drawn without)",
+    )
 
 
 def check_writable(folder: Path) -> None:
@@ -280,6 +292,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         meteor=not options.no_meteor,
         columns=as_dict(options.columns),
+        materials=options.materials,
+        pair_mix=as_dict(options.pair_mix),
     )
     print(json.dumps(results, indent=2))
 
@@ -326,10 +340,17 @@ def run_convert(options: argparse.Namespace) -> None:
 
 def run_synthesize(options: argparse.Namespace) -> None:
     """`kcfi data synthesize`."""
+    from kcfi.training.arguments import as_dict
     from kcfi.training.synthetic import synthesize
 
     check_writable(options.output)
-    synthesize(options.output, options.pairs, options.seed)
+    synthesize(
+        options.output,
+        options.pairs,
+        options.seed,
+        materials=options.materials,
+        pair_mix=as_dict(options.pair_mix),
+    )
     print(f"{options.pairs} pairs: {options.output}, with a picture of some: {options.output / 'contact_sheet.png'}")
 
 

@@ -73,6 +73,18 @@ class DataArguments:
         default=None, metadata={"help": "Pairs to evaluate on (default: all, 500 of 'synthetic')."}
     )
     dataset_seed: int = field(default=0, metadata={"help": "Seed of the synthetic scenes; other data has none."})
+    materials: str | None = field(
+        default=None,
+        metadata={"help": "Library of real surfaces that 'synthetic' draws with, made by `kcfi data materials`."},
+    )
+    pair_mix: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the kinds of 'synthetic' pairs: drawn, composed (real ground and roofs), single_date "
+            "(one real image twice); JSON; one alone: --pair_mix.composed 2 (default: all alike with materials, only "
+            "drawn without)."
+        },
+    )
     mask_classes: Literal["change", "building", "road_building"] = field(
         default="change",
         metadata={"help": "Classes made of the masks: change (road or building), building, or road and building."},
@@ -187,7 +199,7 @@ def parse_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     parser = _Parser(GROUPS, allow_abbrev=False)
     model, data, training = parser.parse_args_into_dataclasses(_argv(values), look_for_args_file=False)
     model.vision_config, model.model_settings = as_dict(model.vision_config), as_dict(model.model_settings)
-    data.columns = as_dict(data.columns)
+    data.columns, data.pair_mix = as_dict(data.columns), as_dict(data.pair_mix)
     parsed = {**vars(model), **vars(data), **training.to_dict()}
     names = dict.fromkeys([*_own_fields(), *values])
     return Recipe(model, data, training, {name: parsed[name] for name in names if parsed[name] not in (None, {}, [])})

@@ -160,6 +160,8 @@ def evaluate_model(
     max_new_tokens: int = 64,
     meteor: bool = True,
     columns: Mapping[str, str] | None = None,
+    materials: str | None = None,
+    pair_mix: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Score a model on a split and write results.json, predictions.json and pairs.png into one folder.
 
@@ -175,6 +177,8 @@ def evaluate_model(
         max_new_tokens: longest caption, in tokens.
         meteor: False does without Java and leaves METEOR and S_m* out.
         columns: names of the columns of shards or a Hub data set, where they differ from ours.
+        materials: library of `kcfi data materials` that "synthetic" draws with.
+        pair_mix: kinds of synthetic pairs, see `SyntheticDataset`.
 
     Returns:
         What results.json holds.
@@ -185,7 +189,7 @@ def evaluate_model(
     """
     if meteor:
         require_java()  # now, not after an hour of captions
-    pairs = load_pairs(dataset, split, num_pairs, seed, columns)
+    pairs = load_pairs(dataset, split, num_pairs, seed, columns, materials, pair_mix)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network: Any = AutoModelForImageTextToText.from_pretrained(
         model_source(model),

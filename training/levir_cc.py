@@ -422,6 +422,8 @@ def load_pairs(
     num_pairs: int | None = None,
     seed: int = 0,
     columns: Mapping[str, str] | None = None,
+    materials: str | None = None,
+    pair_mix: Mapping[str, float] | None = None,
 ) -> Dataset[dict[str, Any]]:
     """Open a data set by the name that recipes and commands use.
 
@@ -433,6 +435,8 @@ def load_pairs(
             data set to take at most (None: all).
         seed: Seed of "synthetic"; the others have none.
         columns: What shards or a data set on the Hub call our columns, where the names differ; see `ShardDataset`.
+        materials: Library of real surfaces that "synthetic" draws with (`kcfi data materials`).
+        pair_mix: Kinds of pairs of "synthetic", see `SyntheticDataset`.
 
     Returns:
         Map-style data set of examples as in the module's docstring.
@@ -440,18 +444,23 @@ def load_pairs(
     Raises:
         FileNotFoundError: If the data set or a part of it is missing.
         ValueError: If `num_pairs` is below 1, the split is unknown, the folder's JSON or the columns are refused, or
-            `columns` is given for a data set that has none.
+            `columns`, `materials` or `pair_mix` is given for a data set that has none.
     """
     if num_pairs is not None and num_pairs < 1:
         raise ValueError(f"num_pairs is {num_pairs}; expected at least 1")
     if columns and not is_datasets_name(dataset):
         raise ValueError(f"columns are for parquet shards and Hub ids; {dataset} is neither")
+    if (materials or pair_mix) and dataset != "synthetic":
+        raise ValueError(f"materials and pair_mix are for dataset 'synthetic'; {dataset} comes as it is")
     if dataset == "synthetic":
+        from kcfi.training.material_library import LibraryMaterials
         from kcfi.training.synthetic import SyntheticDataset  # a folder needs none of its drawing code
 
         if split not in SYNTHETIC_PAIRS:
             raise ValueError(f"split '{split}' is unknown; 'synthetic' has {', '.join(SYNTHETIC_PAIRS)}")
-        return SyntheticDataset(num_pairs or SYNTHETIC_PAIRS[split], split=split, seed=seed)
+        library = LibraryMaterials(materials, split) if materials else None
+        count = num_pairs or SYNTHETIC_PAIRS[split]
+        return SyntheticDataset(count, split, seed, materials=library, pair_mix=pair_mix)
     pairs: Any
     if is_datasets_name(dataset):
         from kcfi.training.shards import ShardDataset  # `datasets` takes a second to import

@@ -11,11 +11,15 @@ goes through four steps, each a pure function of (seed, split, index):
    state. No texture is needed up to here;
 4. picture (`synthetic_painting.py`): each date is painted under its own light, season, trees, shadows, cars, noise and
    registration shift (the irrelevant changes), with textures from `Materials` (`synthetic_materials.py`).
+
+With a library of real surfaces (`kcfi data materials`) there are three kinds of pairs, mixed by `pair_mix`: "drawn"
+(procedural textures), "composed" (the same geometry with real ground and roofs) and "single_date" (one real image
+twice, `single_dates.py`).
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +32,8 @@ from tqdm import tqdm
 
 from kcfi.pictures import contact_sheet, overlay
 from kcfi.training.levir_cc import MASK_BUILDING, MASK_ROAD, check_new_folder
+from kcfi.training.material_library import LibraryMaterials
+from kcfi.training.single_dates import draw_pair
 from kcfi.training.synthetic_captions import Change, Ground, ObjectChange, describe, locate
 from kcfi.training.synthetic_layout import (
     MARGIN,
@@ -57,6 +63,8 @@ __all__ = [
 ]
 
 SPLITS = {"train": 0, "val": 1, "test": 2}  # position of a split in the seed
+PAIR_KINDS = ("drawn", "composed", "single_date")
+ZOOM = (0.8, 1.5)  # of pairs with real materials: users' images are not all at 0.5 m/px, nor all houses of one size
 
 
 def _ground_below(layout: Layout, cover: Cover, changed: NDArray[np.bool_]) -> Ground:
@@ -186,7 +194,12 @@ class SyntheticDataset(Dataset[dict[str, Any]]):
         split: "train", "val" or "test": never the same pairs.
         seed: Which world to draw.
         settings: What may change.
-        materials: Source of texture.
+        materials: Source of texture of "composed" pairs, and of "single_date" pairs if it is a library.
+        pair_mix: Weights of the kinds of pairs, see the module's description. Default: only drawn ones without
+            `materials`, all kinds alike with it.
+
+    Raises:
+        ValueError: If the split, a kind or a weight is wrong, or a kind needs materials that are not given.
     """
 
     def __init__(
@@ -196,48 +209,102 @@ class SyntheticDataset(Dataset[dict[str, Any]]):
         seed: int = 0,
         settings: SyntheticSettings | None = None,
         materials: Materials | None = None,
+        pair_mix: Mapping[str, float] | None = None,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"synthetic scenes have no split {split!r}: choose one of {', '.join(SPLITS)}")
         self.num_pairs, self.split, self.seed = num_pairs, split, seed
         self.settings = settings or SyntheticSettings()
-        self.materials = materials or ProceduralMaterials()
+        self.materials = materials
+        self.mix = check_pair_mix(pair_mix or dict.fromkeys(PAIR_KINDS if materials else ("drawn",), 1.0))
+        library = isinstance(materials, LibraryMaterials) and (materials.has_tiles(True) or materials.has_tiles(False))
+        for kind, missing in (("composed", materials is None), ("single_date", not library)):
+            if self.mix[kind] and missing:
+                raise ValueError(f"pair_mix asks for {kind!r} pairs: they need a library of `kcfi data materials`")
 
     def __len__(self) -> int:
         return self.num_pairs
 
-    def _scene(self, index: int) -> tuple[Scene, np.random.Generator]:
-        """The scene of a pair, and the generator for its captions."""
+    def kind(self, index: int) -> str:
+        """Which kind of pair stands at an index."""
+        return self._kind_and_side(index)[0]
+
+    def _kind_and_side(self, index: int) -> tuple[str, int]:
+        """The kind of a pair, and the side in px that it is drawn at before it is resized to `image_size`."""
+        rng = np.random.default_rng(np.random.SeedSequence((self.seed, SPLITS[self.split], index, 1)))
+        kind = str(rng.choice(PAIR_KINDS, p=list(self.mix.values())))
+        side = self.settings.image_size
+        return kind, side if kind == "drawn" else min(512, max(64, round(side / rng.uniform(*ZOOM))))
+
+    def scene(self, index: int) -> tuple[Scene, np.random.Generator]:
+        """The scene of a drawn or composed pair, at the side it is drawn at, and the generator for its captions."""
+        rng, changed = self._chance(index)
+        return draw_scene(rng, changed, self._settings(index)), rng
+
+    def _settings(self, index: int) -> SyntheticSettings:
+        return replace(self.settings, image_size=self._kind_and_side(index)[1])
+
+    def _chance(self, index: int) -> tuple[np.random.Generator, bool]:
+        """The generator of a pair, and whether the pair is to change."""
         if not 0 <= index < self.num_pairs:
             raise IndexError(f"pair {index} of a synthetic data set of {self.num_pairs} pairs")
         rng = np.random.default_rng(np.random.SeedSequence((self.seed, SPLITS[self.split], index)))
-        changed = index % 2 == 1 and bool(self.settings.scenarios())
-        return draw_scene(rng, changed, self.settings), rng
+        return rng, index % 2 == 1 and bool(self.settings.scenarios())
+
+    def _painter(self, index: int, scene: Scene, rng: np.random.Generator) -> Painter:
+        composed = self.materials is not None and self.kind(index) != "drawn"
+        materials = self.materials if composed and self.materials else ProceduralMaterials()
+        return Painter(scene.layout, scene.window, materials, rng)
 
     def truth(self, index: int) -> tuple[NDArray[np.uint8], Change, list[str]]:
         """Mask (H, W), facts and captions of a pair, without painting it: for pretraining a language model."""
-        scene, rng = self._scene(index)
+        scene, rng = self.scene(index)
         return scene.mask, scene.change, describe(scene.change, rng)
 
     def paint_after(self, index: int) -> tuple[Image.Image, Scene]:
         """The after image alone, and the scene: for pretraining a vision tower."""
-        scene, rng = self._scene(index)
-        painter = Painter(scene.layout, scene.window, self.materials, rng)
+        scene, rng = self.scene(index)
+        painter = self._painter(index, scene, rng)
         return painter.paint(scene.states[1], scene.looks[1], scene.after), scene
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        scene, rng = self._scene(index)
-        captions = describe(scene.change, rng)
-        painter = Painter(scene.layout, scene.window, self.materials, rng)
+        if self.kind(index) == "single_date" and isinstance(self.materials, LibraryMaterials):
+            rng, changed = self._chance(index)
+            before, after, mask, change = draw_pair(self.materials, rng, changed, self._settings(index))
+            captions = describe(change, rng)
+        else:
+            scene, rng = self.scene(index)
+            captions = describe(scene.change, rng)
+            painter = self._painter(index, scene, rng)
+            before = painter.paint(scene.states[0], scene.looks[0], scene.before)
+            after = painter.paint(scene.states[1], scene.looks[1], scene.after)
+            mask, change = scene.mask, scene.change
+        size = (self.settings.image_size, self.settings.image_size)
         return {
-            "image_before": painter.paint(scene.states[0], scene.looks[0], scene.before),
-            "image_after": painter.paint(scene.states[1], scene.looks[1], scene.after),
-            "mask": Image.fromarray(scene.mask),
+            "image_before": before.resize(size, Image.Resampling.BICUBIC),
+            "image_after": after.resize(size, Image.Resampling.BICUBIC),
+            "mask": Image.fromarray(mask).resize(size, Image.Resampling.NEAREST),
             "captions": captions,
-            "changed": bool(scene.change.objects),
+            "changed": bool(change.objects),
             "filename": f"{self.split}_{index:06d}.png",
             "split": self.split,
         }
+
+
+def check_pair_mix(mix: Mapping[str, float]) -> dict[str, float]:
+    """Weights of all kinds of pairs, summing to 1.
+
+    Raises:
+        ValueError: An unknown kind, a negative weight, or nothing but zeros.
+    """
+    for name in mix:
+        if name not in PAIR_KINDS:
+            raise ValueError(f"pair_mix has no kind {name!r}: choose among {', '.join(PAIR_KINDS)}")
+    weights = {kind: float(mix.get(kind, 0)) for kind in PAIR_KINDS}
+    total = sum(weights.values())
+    if min(weights.values()) < 0 or total == 0:
+        raise ValueError(f"pair_mix is {dict(mix)}: give weights of at least 0, one of them above")
+    return {kind: weight / total for kind, weight in weights.items()}
 
 
 SHEET_ROWS = 12  # pairs on the contact sheet of `synthesize`
@@ -279,7 +346,14 @@ def write_levir_mci(datasets: Sequence[SyntheticDataset], root: Path) -> None:
     (root / "LevirCCcaptions.json").write_text(json.dumps({"images": records}), encoding="utf-8")
 
 
-def synthesize(output: str | Path, pairs: int, seed: int = 0, settings: SyntheticSettings | None = None) -> None:
+def synthesize(
+    output: str | Path,
+    pairs: int,
+    seed: int = 0,
+    settings: SyntheticSettings | None = None,
+    materials: str | Path | None = None,
+    pair_mix: Mapping[str, float] | None = None,
+) -> None:
     """Write drawn pairs as a LEVIR-MCI folder with a sheet of the first ones (`kcfi data synthesize`).
 
     Args:
@@ -287,15 +361,22 @@ def synthesize(output: str | Path, pairs: int, seed: int = 0, settings: Syntheti
         pairs: Number of pairs, at least 10: a tenth is "val", a tenth "test", the rest "train".
         seed: Seed of the scenes.
         settings: What may change.
+        materials: Library of `kcfi data materials`; each split is made of its own materials.
+        pair_mix: See `SyntheticDataset`.
 
     Raises:
-        ValueError: If `pairs` is below 10.
+        ValueError: If `pairs` is below 10, or for what `SyntheticDataset` refuses.
         FileExistsError: If the folder is not empty.
     """
     if pairs < 10:
         raise ValueError(f"{pairs} pairs cannot be split into train, val and test: ask for at least 10")
     counts = {"train": pairs - 2 * (pairs // 10), "val": pairs // 10, "test": pairs // 10}
-    datasets = [SyntheticDataset(count, split, seed, settings) for split, count in counts.items()]
+    datasets = [
+        SyntheticDataset(
+            count, split, seed, settings, LibraryMaterials(materials, split) if materials else None, pair_mix
+        )
+        for split, count in counts.items()
+    ]
     write_levir_mci(datasets, Path(output))
     examples = [datasets[0][index] for index in range(min(SHEET_ROWS, counts["train"]))]
     contact_sheet(

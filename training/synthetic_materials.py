@@ -30,6 +30,10 @@ class Materials(Protocol):
         """
         ...
 
+    def roof(self, kind: TextureKind, rng: np.random.Generator) -> Image.Image | None:
+        """Return a whole roof for one building, RGBA, its sides parallel to the image's; None: it has the texture."""
+        ...
+
 
 @dataclass(frozen=True)
 class Surface:
@@ -105,3 +109,7 @@ class ProceduralMaterials:
         image = _surface_image(kind, int(rng.integers(len(SURFACES[kind].colours))))
         x, y = (int(i) for i in rng.integers(0, NOISE_SIZE - size, 2))
         return image.crop((x, y, x + size, y + size))
+
+    def roof(self, kind: TextureKind, rng: np.random.Generator) -> Image.Image | None:
+        """See `Materials.roof`."""
+        return None

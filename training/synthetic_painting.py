@@ -297,7 +297,7 @@ class Painter:
         self._paint_shadows(picture, look, trees, list(roofs.values()))
         self._paint_trees(picture, look, trees)
         self._paint_roofs(picture, buildings, roofs, look)
-        return _take(picture, look)
+        return photograph(picture, look)
 
     def _paint_paved(self, picture: Image.Image, state: int, look: Look) -> None:
         """Water, roads with curbs, driveways and parking lots."""
@@ -418,8 +418,33 @@ class Painter:
         texture = self.texture("villa roof").copy()
         if roofs["large building"].getbbox():
             texture.paste(self.texture("large roof"), mask=roofs["large building"])
+        for index, building in enumerate(self.layout.buildings):
+            if any(building is other for other in buildings):
+                rng = np.random.default_rng((self.seed, len(get_args(TextureKind)), index))
+                roof = self.materials.roof(ROOFS[building.kind], rng)
+                if roof is not None:
+                    _lay_roof(texture, roof, building)
         covered = ImageChops.lighter(roofs["villa"], roofs["large building"])
         picture.paste(_lit(texture, np.asarray(shading.smooth(), np.uint16)), mask=covered)
+
+
+def _lay_roof(texture: Image.Image, roof: Image.Image, building: Building) -> None:
+    """Stretch a roof over the bounds of a building, long side along long side."""
+    bounds, frame = building.bounds, building.frame
+    width, height = bounds.u1 - bounds.u0, bounds.v1 - bounds.v0
+    if (roof.width > roof.height) != (width > height):
+        roof = roof.transpose(Image.Transpose.ROTATE_90)
+    corners = frame.box(bounds.u0, bounds.u1, bounds.v0, bounds.v1)
+    (x0, y0), (x1, y1) = np.floor(corners.min(0)).astype(int).tolist(), np.ceil(corners.max(0)).astype(int).tolist()
+    cos, sin = math.cos(frame.angle), math.sin(frame.angle)
+    across, down = roof.width / width, roof.height / height
+    x, y = x0 - frame.x, y0 - frame.y  # of the pasted box's corner, from the origin of the building's frame
+    to_roof = (
+        *(across * cos, across * sin, across * (x * cos + y * sin - bounds.u0)),
+        *(-down * sin, down * cos, down * (y * cos - x * sin - bounds.v0)),
+    )
+    laid = roof.transform((x1 - x0, y1 - y0), Image.Transform.AFFINE, to_roof, Image.Resampling.BILINEAR)
+    texture.paste(laid.convert("RGB"), (x0, y0), laid.getchannel("A"))
 
 
 def _lit(texture: Image.Image, light: NDArray[np.uint16]) -> Image.Image:
@@ -498,7 +523,7 @@ def _facets(building: Building, sun: float) -> Iterator[tuple[Polygon, float]]:
             yield from faces
 
 
-def _take(picture: Image.Image, look: Look) -> Image.Image:
+def photograph(picture: Image.Image, look: Look) -> Image.Image:
     """Photograph a painted canvas: registration shift, light, blur, noise; returns the image without its margin."""
     size = picture.width - 2 * MARGIN
     x, y = MARGIN - look.shift[0], MARGIN - look.shift[1]

@@ -88,11 +88,16 @@ def train(recipe: Recipe, resume: bool = False) -> KCFITrainer:
     checkpoint = find_checkpoint(output_dir, resume)
     if resume:
         check_same_recipe(recipe, output_dir)
-    columns = as_dict(data.columns)
-    train_pairs = load_pairs(data.dataset, data.train_split, data.num_train_pairs, data.dataset_seed, columns)
+    source: dict[str, Any] = {
+        "seed": data.dataset_seed,
+        "columns": as_dict(data.columns),
+        "materials": data.materials,
+        "pair_mix": as_dict(data.pair_mix),
+    }
+    train_pairs = load_pairs(data.dataset, data.train_split, data.num_train_pairs, **source)
     eval_pairs = None
     if args.eval_strategy != "no":
-        eval_pairs = load_pairs(data.dataset, data.eval_split, data.num_eval_pairs, data.dataset_seed, columns)
+        eval_pairs = load_pairs(data.dataset, data.eval_split, data.num_eval_pairs, **source)
 
     set_seed(args.seed)
     model, processor = build_model(recipe.model)

@@ -1,0 +1,93 @@
+"""What a model marks where nothing changed, and how far its mask probabilities can be believed.
+
+    python benchmarks/false_alarms.py --materials LIBRARY [--model kcfi-tiny] [--split val] [--num_pairs 100]
+
+Per kind of pair (drawn; composed and single_date with a library of `kcfi data materials`), all x 100 and over pixels:
+`f1` of the change mask; `standing`, the share of buildings that stand at both dates which is marked as changed (drawn
+and composed pairs know them); `unchanged`, the marked share of unchanged pairs; `ece`, the expected calibration error
+of the probability of change (ten bins; arXiv 1706.04599); `confidence - truth`, its sign (above 0 = overconfident).
+"""
+
+import argparse
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from kcfi.captioning import load
+from kcfi.training.collator import KCFICollator
+from kcfi.training.evaluate import encode
+from kcfi.training.levir_cc import MASK_BUILDING
+from kcfi.training.material_library import LibraryMaterials
+from kcfi.training.synthetic import PAIR_KINDS, SyntheticDataset
+from kcfi.training.synthetic_layout import Shapes, crop
+
+BINS = 10
+
+
+def standing(pairs: SyntheticDataset, index: int, size: int) -> NDArray[np.bool_]:
+    """Pixels of buildings that stand at both dates, (size, size)."""
+    scene, _ = pairs.scene(index)
+    shapes = Shapes(scene.layout.canvas)
+    for building in scene.layout.present_buildings(min(scene.states)):
+        for polygon in building.footprint():
+            shapes.polygon(polygon, MASK_BUILDING)
+    pixels = Image.fromarray(crop(shapes.sharp())).resize((size, size), Image.Resampling.NEAREST)
+    return np.asarray(pixels) > 0
+
+
+@torch.no_grad()
+def measure(model: Any, processor: Any, pairs: SyntheticDataset) -> dict[str, float | None]:
+    """The scores of the module's description for one kind of pairs."""
+    classes = "road_building" if model.config.num_change_classes == 3 else "change"
+    loader = DataLoader(pairs, batch_size=4, collate_fn=KCFICollator(processor, classes, train=False))
+    counts = {name: np.zeros(2) for name in ("standing", "unchanged")}  # marked, all
+    hits = np.zeros(3)  # true and marked, true, marked
+    bins = np.zeros((BINS, 3))  # pixels, sum of probabilities, truly changed
+    index = 0
+    for batch in loader:
+        scores = encode(model, batch).mask_logits.float().softmax(1)
+        marks = processor.post_process_masks(scores, batch["sizes"])
+        changes = F.interpolate(1 - scores[:, :1], size=tuple(batch["sizes"][0]), mode="bilinear")
+        for mark, change, true in zip(marks, changes[:, 0].numpy(), batch["true_masks"], strict=True):
+            marked, truth = mark.numpy() > 0, np.asarray(true) > 0
+            hits += (marked & truth).sum(), truth.sum(), marked.sum()
+            if not truth.any():
+                counts["unchanged"] += marked.sum(), marked.size
+            if pairs.kind(index) != "single_date":
+                stand = standing(pairs, index, truth.shape[0]) & ~truth
+                counts["standing"] += (marked & stand).sum(), stand.sum()
+            level = (change * BINS).astype(int).clip(0, BINS - 1).ravel()
+            for column, values in enumerate((np.ones(level.size), change.ravel(), truth.ravel())):
+                bins[:, column] += np.bincount(level, values, BINS)
+            index += 1
+    result: dict[str, float | None] = {"f1": 200 * hits[0] / (hits[1] + hits[2])}
+    for name, (marked, everything) in counts.items():
+        result[name] = 100 * marked / everything if everything else None
+    result["ece"] = 100 * float(np.abs(bins[:, 1] - bins[:, 2]).sum() / bins[:, 0].sum())
+    result["confidence - truth"] = 100 * float((bins[:, 1] - bins[:, 2]).sum() / bins[:, 0].sum())
+    return {name: None if value is None else round(float(value), 2) for name, value in result.items()}
+
+
+def main() -> None:
+    """Measure each kind of pair and print one line of JSON for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="kcfi-tiny")
+    parser.add_argument("--materials", help="without it: drawn pairs only")
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--num_pairs", type=int, default=100, help="of each kind")
+    options = parser.parse_args()
+    model, processor = load(options.model)
+    library = LibraryMaterials(options.materials, options.split) if options.materials else None
+    for kind in PAIR_KINDS if library else PAIR_KINDS[:1]:
+        pairs = SyntheticDataset(options.num_pairs, options.split, 0, materials=library, pair_mix={kind: 1})
+        print(json.dumps({"pairs": kind, "number": len(pairs), **measure(model, processor, pairs)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
