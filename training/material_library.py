@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kcfi.training.synthetic_materials import Array, ProceduralMaterials, TextureKind
+from kcfi.training.synthetic_painting import ROOFS
 
 LAND, KEEP_OFF = 0, 64  # labels of tiles beside LEVIR-MCI's road and building: free ground; water or unknown
 SEAM = 12  # px over which neighbouring pieces of a mosaic are blended
@@ -78,7 +79,7 @@ class LibraryMaterials(ProceduralMaterials):
     def texture(self, kind: TextureKind, size: int, rng: np.random.Generator) -> Image.Image:
         """A mosaic of pieces of one surface: one at random and those of its source most like it in colour."""
         entries = self.by_kind.get(kind)
-        if not entries:
+        if not entries or kind in ROOFS.values():  # roofs are whole ones, see `roof`
             return super().texture(kind, size, rng)
         first = entries[int(rng.integers(len(entries)))]
         colours = np.stack([_mean_colour(str(self.root / entry.file)) for entry in entries])

@@ -21,7 +21,7 @@ from kcfi.training.synthetic_materials import Array, crop_noise
 from kcfi.training.synthetic_painting import draw_looks, photograph
 
 VILLA_AREA = 1600  # px (400 m2): smaller footprints are villas, larger ones large buildings
-LARGEST_AREA = 12000  # px (3,000 m2): what is larger is often a block of many houses under one label
+LARGEST_AREA = 3500  # px (875 m2): what is larger is often a block of many houses under one label
 REMOVED_SHARE = 0.2  # of the changed pairs
 TRIALS = 12  # places looked at before a pair stays unchanged
 GROUNDS: dict[GroundKind, Ground] = {"grass": "grass", "soil": "bareland", "field": ""}
