@@ -141,6 +141,12 @@ class LibraryMaterials(ProceduralMaterials):
         return np.dstack([np.asarray(layer.crop(box), np.float32) for layer in layers])
 
 
+def attributions(root: str | Path) -> list[str]:
+    """The sources of a library with their licences, to be named beside weights that were trained with it."""
+    entries = json.loads((Path(root) / "materials.json").read_text(encoding="utf-8"))["entries"]
+    return sorted({f"{entry['source']} ({entry['licence']})" for entry in entries})
+
+
 @lru_cache(maxsize=2048)
 def _open(path: str) -> Image.Image:
     with Image.open(path) as image:

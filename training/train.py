@@ -48,6 +48,7 @@ from kcfi.training.arguments import (
 from kcfi.training.collator import KCFICollator
 from kcfi.training.evaluate import check_classes
 from kcfi.training.levir_cc import load_pairs
+from kcfi.training.material_library import attributions
 from kcfi.training.trainer import KCFITrainer
 
 
@@ -223,9 +224,11 @@ def check_same_recipe(recipe: Recipe, output_dir: Path) -> None:
 
 
 def save_recipe(recipe: Recipe, output_dir: Path) -> None:
-    """Write recipe.yaml, which repeats the run: all settings; package versions and git revision as comments."""
+    """Write recipe.yaml, which repeats the run; versions, git revision and sources of materials as comments."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("kcfi", "transformers", "torch", "datasets"))
     header = f"# {packages}, python {platform.python_version()}\n# git revision: {git_revision()}\n"
+    if recipe.data.materials:
+        header += "".join(f"# materials: {source}\n" for source in attributions(recipe.data.materials))
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "recipe.yaml").write_text(header + yaml.safe_dump(recipe.values, sort_keys=False), encoding="utf-8")
 

@@ -40,13 +40,6 @@ def test_buildings_appear_when_the_after_date_has_them(library):
     assert seen == {True, False}
 
 
-def test_counts_of_the_caption_are_those_of_the_mask(library):
-    from scipy import ndimage
-
-    for _, _, mask, change in pairs_of(library, changed=True):
-        assert sum(entry.count for entry in change.objects) == ndimage.label(mask)[1]
-
-
 def test_ground_comes_and_goes_without_entering_the_mask(library):
     settings = SyntheticSettings(**{**dict.fromkeys(IRRELEVANT, False), "ground": True}, max_shift=0)
     pairs = [pair for pair in pairs_of(library, changed=False, settings=settings, count=16)]

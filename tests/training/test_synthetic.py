@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,12 @@ from PIL import Image
 from scipy import ndimage
 
 from kcfi.training.levir_cc import UNCHANGED_SENTENCES, LevirCCDataset
+from kcfi.training.material_library import LibraryMaterials
+from kcfi.training.single_dates import draw_pair
 from kcfi.training.synthetic import (
     Change,
     ObjectChange,
+    ProceduralMaterials,
     Scene,
     SyntheticDataset,
     SyntheticSettings,
@@ -146,6 +149,31 @@ def test_captions_say_what_the_mask_shows(image_size):
                 assert not values or position_fits(clause, np.isin(mask, list(values))), (index, caption)
 
 
+def test_captions_of_single_date_pairs_say_what_the_mask_shows(library):
+    materials = LibraryMaterials(library)
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        _, _, mask, change = draw_pair(materials, rng, True, SyntheticSettings())
+        kinds = {entry.kind: entry.count for entry in change.objects}
+        assert sum(kinds.values()) == ndimage.label(mask)[1]
+        for caption in describe(change, rng):
+            named = named_objects(caption)
+            assert {kind for _, kind in named} == set(kinds), caption
+            assert all(count_fits(word, kinds[kind]) for word, kind in named), caption
+            if len(kinds) == 1:  # with two kinds the mask does not tell whose position it is
+                assert position_fits(caption, mask > 0), caption
+
+
+def test_composed_pairs_have_the_captions_and_changed_area_of_their_scene(library):
+    dataset = SyntheticDataset(24, materials=LibraryMaterials(library), pair_mix={"composed": 1})
+    for index in range(1, 24, 4):
+        example, (scene, rng) = dataset[index], dataset.scene(index)
+        assert example["captions"] == describe(scene.change, rng)
+        assert example["image_before"].size == example["image_after"].size == example["mask"].size == (256, 256)
+        drawn, shown = (scene.mask > 0).mean(), (np.asarray(example["mask"]) > 0).mean()
+        assert shown == pytest.approx(drawn, rel=0.05)
+
+
 @pytest.mark.parametrize("switch", RELEVANT)
 def test_a_relevant_switch_alone_brings_only_its_change(switch):
     kind, way = switch.rsplit("_", 1)
@@ -256,6 +284,21 @@ def test_materials_are_the_source_of_every_texture():
         if villas.any():
             assert (after[villas].argmax(-1) == 0).mean() > 0.9
             assert (before[villas].argmax(-1) == 0).mean() < 0.1
+
+
+def test_whole_roofs_lie_on_their_buildings_at_the_date_they_stand():
+    class Roofed(ProceduralMaterials):
+        def roof(self, kind, rng):
+            return Image.new("RGBA", (40, 30), (20, 30, 220, 255))
+
+    settings = replace(only("villas_appear", "large_buildings_appear"), light=False, max_shift=0)
+    dataset = SyntheticDataset(12, settings=settings, materials=Roofed(), pair_mix={"composed": 1})
+    for index in range(1, 12, 2):
+        example = dataset[index]
+        before, after, mask = (np.asarray(example[key]) for key in ("image_before", "image_after", "mask"))
+        roofs = ndimage.binary_erosion(mask == 255, iterations=3)
+        assert (after[roofs].argmax(-1) == 2).mean() > 0.97
+        assert (before[roofs].argmax(-1) == 2).mean() < 0.1
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,21 @@ def recipe(tmp_path, text_model, vision, monkeypatch):
     return path
 
 
+def test_a_run_with_real_materials_names_their_sources_in_its_recipe(recipe, library, tmp_path):
+    mix = ["--pair_mix.composed", "1", "--pair_mix.single_date", "1"]
+    options = ["--materials", str(library), *mix, "--max_steps", "1", "--eval_strategy", "no"]
+    train.main([str(recipe), *options])
+    text = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "# materials: made up (CC0-1.0)\n" in text
+    values = yaml.safe_load(text)
+    assert values["materials"] == str(library) and values["pair_mix"] == {"composed": 1, "single_date": 1}
+
+
+def test_materials_for_a_folder_of_pairs_are_refused(recipe, library, tmp_path):
+    with pytest.raises(ValueError, match="materials and pair_mix are for dataset 'synthetic'"):
+        train.main([str(recipe), "--dataset", str(tmp_path), "--materials", str(library)])
+
+
 def log_of(folder):
     state = json.loads((folder / "trainer_state.json").read_text())
     return [(line["step"], line["loss"]) for line in state["log_history"] if "loss" in line]
