@@ -1,9 +1,11 @@
-"""Mask scores on real before/after images, folder of A/, B/ and label/ (0 = no change, else changed building).
+"""Mask scores on real before/after images: folders of A/, B/ and label/ (0 = no change, else changed building).
 
-    python benchmarks/real_pairs.py FOLDER [--model kcfi-tiny] [--output DIR]
+    python benchmarks/real_pairs.py FOLDER [FOLDER ...] [--model kcfi-tiny] [--leave_out NAME ...] [--output DIR]
 
-Prints F1, IoU, precision and recall of the building class, accumulated over the images, beside the plain baseline that
-marks every pixel as changed, and per image the generated sentence. `--output` writes a sheet of overlays.
+Prints F1, IoU, precision and recall of the building class, accumulated over the images of each folder and over all of
+them, beside the plain baseline that marks every pixel as changed, and per image the generated sentence. `--leave_out`
+names images that are part of another one: they count in their folder, not over all. `--output` writes a sheet of
+overlays per folder.
 """
 
 import argparse
@@ -19,35 +21,61 @@ from kcfi.pictures import contact_sheet, overlay
 from kcfi.training.metrics import MaskScores
 
 
+class Counts:
+    """Scores of a model, and of marking everything, over some images."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.masks = {"model": MaskScores("building"), "everything changed": MaskScores("building")}
+
+    def update(self, predicted: np.ndarray, truth: np.ndarray) -> None:
+        """Count an image."""
+        self.images += 1
+        self.masks["model"].update(predicted, truth)
+        self.masks["everything changed"].update(np.ones_like(truth), truth)
+
+    def print(self, folder: str) -> None:
+        """One line of JSON for each."""
+        for name, masks in self.masks.items():
+            scores = masks.compute()
+            assert scores is not None  # every image has a label
+            kept = {score: round(scores[score]["building"], 1) for score in ("f1", "iou", "precision", "recall")}
+            print(json.dumps({"folder": folder, "mask": name, "images": self.images, **kept}))
+
+
 def main() -> None:
     """Measure, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--model", default="kcfi-tiny")
+    parser.add_argument("--leave_out", nargs="+", default=[], help="file names without ending")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
 
     model, processor = load(options.model)
     building = model.config.num_change_classes - 1
     describer = Describer(model, processor)
-    ours, everything, rows, captions = MaskScores("building"), MaskScores("building"), [], []
-    for label in sorted((options.folder / "label").glob("*.png")):
-        before, after = (Image.open(options.folder / date / label.name).convert("RGB") for date in "AB")
-        truth = (np.asarray(Image.open(label).convert("L")) > 0).astype(np.uint8)
-        report = describer.describe(before, after)
-        predicted = (report.mask == building).astype(np.uint8)
-        ours.update(predicted, truth)
-        everything.update(np.ones_like(truth), truth)
-        rows.append([before, after, overlay(after, truth * 255), overlay(after, report.mask)])
-        captions.append(f"{label.name}\n{report.caption}")
-        print(f"{label.name}: {report.caption}")
-    for name, scores in (("model", ours.compute()), ("everything changed", everything.compute())):
-        kept = {score: round(scores[score]["building"], 1) for score in ("f1", "iou", "precision", "recall")}
-        print(json.dumps({"mask": name, "images": len(rows), **kept}))
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        sheet = contact_sheet(rows, captions, ["before", "after", "true change", "predicted"])
-        sheet.save(options.output / "real_pairs.png")
+    everywhere = Counts()
+    for folder in options.folders:
+        counts, rows, captions = Counts(), [], []
+        for label in sorted((folder / "label").glob("*.png")):
+            before, after = (Image.open(folder / date / label.name).convert("RGB") for date in "AB")
+            truth = (np.asarray(Image.open(label).convert("L")) > 0).astype(np.uint8)
+            report = describer.describe(before, after)
+            predicted = (report.mask == building).astype(np.uint8)
+            counts.update(predicted, truth)
+            if label.stem not in options.leave_out:
+                everywhere.update(predicted, truth)
+            rows.append([before, after, overlay(after, truth * 255), overlay(after, report.mask)])
+            captions.append(f"{label.name}\n{report.caption}")
+            print(f"{label.name}: {report.caption}")
+        counts.print(str(folder))
+        if options.output:
+            options.output.mkdir(parents=True, exist_ok=True)
+            sheet = contact_sheet(rows, captions, ["before", "after", "true change", "predicted"])
+            sheet.save(options.output / f"{folder.name}.png")
+    if len(options.folders) > 1:
+        everywhere.print("all")
 
 
 if __name__ == "__main__":
