@@ -3,8 +3,8 @@
     python benchmarks/false_alarms.py --materials LIBRARY [--model kcfi-tiny] [--split val] [--num_pairs 100]
 
 Per kind of pair (drawn; composed and single_date with a library of `kcfi data materials`), all x 100 and over pixels:
-`f1` of the change mask; `standing`, the share of buildings that stand at both dates which is marked as changed (drawn
-and composed pairs know them); `unchanged`, the marked share of unchanged pairs; `ece`, the expected calibration error
+`f1` of the change mask; `standing`, the share of buildings that stand at both dates which is marked as changed;
+`unchanged`, the marked share of unchanged pairs; `ece`, the expected calibration error
 of the probability of change (ten bins; arXiv 1706.04599); `confidence - truth`, its sign (above 0 = overconfident).
 """
 
@@ -14,31 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from kcfi.captioning import load
 from kcfi.training.collator import KCFICollator
 from kcfi.training.evaluate import encode
-from kcfi.training.levir_cc import MASK_BUILDING
 from kcfi.training.material_library import LibraryMaterials
 from kcfi.training.synthetic import PAIR_KINDS, SyntheticDataset
-from kcfi.training.synthetic_layout import Shapes, crop
 
 BINS = 10
-
-
-def standing(pairs: SyntheticDataset, index: int, size: int) -> NDArray[np.bool_]:
-    """Pixels of buildings that stand at both dates, (size, size)."""
-    scene, _ = pairs.scene(index)
-    shapes = Shapes(scene.layout.canvas)
-    for building in scene.layout.present_buildings(min(scene.states)):
-        for polygon in building.footprint():
-            shapes.polygon(polygon, MASK_BUILDING)
-    pixels = Image.fromarray(crop(shapes.sharp())).resize((size, size), Image.Resampling.NEAREST)
-    return np.asarray(pixels) > 0
 
 
 @torch.no_grad()
@@ -51,22 +36,22 @@ def measure(model: Any, processor: Any, pairs: SyntheticDataset) -> dict[str, fl
     bins = np.zeros((BINS, 3))  # pixels, sum of probabilities, truly changed
     index = 0
     for batch in loader:
-        scores = encode(model, batch).mask_logits.float().softmax(1)
-        marks = processor.post_process_masks(scores, batch["sizes"])
-        changes = F.interpolate(1 - scores[:, :1], size=tuple(batch["sizes"][0]), mode="bilinear")
-        for mark, change, true in zip(marks, changes[:, 0].numpy(), batch["true_masks"], strict=True):
-            marked, truth = mark.numpy() > 0, np.asarray(true) > 0
+        logits = encode(model, {"pixel_values": batch["pixel_values"].to(model.device, model.dtype)}).mask_logits
+        marks = processor.post_process_masks(logits, batch["sizes"])
+        logits = F.interpolate(logits.float(), size=tuple(batch["sizes"][0]), mode="bilinear")
+        changes = 1 - logits.softmax(1)[:, 0].cpu().numpy()
+        for mark, change, true in zip(marks, changes, batch["true_masks"], strict=True):
+            marked, truth = mark.cpu().numpy() > 0, np.asarray(true) > 0
             hits += (marked & truth).sum(), truth.sum(), marked.sum()
             if not truth.any():
                 counts["unchanged"] += marked.sum(), marked.size
-            if pairs.kind(index) != "single_date":
-                stand = standing(pairs, index, truth.shape[0]) & ~truth
-                counts["standing"] += (marked & stand).sum(), stand.sum()
+            stand = pairs.standing(index) & ~truth
+            counts["standing"] += (marked & stand).sum(), stand.sum()
             level = (change * BINS).astype(int).clip(0, BINS - 1).ravel()
             for column, values in enumerate((np.ones(level.size), change.ravel(), truth.ravel())):
                 bins[:, column] += np.bincount(level, values, BINS)
             index += 1
-    result: dict[str, float | None] = {"f1": 200 * hits[0] / (hits[1] + hits[2])}
+    result: dict[str, float | None] = {"f1": 200 * hits[0] / (hits[1] + hits[2]) if hits[1] + hits[2] else None}
     for name, (marked, everything) in counts.items():
         result[name] = 100 * marked / everything if everything else None
     result["ece"] = 100 * float(np.abs(bins[:, 1] - bins[:, 2]).sum() / bins[:, 0].sum())

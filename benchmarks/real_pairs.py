@@ -55,10 +55,14 @@ def main() -> None:
     model, processor = load(options.model)
     building = model.config.num_change_classes - 1
     describer = Describer(model, processor)
-    everywhere = Counts()
+    everywhere, unseen = Counts(), set(options.leave_out)
     for folder in options.folders:
         counts, rows, captions = Counts(), [], []
-        for label in sorted((folder / "label").glob("*.png")):
+        labels = sorted((folder / "label").glob("*.png"))
+        if not labels:
+            parser.error(f"{folder / 'label'} holds no .png")
+        unseen -= {label.stem for label in labels}
+        for label in labels:
             before, after = (Image.open(folder / date / label.name).convert("RGB") for date in "AB")
             truth = (np.asarray(Image.open(label).convert("L")) > 0).astype(np.uint8)
             report = describer.describe(before, after)
@@ -73,7 +77,9 @@ def main() -> None:
         if options.output:
             options.output.mkdir(parents=True, exist_ok=True)
             sheet = contact_sheet(rows, captions, ["before", "after", "true change", "predicted"])
-            sheet.save(options.output / f"{folder.name}.png")
+            sheet.save(options.output / f"{'_'.join(folder.parts[-2:])}.png")
+    if unseen:
+        parser.error(f"--leave_out {', '.join(sorted(unseen))}: no such image")
     if len(options.folders) > 1:
         everywhere.print("all")
 

@@ -173,6 +173,17 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--output", type=Path, required=True, help="new folder")
     convert.set_defaults(run=run_convert)
 
+    materials = data.add_parser(
+        "materials",
+        help="cut a library of real surfaces and roofs",
+        description="Turn folders of single-date aerial images into a library of ground, roofs and places, which "
+        "pairs are drawn with. Each folder is described by its source.yaml.",
+        epilog="example: kcfi data materials --source my_town --output library",
+    )
+    materials.add_argument("--source", type=Path, nargs="+", required=True, metavar="DIR", help="folders")
+    materials.add_argument("--output", type=Path, required=True, help="new folder")
+    materials.set_defaults(run=run_materials)
+
     push = commands.add_parser(
         "push",
         help="put a run on the Hub",
@@ -336,6 +347,16 @@ def run_convert(options: argparse.Namespace) -> None:
     check_writable(options.output)
     write_shards(options.root, options.output)
     print(f"{options.output}: train on it with `kcfi train RECIPE --dataset {options.output}`")
+
+
+def run_materials(options: argparse.Namespace) -> None:
+    """`kcfi data materials`."""
+    from kcfi.training.materials import write_library
+
+    check_writable(options.output)
+    counts = write_library(options.source, options.output)
+    print(", ".join(f"{kind}: {count}" for kind, count in counts.items()))
+    print(f"{options.output}: look at {options.output / 'contact_sheet.png'}")
 
 
 def run_synthesize(options: argparse.Namespace) -> None:

@@ -26,7 +26,9 @@ from kcfi.processing import KCFIProcessor
 from kcfi.training.arguments import model_source
 from kcfi.training.collator import KCFICollator
 from kcfi.training.levir_cc import NO_LABEL, MaskClasses, load_pairs, num_classes
+from kcfi.training.material_library import attributions
 from kcfi.training.metrics import MaskScores, require_java, results
+from kcfi.training.synthetic import SyntheticDataset
 
 
 @dataclass
@@ -181,7 +183,7 @@ def evaluate_model(
         pair_mix: kinds of synthetic pairs, see `SyntheticDataset`.
 
     Returns:
-        What results.json holds.
+        What results.json holds; of synthetic pairs also "synthetic": how they were drawn.
 
     Raises:
         FileNotFoundError: no such data set, or no Java with `meteor`.
@@ -214,6 +216,9 @@ def evaluate_model(
     captions = json.dumps(scores.captions, indent=2, ensure_ascii=False)
     output.with_name("predictions.json").write_text(captions + "\n", encoding="utf-8")
     report = scores.results(model, dataset, split, meteor)
+    if isinstance(pairs, SyntheticDataset):
+        sources = attributions(materials) if materials else []
+        report["synthetic"] = {"seed": seed, "pair_mix": pairs.mix, "materials": sources}
     output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     picture_sheet(pairs, predictions).save(output.with_name("pairs.png"))
     return report

@@ -1,19 +1,21 @@
 """Real surfaces, roofs and tiles for synthetic scenes, read from a library of `kcfi data materials`."""
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from kcfi.training.levir_cc import read_json
 from kcfi.training.synthetic_materials import Array, ProceduralMaterials, TextureKind
 from kcfi.training.synthetic_painting import ROOFS
 
-LAND, KEEP_OFF = 0, 64  # labels of tiles beside LEVIR-MCI's road and building: free ground; water or unknown
+# Labels of tiles beside LEVIR-MCI's road and building: free ground; no building, but whatever else; water or unknown
+LAND, OPEN, KEEP_OFF = 0, 32, 64
+VILLA_AREA = 1600  # px (400 m2): smaller footprints are villas, larger ones large buildings
 SEAM = 12  # px over which neighbouring pieces of a mosaic are blended
 
 
@@ -57,11 +59,7 @@ class LibraryMaterials(ProceduralMaterials):
     def __init__(self, root: str | Path, split: str = "train") -> None:
         self.root = Path(root)
         file = self.root / "materials.json"
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{file} does not exist: make a library with `kcfi data materials --source DIR --output {self.root}`"
-            )
-        entries = [Material(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))["entries"]]
+        entries = [Material(**entry) for entry in _read_library(self.root)["entries"]]
         self.entries = [entry for entry in entries if entry.split == split]
         if not self.entries:
             splits = ", ".join(sorted({entry.split for entry in entries})) or "nothing"
@@ -71,10 +69,6 @@ class LibraryMaterials(ProceduralMaterials):
         self.by_kind: dict[str, list[Material]] = {}
         for entry in self.entries:
             self.by_kind.setdefault(entry.kind, []).append(entry)
-
-    def image(self, file: str) -> Image.Image:
-        """An image of the library, cached."""
-        return _open(str(self.root / file))
 
     def texture(self, kind: TextureKind, size: int, rng: np.random.Generator) -> Image.Image:
         """A mosaic of pieces of one surface: one at random and those of its source most like it in colour."""
@@ -86,14 +80,14 @@ class LibraryMaterials(ProceduralMaterials):
         distance = np.abs(colours - _mean_colour(str(self.root / first.file))).sum(1)
         distance[[entry.source != first.source for entry in entries]] = np.inf
         alike = [int(i) for i in distance.argsort()[:6] if np.isfinite(distance[i])]
-        pieces = [np.asarray(self.image(entries[i].file), np.float32) for i in alike]
+        pieces = [np.asarray(_open(str(self.root / entries[i].file)), np.float32) for i in alike]
         pieces = [piece - piece.mean((0, 1)) + pieces[0].mean((0, 1)) for piece in pieces]
         return Image.fromarray(mosaic(pieces, size, rng).round().clip(0, 255).astype(np.uint8))
 
     def roof(self, kind: TextureKind, rng: np.random.Generator) -> Image.Image | None:
         """See `Materials.roof`."""
         entries = self.by_kind.get(kind)
-        return self.image(entries[int(rng.integers(len(entries)))].file) if entries else None
+        return _open(str(self.root / entries[int(rng.integers(len(entries)))].file)) if entries else None
 
     def has_tiles(self, labelled: bool) -> bool:
         """Whether there are tiles with labels, or without."""
@@ -110,7 +104,7 @@ class LibraryMaterials(ProceduralMaterials):
             rng: Source of chance.
 
         Returns:
-            RGB image, and labels (size, size) or None for a tile without.
+            RGB image, and labels (size, size) or None for a tile without. The seams of a mosaic are `KEEP_OFF`.
 
         Raises:
             ValueError: If the split has no such tile.
@@ -130,28 +124,42 @@ class LibraryMaterials(ProceduralMaterials):
         image = Image.fromarray(place[..., :3].round().clip(0, 255).astype(np.uint8))
         if not labelled:
             return image, None
-        return image, mosaic(pieces, size, np.random.default_rng(seed), sharp=True)[..., 3].round().astype(np.uint8)
+        return image, mosaic(pieces, size, np.random.default_rng(seed), KEEP_OFF)[..., 3].round().astype(np.uint8)
 
     def _window(self, tile: Material, size: int, rng: np.random.Generator) -> Array:
         """A random window of at most `size` px: RGB and, of a labelled tile, its labels; (h, w, 3 or 4)."""
-        image = self.image(tile.file)
+        image = _read(str(self.root / tile.file))
         x, y = (int(rng.integers(0, max(side - size, 0) + 1)) for side in image.size)
         box = (x, y, min(x + size, image.width), min(y + size, image.height))
-        layers = [image, self.image(tile.label)] if tile.label else [image]
+        layers = [image, _read(str(self.root / tile.label))] if tile.label else [image]
         return np.dstack([np.asarray(layer.crop(box), np.float32) for layer in layers])
 
 
 def attributions(root: str | Path) -> list[str]:
     """The sources of a library with their licences, to be named beside weights that were trained with it."""
-    entries = json.loads((Path(root) / "materials.json").read_text(encoding="utf-8"))["entries"]
-    return sorted({f"{entry['source']} ({entry['licence']})" for entry in entries})
+    return [f"{source['name']} ({source['licence']})" for source in _read_library(Path(root))["sources"]]
 
 
-@lru_cache(maxsize=2048)
-def _open(path: str) -> Image.Image:
+def _read_library(root: Path) -> Any:
+    """The content of materials.json."""
+    file = root / "materials.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} does not exist: make a library with `kcfi data materials --source DIR --output {root}`"
+        )
+    return read_json(file)
+
+
+def _read(path: str) -> Image.Image:
     with Image.open(path) as image:
         image.load()
         return image if image.mode in ("L", "RGBA") else image.convert("RGB")
+
+
+@lru_cache(maxsize=4096)
+def _open(path: str) -> Image.Image:
+    """A texture or a roof: small, and used again and again."""
+    return _read(path)
 
 
 @lru_cache(maxsize=4096)
@@ -159,14 +167,14 @@ def _mean_colour(path: str) -> Array:
     return np.asarray(_open(path), np.float32).mean((0, 1))
 
 
-def mosaic(pieces: list[Array], size: int, rng: np.random.Generator, sharp: bool = False) -> Array:
+def mosaic(pieces: list[Array], size: int, rng: np.random.Generator, seam: float | None = None) -> Array:
     """Lay out turned and mirrored pieces side by side with blended seams.
 
     Args:
         pieces: Images (h, w, channels), the first one in the first place; those behind it are drawn for the others.
         size: Side of the result in px.
         rng: Source of chance.
-        sharp: Cut in the middle of the seams instead of blending; for labels.
+        seam: Cut in the middle of the seams instead of blending, and draw a line of this value along them; for labels.
 
     Returns:
         (size, size, channels), float32.
@@ -175,11 +183,11 @@ def mosaic(pieces: list[Array], size: int, rng: np.random.Generator, sharp: bool
     step = max(side - SEAM, 1)
     count = 1 if side == size else -(-(size - SEAM) // step)
     ramp = np.minimum(np.arange(1, side + 1), np.arange(side, 0, -1)).clip(max=SEAM + 1) / (SEAM + 1)
-    if sharp:
+    if seam is not None:
         ramp = np.where(ramp > 0.5, 1, 1e-6)  # not 0: along the border of the mosaic there is nothing else
     weight = np.outer(ramp, ramp)[..., None].astype(np.float32)
-    total = np.zeros((count * step + side - step, count * step + side - step, pieces[0].shape[2]), np.float32)
-    weights = np.zeros((*total.shape[:2], 1), np.float32)
+    whole = count * step + side - step
+    total, weights = np.zeros((whole, whole, pieces[0].shape[2]), np.float32), np.zeros((whole, whole, 1), np.float32)
     for row in range(count):
         for column in range(count):
             piece = pieces[0 if row + column == 0 else int(rng.integers(len(pieces)))]
@@ -189,5 +197,9 @@ def mosaic(pieces: list[Array], size: int, rng: np.random.Generator, sharp: bool
             window = slice(row * step, row * step + side), slice(column * step, column * step + side)
             total[window] += weight * turned
             weights[window] += weight
-    y, x = (int(rng.integers(0, total.shape[0] - size + 1)) for _ in range(2))
-    return (total / weights)[y : y + size, x : x + size].astype(np.float32)
+    laid = total / weights
+    if seam is not None:
+        for middle in range(step + SEAM // 2, whole - SEAM, step):
+            laid[middle - 1 : middle + 1] = laid[:, middle - 1 : middle + 1] = seam
+    y, x = (int(rng.integers(0, whole - size + 1)) for _ in range(2))
+    return laid[y : y + size, x : x + size].astype(np.float32)

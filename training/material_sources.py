@@ -10,11 +10,9 @@ SOURCE/footprints.geojson   or polygons of buildings: one file, or a folder of o
 A source without labels may instead sort its images into folders of scene classes (`forest/*.jpg`).
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +24,10 @@ from PIL import Image
 
 from kcfi.training.arguments import check_names
 from kcfi.training.levir_cc import name_some, read_image
+from kcfi.training.synthetic_materials import TextureKind
 
 Split = Literal["train", "val", "test"]
+FINEST = 0.25  # m/px, to which finer images are reduced
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 MASK_ENDINGS = (".png", ".tif", ".tiff")  # jpg changes the colours
 # What a labelled pixel may show; the position is the value in `Picture.labels`. "open": no building, else unknown.
@@ -74,6 +74,16 @@ class Picture:
     labels: NDArray[np.uint8] | None
     pixel: tuple[float, float]
 
+    def resampled(self, metres: float) -> "Picture":
+        """The picture at square pixels of so many m."""
+        width, height = (
+            max(round(side * size / metres), 1) for side, size in zip(self.image.size, self.pixel, strict=True)
+        )
+        labels = self.labels
+        if labels is not None:
+            labels = np.array(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
+        return Picture(self.image.resize((width, height), Image.Resampling.LANCZOS), labels, (metres, metres))
+
 
 @dataclass(frozen=True)
 class Source:
@@ -105,7 +115,7 @@ class Source:
     regions: str = ""
     val: Sequence[str] = ()
     test: Sequence[str] = ()
-    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    classes: Mapping[str, Sequence[TextureKind]] = field(default_factory=dict)
 
     def places(self) -> list[Place]:
         """Find the images, in the order of their paths.
@@ -117,7 +127,9 @@ class Source:
         found = []
         for folder in self.classes or [self.images]:
             if not (self.root / folder).is_dir():
-                raise FileNotFoundError(f"{self.root / folder}: no such folder, but the description of the source says so")
+                raise FileNotFoundError(
+                    f"{self.root / folder}: no such folder, but the description of the source says so"
+                )
             for path in sorted((self.root / folder).rglob("*")):
                 if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith("."):
                     region = self._region(path)
@@ -142,7 +154,7 @@ class Source:
             return "all"
         below = path.relative_to(self.root).as_posix()
         match = re.search(self.regions, below)
-        if match is None or not match.groups() or match[1] is None:
+        if match is None or not match.groups() or not match[1]:
             raise ValueError(f"{self.root}: regions '{self.regions}' finds no group in the path '{below}'")
         return match[1]
 
@@ -151,7 +163,7 @@ class Source:
         if not self.labels:
             return None
         labels = self.root / self.labels
-        if labels.is_file():
+        if labels.suffix == ".geojson" and labels.is_file():
             return labels
         if not labels.is_dir():
             raise FileNotFoundError(f"{labels}: no such file or folder, but the description of the source says so")
@@ -163,20 +175,20 @@ class Source:
         raise FileNotFoundError(f"{image}: no labels; expected {stem} with {', '.join((*MASK_ENDINGS, '.geojson'))}")
 
     def read(self, place: Place) -> Picture:
-        """Read an image and its labels.
+        """Read an image and its labels, reduced to pixels of `FINEST` m where they are smaller.
 
         Raises:
             FileNotFoundError: If a file is missing.
             ValueError: If a file cannot be read, the mask has another size, or an image that must be is no GeoTIFF.
         """
-        geojson = place.labels is not None and place.labels.suffix == ".geojson"
-        if geojson or self.metres_per_pixel is None:
+        if self.metres_per_pixel is None or (place.labels is not None and place.labels.suffix == ".geojson"):
             from kcfi.training.geotiff import read_geotiff
 
-            return read_geotiff(place.image, place.labels, self)
+            return read_geotiff(self, place.image, place.labels)
         image = read_image(place.image)
         labels = None if place.labels is None else self.read_mask(place.labels, image.size, place.image)
-        return Picture(image, labels, (self.metres_per_pixel, self.metres_per_pixel))
+        picture = Picture(image, labels, (self.metres_per_pixel, self.metres_per_pixel))
+        return picture.resampled(FINEST) if self.metres_per_pixel < FINEST else picture
 
     def read_mask(self, path: Path, size: tuple[int, int], image: Path) -> NDArray[np.uint8]:
         """Read a mask.
@@ -198,13 +210,14 @@ class Source:
         pixels = np.asarray(mask)
         if not self.legend:
             return np.where(pixels.any(-1), SURFACES.index("building"), SURFACES.index("open")).astype(np.uint8)
-        labels = np.zeros(pixels.shape[:2], np.uint8)
-        for surface, colour in self.legend.items():
-            labels[(pixels == np.array(colour)).all(-1)] = SURFACES.index(surface)
+        codes = pixels @ np.array([1 << 16, 1 << 8, 1])
+        labels = np.zeros(codes.shape, np.uint8)
+        for surface, (red, green, blue) in self.legend.items():
+            labels[codes == (red << 16) + (green << 8) + blue] = SURFACES.index(surface)
         return labels
 
 
-def read_source(root: Path, kinds: Sequence[str]) -> Source:
+def read_source(root: Path, kinds: Sequence[TextureKind]) -> Source:
     """Read the description of a source: `source.yaml` in its folder, or the packaged one of a folder of that name.
 
     Args:
@@ -222,7 +235,9 @@ def read_source(root: Path, kinds: Sequence[str]) -> Source:
         file = resources.files("kcfi.training") / "sources" / f"{root.resolve().name}.yaml"
     if not file.is_file():
         lines = ", ".join(EXAMPLE.splitlines())
-        raise FileNotFoundError(f"{root / 'source.yaml'} does not exist: describe the source there, for example: {lines}")
+        raise FileNotFoundError(
+            f"{root / 'source.yaml'} does not exist: describe the source there, for example: {lines}"
+        )
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
         return _checked(root, values, kinds)
@@ -230,12 +245,15 @@ def read_source(root: Path, kinds: Sequence[str]) -> Source:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _checked(root: Path, values: Any, kinds: Sequence[str]) -> Source:
+def _checked(root: Path, values: Any, kinds: Sequence[TextureKind]) -> Source:
     """A source by the values of its description."""
     known = [entry.name for entry in fields(Source) if entry.name != "root"]
     if not isinstance(values, dict):
         raise ValueError(f"expected {', '.join(known)}")
     check_names(values, known, "entry")
+    for name, value in values.items():
+        if value is None:
+            raise ValueError(f"{name} has no value; leave the line out")
     for name in ("name", "licence"):
         if not isinstance(values.get(name), str):
             raise ValueError(f"{name} is missing: it is needed to credit the source")
@@ -244,18 +262,20 @@ def _checked(root: Path, values: Any, kinds: Sequence[str]) -> Source:
         raise ValueError(f"metres_per_pixel is {metres!r}; expected a number above 0")
     for name in ("val", "test"):
         if not isinstance(values.get(name, []), list):
-            raise ValueError(f"{name} is {values[name]!r}; expected a list of regions, for example [\"{values[name]}\"]")
+            raise ValueError(f'{name} is {values[name]!r}; expected a list of regions, for example ["{values[name]}"]')
         values[name] = [str(region) for region in values.get(name, [])]
     twice = set(values["val"]) & set(values["test"])
     if twice:
         raise ValueError(f"region '{min(twice)}' is in val and in test")
     check_names(values.setdefault("legend", {}), LEGEND, "surface in legend")
     for surface, colour in values["legend"].items():
-        if not (isinstance(colour, list) and len(colour) == 3):
+        if not (isinstance(colour, list) and len(colour) == 3 and all(value in range(256) for value in colour)):
             raise ValueError(f"legend: {surface} is {colour!r}; expected a colour, for example [255, 0, 0]")
     for scene, textures in values.setdefault("classes", {}).items():
         if not isinstance(textures, list):
-            raise ValueError(f"classes: {scene} is {textures!r}; expected a list of kinds of texture, for example [woods]")
+            raise ValueError(
+                f"classes: {scene} is {textures!r}; expected a list of kinds of texture, for example [woods]"
+            )
         check_names(textures, kinds, f"kind of texture of {scene}")
     if values["classes"] and ("images" in values or "labels" in values):
         raise ValueError("classes stand instead of images and labels: leave one of them out")

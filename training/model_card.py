@@ -3,6 +3,7 @@
 `model_card` is a pure function of what a run left; `card_of_run` reads that from its folder.
 """
 
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -256,7 +257,7 @@ def model_card(
         output="and a pixel mask of *where*" if config.use_change_detection_head else "(no mask: it has no head)",
         architecture=_architecture(config, settings),
         limits=_limits(config, settings, data_set),
-        data=_training_data(settings, data_set),
+        data=_training_data(settings, data_set, re.findall("^# materials: (.+)$", recipe, re.MULTILINE)),
         procedure=_procedure(settings, state),
         results=_results(results, hub_ids) if results else "Not evaluated on a test split.",
         environment="\n".join(environment) or "Not recorded.",
@@ -364,22 +365,26 @@ def _limits(config: KCFIConfig, settings: dict[str, Any], data_set: DataSet | No
     if config.use_change_detection_head:
         lines.append(f"- Masks know these classes: {_classes(config, settings)}. They miss changes and invent some.")
     if data_set == SYNTHETIC:
-        lines.append("- **This run trained on drawings**: on photographs the model is a demonstration.")
+        seen = "drawings and on changes made in images of one date" if settings.get("materials") else "drawings"
+        lines.append(f"- **This run trained on {seen}**: on real pairs the model is a demonstration.")
     lines.append("- Not for decisions about people, property or emergencies without a check by a person.")
     return "\n".join(lines)
 
 
-def _training_data(settings: dict[str, Any], data_set: DataSet | None) -> str:
+def _training_data(settings: dict[str, Any], data_set: DataSet | None, materials: Sequence[str]) -> str:
     if data_set is None:
         return "Not recorded: the run has no recipe."
     name = data_set.name
     if data_set.hub_id:
         name = f"[{name}](https://huggingface.co/datasets/{data_set.hub_id})"
     pairs = settings.get("num_train_pairs", "all")
-    return (
+    text = (
         f"Split `{settings['train_split']}` of {name} ({pairs} pairs). {data_set.description}; "
         f"{settings['captions_per_pair']} of a pair's sentences per visit."
     )
+    if materials:
+        text += f" Ground, roofs and places were cut from {'; '.join(materials)}."
+    return text
 
 
 def _procedure(settings: dict[str, Any], state: dict[str, Any]) -> str:
@@ -402,6 +407,9 @@ def _procedure(settings: dict[str, Any], state: dict[str, Any]) -> str:
 def _results(results: dict[str, Any], hub_ids: Collection[str]) -> str:
     data_set = find_data_set(results["dataset"], hub_ids)
     what = f"`{Path(results['model']).name}` on {data_set.name}, split `{results['split']}`"
+    mix = results.get("synthetic", {}).get("pair_mix", {})
+    if mix:
+        what += f" ({', '.join(f'{100 * share:.0f} % {kind}' for kind, share in mix.items() if share)})"
     captions = _table(
         ["pairs", *(name for _, name in CAPTION_METRICS.values())],
         [

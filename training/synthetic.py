@@ -18,6 +18,7 @@ twice, `single_dates.py`).
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,12 +34,13 @@ from tqdm import tqdm
 from kcfi.pictures import contact_sheet, overlay
 from kcfi.training.levir_cc import MASK_BUILDING, MASK_ROAD, check_new_folder
 from kcfi.training.material_library import LibraryMaterials
-from kcfi.training.single_dates import draw_pair
+from kcfi.training.single_dates import SingleDatePair, draw_pair
 from kcfi.training.synthetic_captions import Change, Ground, ObjectChange, describe, locate
 from kcfi.training.synthetic_layout import (
     MARGIN,
     Layout,
     Polygon,
+    Shapes,
     SyntheticSettings,
     changing_objects,
     crop,
@@ -150,6 +152,15 @@ class Scene:
         return np.where(roads, MASK_ROAD, np.where(self.objects > 0, MASK_BUILDING, 0)).astype(np.uint8)
 
     @cached_property
+    def standing(self) -> NDArray[np.bool_]:
+        """Pixels of buildings that stand at both dates, (H, W)."""
+        shapes = Shapes(self.layout.canvas)
+        for building in self.layout.present_buildings(min(self.states)):
+            for polygon in building.footprint():
+                shapes.polygon(polygon)
+        return crop(shapes.sharp()) > 0
+
+    @cached_property
     def change(self) -> Change:
         """The facts that captions state."""
         if not self.objects.any():
@@ -195,8 +206,8 @@ class SyntheticDataset(Dataset[dict[str, Any]]):
         seed: Which world to draw.
         settings: What may change.
         materials: Source of texture of "composed" pairs, and of "single_date" pairs if it is a library.
-        pair_mix: Weights of the kinds of pairs, see the module's description. Default: only drawn ones without
-            `materials`, all kinds alike with it.
+        pair_mix: Weights of the kinds of pairs, see the module's description. Default: all that are possible alike,
+            only drawn ones without `materials`.
 
     Raises:
         ValueError: If the split, a kind or a weight is wrong, or a kind needs materials that are not given.
@@ -216,11 +227,16 @@ class SyntheticDataset(Dataset[dict[str, Any]]):
         self.num_pairs, self.split, self.seed = num_pairs, split, seed
         self.settings = settings or SyntheticSettings()
         self.materials = materials
-        self.mix = check_pair_mix(pair_mix or dict.fromkeys(PAIR_KINDS if materials else ("drawn",), 1.0))
-        library = isinstance(materials, LibraryMaterials) and (materials.has_tiles(True) or materials.has_tiles(False))
-        for kind, missing in (("composed", materials is None), ("single_date", not library)):
-            if self.mix[kind] and missing:
-                raise ValueError(f"pair_mix asks for {kind!r} pairs: they need a library of `kcfi data materials`")
+        library = materials if isinstance(materials, LibraryMaterials) and materials.has_tiles(labelled=True) else None
+        possible = {"drawn": True, "composed": materials is not None, "single_date": library is not None}
+        self.mix = check_pair_mix(pair_mix or {kind: 1.0 for kind, is_possible in possible.items() if is_possible})
+        if self.mix["composed"] and not possible["composed"]:
+            raise ValueError("pair_mix asks for 'composed' pairs: they need a library of `kcfi data materials`")
+        if self.mix["single_date"] and not possible["single_date"]:
+            raise ValueError(
+                "pair_mix asks for 'single_date' pairs: they need a library of `kcfi data materials` with labelled "
+                f"tiles of split '{split}'"
+            )
 
     def __len__(self) -> int:
         return self.num_pairs
@@ -239,6 +255,8 @@ class SyntheticDataset(Dataset[dict[str, Any]]):
     def scene(self, index: int) -> tuple[Scene, np.random.Generator]:
         """The scene of a drawn or composed pair, at the side it is drawn at, and the generator for its captions."""
         rng, changed = self._chance(index)
+        if self.kind(index) == "single_date":
+            raise ValueError(f"pair {index} is a single-date pair: it has no scene")
         return draw_scene(rng, changed, self._settings(index)), rng
 
     def _settings(self, index: int) -> SyntheticSettings:
@@ -252,38 +270,53 @@ class SyntheticDataset(Dataset[dict[str, Any]]):
         return rng, index % 2 == 1 and bool(self.settings.scenarios())
 
     def _painter(self, index: int, scene: Scene, rng: np.random.Generator) -> Painter:
-        composed = self.materials is not None and self.kind(index) != "drawn"
-        materials = self.materials if composed and self.materials else ProceduralMaterials()
-        return Painter(scene.layout, scene.window, materials, rng)
+        real = self.materials if self.kind(index) == "composed" else None
+        return Painter(scene.layout, scene.window, real or ProceduralMaterials(), rng)
+
+    def _single_date(self, index: int) -> tuple[SingleDatePair, np.random.Generator] | None:
+        """A single-date pair and the generator for its captions; None if the index holds another kind."""
+        if self.kind(index) != "single_date" or not isinstance(self.materials, LibraryMaterials):
+            return None
+        rng, changed = self._chance(index)
+        return draw_pair(self.materials, rng, changed, self._settings(index)), rng
 
     def truth(self, index: int) -> tuple[NDArray[np.uint8], Change, list[str]]:
-        """Mask (H, W), facts and captions of a pair, without painting it: for pretraining a language model."""
+        """Mask (H, W), facts and captions of a drawn pair, not painted: for pretraining a language model."""
         scene, rng = self.scene(index)
         return scene.mask, scene.change, describe(scene.change, rng)
 
     def paint_after(self, index: int) -> tuple[Image.Image, Scene]:
-        """The after image alone, and the scene: for pretraining a vision tower."""
+        """The after image of a drawn pair alone, and the scene: for pretraining a vision tower."""
         scene, rng = self.scene(index)
         painter = self._painter(index, scene, rng)
         return painter.paint(scene.states[1], scene.looks[1], scene.after), scene
 
+    def standing(self, index: int) -> NDArray[np.bool_]:
+        """Pixels of (labelled) buildings that stand at both dates, (H, W)."""
+        single = self._single_date(index)
+        pixels = single[0].standing if single else self.scene(index)[0].standing
+        return np.asarray(self._resized(Image.fromarray(pixels)))
+
+    def _resized(self, image: Image.Image, method: Image.Resampling = Image.Resampling.NEAREST) -> Image.Image:
+        return image.resize((self.settings.image_size,) * 2, method)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if self.kind(index) == "single_date" and isinstance(self.materials, LibraryMaterials):
-            rng, changed = self._chance(index)
-            before, after, mask, change = draw_pair(self.materials, rng, changed, self._settings(index))
+        single = self._single_date(index)
+        if single is not None:
+            pair, rng = single
+            before, after, mask, change = pair.before, pair.after, pair.mask, pair.change
             captions = describe(change, rng)
         else:
             scene, rng = self.scene(index)
-            captions = describe(scene.change, rng)
+            mask, change = scene.mask, scene.change
+            captions = describe(change, rng)
             painter = self._painter(index, scene, rng)
             before = painter.paint(scene.states[0], scene.looks[0], scene.before)
             after = painter.paint(scene.states[1], scene.looks[1], scene.after)
-            mask, change = scene.mask, scene.change
-        size = (self.settings.image_size, self.settings.image_size)
         return {
-            "image_before": before.resize(size, Image.Resampling.BICUBIC),
-            "image_after": after.resize(size, Image.Resampling.BICUBIC),
-            "mask": Image.fromarray(mask).resize(size, Image.Resampling.NEAREST),
+            "image_before": self._resized(before, Image.Resampling.BICUBIC),
+            "image_after": self._resized(after, Image.Resampling.BICUBIC),
+            "mask": self._resized(Image.fromarray(mask)),
             "captions": captions,
             "changed": bool(change.objects),
             "filename": f"{self.split}_{index:06d}.png",
@@ -302,7 +335,7 @@ def check_pair_mix(mix: Mapping[str, float]) -> dict[str, float]:
             raise ValueError(f"pair_mix has no kind {name!r}: choose among {', '.join(PAIR_KINDS)}")
     weights = {kind: float(mix.get(kind, 0)) for kind in PAIR_KINDS}
     total = sum(weights.values())
-    if min(weights.values()) < 0 or total == 0:
+    if not (min(weights.values()) >= 0 and 0 < total < math.inf):
         raise ValueError(f"pair_mix is {dict(mix)}: give weights of at least 0, one of them above")
     return {kind: weight / total for kind, weight in weights.items()}
 

@@ -74,8 +74,8 @@ class SyntheticSettings:
         if not 0 <= self.max_shift <= MARGIN:
             raise ValueError(f"SyntheticSettings.max_shift is {self.max_shift}: choose 0 to {MARGIN} pixels")
 
-    def scenarios(self) -> list[tuple["Scenario", bool]]:
-        """The scenarios that the relevant switches allow, each with True for appear and False for removed."""
+    def allows(self, kind: "ObjectKind", appears: bool) -> bool:
+        """Whether objects of a kind may appear (True) or be removed (False)."""
         allowed = {
             ("villa", True): self.villas_appear,
             ("villa", False): self.villas_removed,
@@ -84,8 +84,12 @@ class SyntheticSettings:
             ("road", True): self.roads_appear,
             ("road", False): self.roads_removed,
         }
+        return allowed[kind, appears]
+
+    def scenarios(self) -> list[tuple["Scenario", bool]]:
+        """The scenarios that the relevant switches allow, each with True for appear and False for removed."""
         both = [(scenario, appears) for appears in (True, False) for scenario in SCENARIOS]
-        return [(scenario, appears) for scenario, appears in both if all(allowed[k, appears] for k in scenario.kinds)]
+        return [(scenario, way) for scenario, way in both if all(self.allows(kind, way) for kind in scenario.kinds)]
 
 
 @dataclass(frozen=True)

@@ -157,5 +157,7 @@ def library(tmp_path_factory):
                 tile[y : y + 26, x : x + 30], labels[y : y + 26, x : x + 30] = (200, 40, 30), 255
         Image.fromarray(labels).save(root / f"{split}_labels.png")
         add(f"{split}_tile.png", "tile", split, tile, label=f"{split}_labels.png")
-    (root / "materials.json").write_text(json.dumps({"metres_per_pixel": 0.5, "entries": entries}))
+    (root / "materials.json").write_text(
+        json.dumps({"sources": [{"name": "made up", "licence": "CC0-1.0", "images": 2}], "entries": entries})
+    )
     return root

@@ -1,6 +1,8 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from PIL import Image
+from scipy import ndimage
 
 from kcfi.training.material_library import LibraryMaterials
 from kcfi.training.single_dates import draw_pair, removable_buildings
@@ -17,40 +19,64 @@ def pairs_of(library, changed, settings=STILL, count=12):
 
 
 def test_an_unchanged_pair_is_the_same_place_twice(library):
-    for before, after, mask, change in pairs_of(library, changed=False):
-        assert before.tobytes() == after.tobytes()
-        assert not mask.any() and not change.objects
+    for pair in pairs_of(library, changed=False):
+        assert pair.before.tobytes() == pair.after.tobytes()
+        assert not pair.mask.any() and not pair.change.objects
 
 
 def test_a_changed_pair_differs_at_its_buildings_and_hardly_elsewhere(library):
-    for before, after, mask, change in pairs_of(library, changed=True):
-        assert mask.any() and change.objects
-        difference = np.abs(np.asarray(before, int) - np.asarray(after, int)).sum(-1)
-        assert (difference[mask > 0] > 60).mean() > 0.95
-        near = np.asarray(Image.fromarray(mask).resize((32, 32), Image.Resampling.BOX).resize((256, 256))) > 0
-        assert difference[~near].mean() < 1
+    for pair in pairs_of(library, changed=True):
+        assert pair.mask.any() and pair.change.objects
+        difference = np.abs(np.asarray(pair.before, int) - np.asarray(pair.after, int)).sum(-1)
+        assert (difference[pair.mask > 0] > 60).mean() > 0.95
+        assert not difference[ndimage.distance_transform_edt(pair.mask == 0) > 9].any()
+        assert not difference[pair.standing].any()
 
 
 def test_buildings_appear_when_the_after_date_has_them(library):
     seen = set()
-    for before, after, mask, change in pairs_of(library, changed=True, count=24):
-        roofs = [np.asarray(image)[mask > 0][:, 0].mean() for image in (before, after)]
-        assert (roofs[1] > roofs[0]) == change.appears
-        seen.add(change.appears)
+    for pair in pairs_of(library, changed=True, count=24):
+        roofs = [np.asarray(image)[pair.mask > 0][:, 0].mean() for image in (pair.before, pair.after)]
+        assert (roofs[1] > roofs[0]) == pair.change.appears
+        seen.add(pair.change.appears)
     assert seen == {True, False}
 
 
+def test_a_relevant_switch_that_is_off_never_happens(library):
+    settings = replace(STILL, villas_removed=False, large_buildings_removed=False)
+    assert all(pair.change.appears for pair in pairs_of(library, changed=True, settings=settings, count=24))
+    settings = replace(STILL, villas_appear=False, villas_removed=False)
+    assert not any(pair.mask.any() for pair in pairs_of(library, changed=True, settings=settings))
+
+
 def test_ground_comes_and_goes_without_entering_the_mask(library):
-    settings = SyntheticSettings(**{**dict.fromkeys(IRRELEVANT, False), "ground": True}, max_shift=0)
-    pairs = [pair for pair in pairs_of(library, changed=False, settings=settings, count=16)]
-    assert any(before.tobytes() != after.tobytes() for before, after, _, _ in pairs)
-    assert not any(mask.any() for _, _, mask, _ in pairs)
+    pairs = pairs_of(library, changed=False, settings=replace(STILL, ground=True), count=16)
+    assert any(pair.before.tobytes() != pair.after.tobytes() for pair in pairs)
+    assert not any(pair.mask.any() for pair in pairs)
 
 
-def test_touching_houses_that_form_a_block_are_not_counted_as_one():
+def test_erased_buildings_alone_do_not_tell_changed_from_unchanged(library):
+    """In unchanged pairs too, roofs of some places are gone; at both dates."""
+    roofs = [(np.asarray(pair.after)[..., 0] > 150).mean() for pair in pairs_of(library, changed=False, count=24)]
+    assert min(roofs) < 0.7 * max(roofs)
+
+
+@pytest.mark.parametrize("cut", ["by the border", "by what is unknown"])
+def test_buildings_that_may_go_on_are_not_named(cut):
     labels = np.zeros((264, 264), np.uint8)
-    labels[20:250, 20:250] = 255  # a block of 13,225 m2
-    labels[2:18, 60:90] = 255
+    labels[100:126, 100:130] = 255
+    if cut == "by the border":
+        labels[0:40, 0:34] = 255  # the corner of a block
+    else:
+        labels[20:50, 20:40], labels[20:50, 40:60] = 255, 64
+    (found,) = removable_buildings(labels)
+    assert found.pixels[100, 100] and found.kind == "villa"
+
+
+def test_houses_that_form_a_block_are_not_counted_as_one():
+    labels = np.zeros((264, 264), np.uint8)
+    labels[30:240, 30:240] = 255
+    labels[8:24, 60:90] = 255
     assert [b.kind for b in removable_buildings(labels)] == ["villa"]
 
 
@@ -78,10 +104,12 @@ def test_a_mix_holds_every_kind_in_its_share(library):
 @pytest.mark.parametrize(
     ("mix", "message"),
     [
-        ({"composed": 1}, "needs? a library"),
+        ({"composed": 1}, "need a library"),
+        ({"single_date": 1}, "need a library of .* with labelled tiles of split 'train'"),
         ({"real": 1}, "no kind 'real': choose among drawn, composed, single_date"),
         ({"drawn": 0}, "one of them above"),
         ({"drawn": 2, "composed": -1}, "at least 0"),
+        ({"drawn": float("nan")}, "at least 0"),
     ],
 )
 def test_a_mix_that_cannot_be_drawn_is_refused(mix, message):

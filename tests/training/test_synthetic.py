@@ -25,7 +25,8 @@ from kcfi.training.synthetic import (
     synthesize,
 )
 from kcfi.training.synthetic_captions import locate
-from kcfi.training.synthetic_painting import Look
+from kcfi.training.synthetic_layout import Frame
+from kcfi.training.synthetic_painting import Look, _lay_roof
 
 CAPTIONS = Path(__file__).parents[2] / "../shared/data/levir_cc_captions.json.gz"
 STOCK = [f"{sentence} ." for sentence in UNCHANGED_SENTENCES]
@@ -153,7 +154,8 @@ def test_captions_of_single_date_pairs_say_what_the_mask_shows(library):
     materials = LibraryMaterials(library)
     for seed in range(60):
         rng = np.random.default_rng(seed)
-        _, _, mask, change = draw_pair(materials, rng, True, SyntheticSettings())
+        pair = draw_pair(materials, rng, True, SyntheticSettings())
+        mask, change = pair.mask, pair.change
         kinds = {entry.kind: entry.count for entry in change.objects}
         assert sum(kinds.values()) == ndimage.label(mask)[1]
         for caption in describe(change, rng):
@@ -291,7 +293,7 @@ def test_whole_roofs_lie_on_their_buildings_at_the_date_they_stand():
         def roof(self, kind, rng):
             return Image.new("RGBA", (40, 30), (20, 30, 220, 255))
 
-    settings = replace(only("villas_appear", "large_buildings_appear"), light=False, max_shift=0)
+    settings = replace(only("villas_appear", "large_buildings_appear"), max_shift=0)
     dataset = SyntheticDataset(12, settings=settings, materials=Roofed(), pair_mix={"composed": 1})
     for index in range(1, 12, 2):
         example = dataset[index]
@@ -299,6 +301,27 @@ def test_whole_roofs_lie_on_their_buildings_at_the_date_they_stand():
         roofs = ndimage.binary_erosion(mask == 255, iterations=3)
         assert (after[roofs].argmax(-1) == 2).mean() > 0.97
         assert (before[roofs].argmax(-1) == 2).mean() < 0.1
+
+
+def test_a_roof_is_stretched_over_its_building_long_side_along_long_side():
+    roof = Image.new("RGBA", (60, 20), (250, 0, 0, 255))
+    roof.paste((0, 0, 250, 255), (30, 0, 60, 20))  # red left, blue right
+    layout = draw_scene(np.random.default_rng(3), True, only("large_buildings_appear")).layout
+    building = next(b for b in layout.buildings if b.changing)
+    bounds = building.bounds
+    texture = Image.new("RGB", (layout.canvas, layout.canvas))
+    _lay_roof(texture, roof, replace(building, frame=Frame(130.0, 120.0, 0.7)))
+    frame = Frame(130.0, 120.0, 0.7)
+    along = bounds.u1 - bounds.u0 > bounds.v1 - bounds.v0
+
+    def colour(u: float, v: float) -> tuple[int, ...]:
+        x, y = frame.place((u * bounds.u1, v * bounds.v1))[0]
+        return texture.getpixel((round(x), round(y)))
+
+    ends = [(-0.8, 0.3), (0.8, -0.3)] if along else [(0.3, 0.8), (-0.3, -0.8)]
+    assert [colour(*end) for end in ends] == [(250, 0, 0), (0, 0, 250)]
+    outside = [(1.2, 0), (-1.2, 0), (0, 1.2), (0, -1.2)]
+    assert all(colour(*place) == (0, 0, 0) for place in outside)
 
 
 @pytest.mark.parametrize(
