@@ -168,7 +168,6 @@ def test_folders_of_scene_classes_give_textures_and_tiles_with_their_class(tmp_p
 
 
 def test_large_places_are_cut_and_parts_without_labels_left_out(town, tmp_path, monkeypatch):
-    monkeypatch.setattr(materials, "MIN_TILE", 40)
     monkeypatch.setattr(materials, "MAX_TILE", 100)
     write_library([town()], tmp_path / "library")
     tiles = [entry for entry in read_entries(tmp_path / "library") if entry["kind"] == "tile"]
