@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   kcfi train paper --dataset LEVIR-MCI --output_dir runs/paper
   kcfi evaluate --model runs/paper --dataset LEVIR-MCI --split test --output runs/paper/results.json
   kcfi score predictions.json --references LevirCCcaptions.json --split test --output scores.json
+  kcfi ablate ablations --dataset LEVIR-MCI                the paper's tables, trained, scored and set beside the paper
   kcfi push runs/paper me/kcfi-levir --dry-run card        what would go to the Hub, with a card of the run
 """
 
@@ -25,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 0; 1 for a data set with problems (`kcfi data check`); 2 behind one line on stderr, for bad
-        input or losses that are not finite; 130 on Ctrl-C.
+        The exit code: 0; 1 for a data set with problems (`kcfi data check`) or runs that failed (`kcfi ablate`); 2
+        behind one line on stderr, for bad input or losses that are not finite; 130 on Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -35,7 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             train(arguments[1:])
         else:
-            options = build_parser().parse_args(arguments)
+            parser = build_parser()
+            options, more = parser.parse_known_args(arguments)
+            if more and options.run is not run_ablate:  # whose further options are fields of the recipes
+                parser.error(f"unrecognized arguments: {' '.join(more)}")
+            options.fields = more
             return options.run(options) or 0
     except KeyboardInterrupt:
         return 130
@@ -136,6 +141,24 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--output", type=Path, help="results file (default: print only)")
     score.add_argument("--no-meteor", action="store_true", help="do without Java, METEOR and S_m*")
     score.set_defaults(run=run_score)
+
+    ablate = commands.add_parser(
+        "ablate",
+        usage="kcfi ablate SET [--output DIR] [--rows ROW ...] [--seeds N ...] [--processes N] [--no-meteor] "
+        "[--field value ...]",
+        help="train and score a set of recipes",
+        description="Train every recipe of a set with several seeds, score each on the test split, and write "
+        "table.md, table.csv and chart.png.\nFields after the options go to every recipe. A second call does what is "
+        "missing; the exit code is 1 if a run failed.",
+        epilog="example: kcfi ablate ablations --rows baseline cfe --seeds 0 1 --dataset LEVIR-MCI",
+    )
+    ablate.add_argument("set", help="YAML file, or the packaged set: ablations")
+    ablate.add_argument("--output", type=Path, default=Path("runs/ablations"), help="folder of the runs (%(default)s)")
+    ablate.add_argument("--rows", nargs="+", default=[], help="names of the recipes to run (all)")
+    ablate.add_argument("--seeds", type=int, nargs="+", default=[], help="in place of those of the set")
+    ablate.add_argument("--processes", type=int, default=1, help="processes of a training, one per GPU (%(default)s)")
+    ablate.add_argument("--no-meteor", action="store_true", help="do without Java, METEOR and S_m*")
+    ablate.set_defaults(run=run_ablate)
 
     data = commands.add_parser("data", help="make and check data sets").add_subparsers(metavar="action", required=True)
     synthesize = data.add_parser(
@@ -321,6 +344,21 @@ def run_score(options: argparse.Namespace) -> None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(text + "\n", encoding="utf-8")
     print(text)
+
+
+def run_ablate(options: argparse.Namespace) -> int:
+    """`kcfi ablate`; returns its exit code."""
+    from kcfi.training.ablate import ablate
+    from kcfi.training.ablation_table import read_set
+    from kcfi.training.metrics import require_java
+
+    check_writable(options.output)
+    if not options.no_meteor:
+        require_java()  # now, not after a day of training
+    plan = read_set(options.set, options.rows, options.seeds)
+    errors = ablate(plan, options.output, options.fields, not options.no_meteor, options.processes)
+    print(f"{options.output / 'table.md'}, table.csv, chart.png; failed: {len(errors)} of {len(plan.runs())} runs")
+    return 1 if errors else 0
 
 
 def run_check(options: argparse.Namespace) -> int:

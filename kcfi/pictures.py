@@ -1,7 +1,8 @@
-"""Pictures for people: a mask over its image, sheets of many pairs."""
+"""Pictures for people: a mask over its image, sheets of many pairs, bar charts."""
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,3 +106,61 @@ def contact_sheet(
             lines = [part for line in captions[index].splitlines() for part in textwrap.wrap(line, 62)]
             draw.multiline_text((gap + columns * (tile + gap), y), "\n".join(lines), "black", font, spacing=3)
     return sheet
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of `bar_chart`.
+
+    Args:
+        group: Name of the group it belongs to; bars of one group follow each other.
+        label: Text at its left.
+        value: Its length, at least 0; None where there is nothing to show.
+        spread: Half the length of the whisker at its end, in the unit of `value`.
+        reference: Value to compare with, drawn as a mark; None for no mark.
+    """
+
+    group: str
+    label: str
+    value: float | None
+    spread: float = 0.0
+    reference: float | None = None
+
+
+def bar_chart(bars: Sequence[Bar], title: str) -> Image.Image:
+    """Draw horizontal bars from 0 on, on white, with a whisker, a mark and the value in figures.
+
+    Args:
+        bars: From top to bottom.
+        title: Text above them; its line breaks are kept.
+
+    Raises:
+        ValueError: If there are no bars.
+    """
+    if not bars:
+        raise ValueError("bar_chart: no bars to show")
+    left, length, line = 330, 460, 24  # px: where bars begin, the longest one, height of a line
+    header = 16 + line * (title.count("\n") + 1)
+    ends = [end for bar in bars for end in ((bar.value or 0) + bar.spread, bar.reference or 0)]
+    scale = length / (max(ends) or 1)
+    groups = [bar.group for bar in bars]
+    chart = Image.new("RGB", (left + length + 110, header + line * (len(bars) + len(set(groups))) + 10), "white")
+    draw, font = ImageDraw.Draw(chart), ImageFont.load_default(13)
+    draw.multiline_text((10, 10), title, "black", font, spacing=6)
+    y = header
+    for index, bar in enumerate(bars):
+        if bar.group not in groups[:index]:
+            draw.text((10, y + 4), bar.group, "black", font)
+            y += line
+        draw.text((30, y + 4), textwrap.shorten(bar.label, 44, placeholder=" ..."), "black", font)
+        if bar.value is not None:
+            end = left + scale * bar.value
+            draw.rectangle((left, y + 4, end, y + line - 5), CHANGE_COLOURS[1])
+            draw.line((end - scale * bar.spread, y + line / 2, end + scale * bar.spread, y + line / 2), "black", 2)
+        if bar.reference is not None:
+            mark = left + scale * bar.reference
+            draw.line((mark, y + 1, mark, y + line - 2), CHANGE_COLOURS[2], 3)
+        text = "-" if bar.value is None else f"{bar.value:.2f}"
+        draw.text((left + length + 20, y + 4), text, "black", font)
+        y += line
+    return chart

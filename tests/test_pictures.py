@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kcfi.pictures import CHANGE_COLOURS, contact_sheet, heat_map, overlay
+from kcfi.pictures import CHANGE_COLOURS, Bar, bar_chart, contact_sheet, heat_map, overlay
 
 
 @pytest.mark.parametrize(("road", "building"), [(128, 255), (1, 2)])
@@ -54,3 +54,21 @@ def test_contact_sheet_refuses_captions_that_do_not_match():
         contact_sheet([[], []], ["only one"])
     with pytest.raises(ValueError, match="no rows"):
         contact_sheet([])
+
+
+def test_bars_are_as_long_as_their_values_and_marks_stand_at_the_references():
+    bars = [Bar("one", "a", 50.0), Bar("one", "b", 100.0, 0.0, 75.0), Bar("two", "c", None, 0.0, 25.0)]
+    chart = np.asarray(bar_chart(bars, "title"))
+    blue = (chart == CHANGE_COLOURS[1]).all(-1)
+    orange = (chart == CHANGE_COLOURS[2]).all(-1)
+    rows = np.flatnonzero(blue.any(1))
+    half, full = rows[0] + 2, rows[-1] - 2
+    assert blue[half].sum() == pytest.approx(230, abs=2) and blue[full].sum() == pytest.approx(460, abs=5)
+    start = np.flatnonzero(blue[half])[0]
+    marks = [np.flatnonzero(orange[row]).mean() - start for row in (full, np.flatnonzero(orange.any(1))[-1])]
+    assert marks == pytest.approx([345, 115], abs=2)
+
+
+def test_a_bar_chart_needs_bars():
+    with pytest.raises(ValueError, match="no bars"):
+        bar_chart([], "title")

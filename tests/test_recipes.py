@@ -7,11 +7,30 @@ import torch
 from transformers import Trainer
 
 from kcfi import KCFIConfig, KCFIForConditionalGeneration, embedded_model
-from kcfi.training.arguments import RECIPES, parse_recipe
+from kcfi.training.ablation_table import read_set
+from kcfi.training.arguments import packaged_recipes, parse_recipe
 from kcfi.training.levir_cc import num_classes
 from kcfi.training.trainer import freeze, parameter_groups
 
-NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+NAMES = list(packaged_recipes())
+
+# What makes the row of an ablation differ from `paper`, and nothing else does.
+ABLATIONS = {
+    "ablations/frozen": {"train_vision_tower": False},
+    "ablations/baseline": {
+        "dwa": "none",
+        "use_change_detection_head": False,
+        "use_key_change_perceiver": False,
+        "visual_inputs": "bitemporal",
+    },
+    "ablations/cfe": {"dwa": "none", "use_change_detection_head": False},
+    "ablations/cdh": {"dwa": "none"},
+    "ablations/two_image_tokens": {"visual_inputs": "bitemporal"},
+    "ablations/three_image_tokens": {"visual_inputs": "bitemporal_change"},
+    "ablations/dwa_step_t2": {"dwa_temperature": 2.0},
+    "ablations/dwa_epoch": {"dwa": "epoch"},
+    "ablations/dwa_epoch_t2": {"dwa": "epoch", "dwa_temperature": 2.0},
+}
 
 # What stands behind the names of towers in the recipes, so that nothing is downloaded.
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -90,17 +109,21 @@ def test_its_model_has_every_parameter_in_the_group_of_its_part(read, name):
         assert group["weight_decay"] == 0 or all(parameter.ndim > 1 for parameter in group["params"])
 
     def size(*parts):
-        return sum(parameter.numel() for part in parts for parameter in part.parameters())
+        return sum(parameter.numel() for part in parts if part is not None for parameter in part.parameters())
 
     parts, args = model.model, recipe.training
-    assert found == {
+    expected = {
         "learning_rate": {
             "lr": args.learning_rate,
             "parameters": size(parts.key_change_perceiver, parts.change_detection_head),
         },
-        "vision_learning_rate": {"lr": args.vision_learning_rate, "parameters": size(parts.vision_tower)},
+        "vision_learning_rate": {
+            "lr": args.vision_learning_rate,
+            "parameters": size(parts.vision_tower) if args.train_vision_tower else 0,
+        },
         "projector_learning_rate": {"lr": args.projector_learning_rate, "parameters": size(parts.projector)},
     }
+    assert found == {name: group for name, group in expected.items() if group["parameters"]}
     assert not any(parameter.requires_grad for parameter in parts.language_model.parameters())
 
 
@@ -130,4 +153,36 @@ def test_the_released_recipe_is_the_authors_code(read):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_its_first_line_says_what_it_is_for(name):
-    assert (RECIPES / f"{name}.yaml").read_text().startswith("# ")
+    assert packaged_recipes()[name].read_text().startswith("# ")
+
+
+def test_every_row_of_the_ablations_differs_from_the_paper_by_its_own_setting(read):
+    def settings(name):
+        values = dict(read(name).values)
+        return {**KCFIConfig().to_dict(), **values.pop("model_settings"), **values}
+
+    paper = settings("paper")
+    assert ABLATIONS.keys() == {name for name in NAMES if name.startswith("ablations/")}
+    for name, difference in ABLATIONS.items():
+        values = settings(name)
+        assert {key: value for key, value in values.items() if value != paper.get(key)} == difference, name
+        assert values.keys() == paper.keys(), name
+
+
+def test_the_set_of_ablations_shows_every_row_with_the_papers_scores():
+    plan = read_set("ablations")
+    shown = {row.recipe for row in plan.rows}
+    assert shown == {packaged_recipes()[name] for name in ["paper", "released", *ABLATIONS]}
+    assert len(plan.runs()) == len(shown) * len(plan.seeds) == 33
+    scores = {(row.group, row.recipe.stem): (row.paper.get("bleu_4"), row.paper.get("cider_d")) for row in plan.rows}
+    assert scores["Table III", "frozen"] == (53.15, 128.64)
+    assert [scores["Table IV", name] for name in ("baseline", "cfe", "cdh", "paper")] == [
+        (55.10, 130.38),
+        (58.84, 136.17),
+        (61.37, 137.08),
+        (65.30, 138.25),
+    ]
+    assert scores["Fig. 7", "two_image_tokens"] == (55.10, 130.38) and scores["Fig. 7", "paper"] == (65.30, 138.25)
+    for row in plan.rows:  # eq. 11; the paper prints 76.89 for + CFE, whose four scores give 76.98
+        parts = [row.paper.get(name, 0) for name in ("bleu_4", "meteor", "rouge_l", "cider_d")]
+        assert "s_m" not in row.paper or sum(parts) / 4 == pytest.approx(row.paper["s_m"], abs=0.1), row.label

@@ -92,6 +92,13 @@ class DataArguments:
     captions_per_pair: int = field(
         default=1, metadata={"help": "Captions drawn per pair and visit, 1 to 5; they share the pair and the prompt."}
     )
+    augment: bool = field(
+        default=False,
+        metadata={
+            "help": "In training, mirror pairs at random with the words of their captions, and jitter the colours of "
+            "each date (the paper does not)."
+        },
+    )
 
 
 @dataclass
@@ -180,13 +187,17 @@ class Recipe:
 def parse_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and the command-line options that change it.
 
+    A recipe with a line `base: NAME_OR_PATH` (a packaged recipe, or a file relative to its own folder) is that recipe
+    with its own values in place of the base's; of `model_settings`, entry by entry.
+
     Args:
-        recipe: a YAML file of `field: value` lines, or the name of a packaged one ("debug", "paper").
+        recipe: a YAML file of `field: value` lines, or the name of a packaged one ("debug", "ablations/baseline").
         overrides: `--field value`, `--field=value`, `--field a b` for lists, `--model_settings.field value` for one
             entry of a dictionary, `--flag` for a true flag.
 
     Raises:
-        ValueError: no such recipe, an unknown field (with the nearest name) or a value of the wrong type.
+        ValueError: no such recipe, bases in a circle, an unknown field (with the nearest name) or a value of the wrong
+            type.
     """
     values = _read(find_recipe(recipe))
     for name, value in _overrides(overrides):
@@ -205,19 +216,27 @@ def parse_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return Recipe(model, data, training, {name: parsed[name] for name in names if parsed[name] not in (None, {}, [])})
 
 
-def find_recipe(recipe: str | Path) -> Path:
-    """The file of a recipe: the path itself, or the packaged recipe of that name.
+def packaged_recipes() -> dict[str, Path]:
+    """The packaged recipes by name, "debug" or "ablations/cfe"; *ablations.yaml are sets of them (`kcfi ablate`)."""
+    paths = [*sorted(RECIPES.glob("*.yaml")), *sorted(RECIPES.glob("*/*.yaml"))]
+    names = {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in paths}
+    return {name: path for name, path in names.items() if not name.endswith("ablations")}
+
+
+def find_recipe(recipe: str | Path, folder: Path = Path()) -> Path:
+    """The file of a recipe: the path itself, relative to `folder`, or the packaged recipe of that name.
 
     Raises:
         ValueError: neither exists; the message lists the packaged ones.
     """
-    packaged = RECIPES / f"{Path(recipe).stem}.yaml"
-    if Path(recipe).is_file():
-        return Path(recipe)
-    if packaged.is_file() and str(recipe) in (packaged.stem, packaged.name):
-        return packaged
-    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-    raise ValueError(f"No recipe {recipe}: give a YAML file, or one of the packaged recipes: {names}.")
+    packaged = packaged_recipes()
+    if (folder / recipe).is_file():
+        return folder / recipe
+    name = str(recipe).removesuffix(".yaml")
+    if name not in packaged:
+        names = ", ".join(packaged)
+        raise ValueError(f"No recipe {recipe}: give a YAML file, or one of the packaged recipes: {names}.")
+    return packaged[name]
 
 
 def known_fields() -> dict[str, dataclasses.Field[Any]]:
@@ -288,7 +307,25 @@ def _own_fields() -> list[str]:
     return [name for name in known_fields() if name in own]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a recipe and, below them, those of its base; `above` are the recipes that led here."""
+    above = (*above, path.resolve())
+    if above[-1] in above[:-1]:
+        raise ValueError(f"Recipes are each other's base: {' -> '.join(map(str, above))}.")
+    values = read_yaml(path)
+    if "base" not in values:
+        return values
+    base = _read(find_recipe(str(values.pop("base")), path.parent), above)
+    settings = {**as_dict(base.get("model_settings")), **as_dict(values.get("model_settings"))}
+    return {**base, **values, "model_settings": settings}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The `field: value` lines of a file.
+
+    Raises:
+        ValueError: it is not YAML, holds something else, or a field has no value.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.utils.rnn import pad_sequence
 
 from kcfi.processing import INSTRUCTIONS, KCFIProcessor
+from kcfi.training.augmentation import augment
 from kcfi.training.levir_cc import MaskClasses, class_ids
 
 IGNORED = -100  # label of the tokens that are not learned: the prompt and the padding
@@ -21,9 +22,9 @@ class KCFICollator:
     """Examples (see `levir_cc`) -> tensors of a batch.
 
     In training a pair gives one row, a prompt and `captions_per_pair` captions behind it, padded on the right.
-    Instruction and captions are drawn once per pair and visit, by a function of (seed, epoch, filename): workers,
-    ranks and resumed runs draw the same. In evaluation a pair gives one row, the prompt with the first instruction,
-    padded on the left.
+    Instruction, captions and augmentation are drawn once per pair and visit, by a function of (seed, epoch, filename):
+    workers, ranks and resumed runs draw the same. In evaluation a pair gives one row, the prompt with the first
+    instruction, padded on the left.
 
     **Several captions in a row** do not see each other. The row is [prompt without its last token] [last token of the
     prompt, caption 1] [last token, caption 2] ...; each bracket behind the first is a segment that attends to the
@@ -36,6 +37,7 @@ class KCFICollator:
         captions_per_pair: captions drawn per pair; a pair that has fewer gives all it has.
         train: rows for training, or prompts for evaluation.
         seed: of the draws.
+        augment: mirror pairs and jitter their colours in training, see `augmentation.py`.
     """
 
     processor: KCFIProcessor
@@ -43,6 +45,7 @@ class KCFICollator:
     captions_per_pair: int = 1
     train: bool = True
     seed: int = 0
+    augment: bool = False
     # in shared memory: loader workers that outlive an epoch see the next one
     _epoch: torch.Tensor = field(
         default_factory=lambda: torch.zeros((), dtype=torch.int64).share_memory_(), repr=False
@@ -77,6 +80,8 @@ class KCFICollator:
         for example in examples:
             if not example["captions"]:
                 raise ValueError(f"{example['filename']}: no captions.")
+        if self.train and self.augment:
+            examples = [augment(example, self._chance(example, "augment ")) for example in examples]
         masks = [
             None if example["mask"] is None else class_ids(example["mask"], self.mask_classes, example["filename"])
             for example in examples
@@ -89,11 +94,15 @@ class KCFICollator:
         batch: dict[str, Any] = {**visual, "filenames": [example["filename"] for example in examples]}
         return self._training_rows(examples, batch) if self.train else self._prompts(examples, batch, masks)
 
+    def _chance(self, example: dict[str, Any], purpose: str = "") -> random.Random:
+        """What a pair draws from at this visit."""
+        return random.Random(f"{purpose}{self.seed} {self._epoch.item()} {example['filename']}")
+
     def _training_rows(self, examples: Sequence[dict[str, Any]], batch: dict[str, Any]) -> dict[str, Any]:
         """A row per pair: its prompt, and its captions in segments behind it."""
         rows, segments, positions, labels = [], [], [], []
         for example in examples:
-            draw = random.Random(f"{self.seed} {self._epoch.item()} {example['filename']}")
+            draw = self._chance(example)
             *row, last = self.processor.encode_prompt(draw.choice(INSTRUCTIONS))
             start = len(row)
             segment, position, label = [0] * start, list(range(start)), [IGNORED] * start

@@ -140,14 +140,22 @@ class Scores:
         )
 
     def metrics(self, meteor: bool) -> dict[str, float]:
-        """The scores over all pairs as one flat row for the trainer's log: "s_m", "mask_f1", "mask_f1_road", ..."""
-        scores = self.results(model="", dataset="", split="", meteor=meteor)
-        row = {**scores["captions"]["all"], "change_accuracy": scores["change_accuracy"]}
-        if "mask" in scores:
-            row |= {f"mask_f1_{name}": value for name, value in scores["mask"]["f1"].items()}
-            row["mask_f1"] = row.pop("mask_f1_change")
-            row["mask_mean_iou"] = scores["mask"]["mean_iou"]
-        return {name: value for name, value in row.items() if value is not None}
+        """The scores over all pairs as one flat row for the trainer's log, see `flat_scores`."""
+        return flat_scores(self.results(model="", dataset="", split="", meteor=meteor))
+
+
+def flat_scores(report: Mapping[str, Any]) -> dict[str, float]:
+    """The scores over all pairs as one flat row, x 100: "s_m", "change_accuracy", "mask_f1", "mask_f1_road", ...
+
+    Args:
+        report: what results.json holds.
+    """
+    row = {**report["captions"]["all"], "change_accuracy": report["change_accuracy"]}
+    if "mask" in report:
+        row |= {f"mask_f1_{name}": value for name, value in report["mask"]["f1"].items()}
+        row["mask_f1"] = row.pop("mask_f1_change")
+        row["mask_mean_iou"] = report["mask"]["mean_iou"]
+    return {name: value for name, value in row.items() if value is not None}
 
 
 def evaluate_model(

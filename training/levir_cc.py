@@ -461,11 +461,9 @@ def load_pairs(
         library = LibraryMaterials(materials, split) if materials else None
         count = num_pairs or SYNTHETIC_PAIRS[split]
         return SyntheticDataset(count, split, seed, materials=library, pair_mix=pair_mix)
-    pairs: Any
     if is_datasets_name(dataset):
         from kcfi.training.shards import ShardDataset  # `datasets` takes a second to import
 
-        pairs = ShardDataset(dataset, split, columns)
-    else:
-        pairs = LevirCCDataset(dataset, split)
+        return ShardDataset(dataset, split, columns, num_pairs)
+    pairs = LevirCCDataset(dataset, split)
     return pairs if num_pairs is None else Subset(pairs, range(min(num_pairs, len(pairs))))

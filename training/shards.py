@@ -1,9 +1,13 @@
-"""Pairs as parquet shards or from the Hub, through `datasets`: the reader, and the writer (`kcfi data convert`).
+"""Pairs as parquet shards or from the Hub: the reader, and the writer (`kcfi data convert`).
 
 ```
 SHARDS/README.md                                    dataset card: names the files of every split
 SHARDS/data/{split}-00000-of-00027.parquet          `PAIRS_PER_SHARD` rows with the columns of `FEATURES`
 ```
+
+**Reading is streaming**: opening a data set reads the number of rows and the columns of each shard and nothing else.
+A shard is read when a pair of it is asked for. From the Hub it is fetched then, and stays in the cache (`HF_HOME`), so
+that the first step waits for one shard and the second epoch for none. Training asks shard after shard (`order.py`).
 
 The images are the bytes of the files they came from. They are decoded here rather than by `datasets`, so that one
 reader serves files and shards, and an unreadable image is named.
@@ -11,13 +15,20 @@ reader serves files and shards, and an unreadable image is named.
 
 import io
 import re
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
+import fsspec
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import yaml
 from PIL import Image
 from torch.utils.data import Dataset
@@ -46,12 +57,17 @@ PAIRS_PER_SHARD = 256  # LEVIR-CC's training split in 27 shards: enough to share
 class ShardDataset(Dataset[dict[str, Any]]):
     """One split of a folder of parquet shards or of a data set on the Hub; yields the example of `levir_cc.py`.
 
-    `datasets` copies the rows into its cache (`HF_HOME`) once, and maps them into memory from then on.
+    It holds the undecoded rows of one shard, that of the last pair. So ask for the pairs shard by shard: in their
+    order, or in that of `order.py`.
 
     Args:
         dataset: Folder of shards, or a Hub id.
         split: Name of the split.
         columns: What the data set calls our columns, where the names differ: `{"image_before": "A"}`.
+        num_pairs: Take so many of the first pairs at most (None: all).
+
+    Attributes:
+        sizes: Pairs in each shard.
 
     Raises:
         FileNotFoundError: At construction, if there is no such data set or the Hub cannot be reached.
@@ -59,15 +75,59 @@ class ShardDataset(Dataset[dict[str, Any]]):
             another type; by an example, if an image cannot be read, the mask is coloured, or the sizes differ.
     """
 
-    def __init__(self, dataset: str, split: str, columns: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, dataset: str, split: str, columns: Mapping[str, str] | None = None, num_pairs: int | None = None
+    ) -> None:
         self.dataset, self.split = dataset, split
-        self.rows = select_columns(open_rows(dataset, split), dataset, columns or {})
+        files = shard_files(Path(dataset), split) if Path(dataset).is_dir() else hub_files(dataset, split)
+        progress = tqdm(files, "opening shards", unit="shard", leave=False, delay=2)
+        self.shards = [open_shard(file, dataset, split, columns or {}) for file in progress]
+        ends = accumulate(shard.num_rows for shard in self.shards)
+        self.ends = [end if num_pairs is None else min(end, num_pairs) for end in ends]
+        self.sizes = [end - start for start, end in zip([0, *self.ends], self.ends, strict=False)]
+        self._read: tuple[int, Any] = (-1, None)  # number of a shard, and its rows
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.ends[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return row_example(self.rows[index], self.dataset, self.split)
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)} pairs in {self.dataset}")
+        number = bisect_right(self.ends, index)
+        if self._read[0] != number:
+            self._read = (-1, None)  # never two of them in memory
+            self._read = (number, self.shards[number].read())
+        row = index - self.ends[number] + self.sizes[number]
+        return row_example(self._read[1].slice(row, 1).to_pylist()[0], self.dataset, self.split)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A parquet file of which only the footer was read.
+
+    Attributes:
+        file: Path or URL.
+        num_rows: Pairs in it.
+        columns: Our name of each column that is read, by its name in the file.
+    """
+
+    file: str
+    num_rows: int
+    columns: dict[str, str]
+
+    def read(self) -> Any:
+        """Fetch the file, if it is on the Hub and not in the cache, and read its rows as an Arrow table.
+
+        Raises:
+            ValueError: If the file is damaged; names it.
+        """
+        path = datasets.DownloadManager().download(self.file)
+        try:
+            with pyarrow.parquet.ParquetFile(path) as parquet:
+                table = parquet.read(list(self.columns))
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"{self.file}: not readable as parquet ({error})") from error
+        return table.select(list(self.columns)).rename_columns(list(self.columns.values()))
 
 
 def shard_files(folder: Path, split: str) -> list[str]:
@@ -84,33 +144,60 @@ def shard_files(folder: Path, split: str) -> list[str]:
     return files[split]
 
 
-def open_rows(dataset: str, split: str) -> Any:
-    """Open a split of a folder of shards or of a data set on the Hub with `datasets`, map-style; see `ShardDataset`.
+def hub_files(dataset: str, split: str) -> list[str]:
+    """URLs of the parquet files of a split of a data set on the Hub, as its card or their names say.
 
     Raises:
         FileNotFoundError: If there is no such data set or the Hub cannot be reached.
-        ValueError: If the split is unknown or a file cannot be read.
+        ValueError: If the split is unknown or holds other files than parquet.
     """
-    name, files = dataset, None
-    if Path(dataset).is_dir():
-        # By its files, whose paths and times are part of the cache's key. A folder that is opened by its card is mixed
-        # up with any other of the same name and card (seen in `datasets` 5.2).
-        name, files = "parquet", {split: shard_files(Path(dataset), split)}
     try:
-        return datasets.load_dataset(name, data_files=files, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        if files is None and isinstance(error, FileNotFoundError | ConnectionError):
-            raise FileNotFoundError(f"{dataset}: neither a folder nor a data set on the Hub ({error})") from error
-        raise ValueError(f"{dataset}, split '{split}': {error.__cause__ or error}") from error
+        splits = datasets.load_dataset_builder(dataset).config.data_files or {}
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"{dataset}: neither a folder nor a data set on the Hub ({error}). Without a network, give the folder of "
+            f"a copy (`hf download {dataset} --repo-type dataset --local-dir FOLDER`)."
+        ) from error
+    files = {str(name): [str(file) for file in splits[name]] for name in splits}
+    if split not in files:
+        raise ValueError(f"{dataset}: no split '{split}'; splits of the data set: {', '.join(files)}")
+    others = [file for file in files[split] if not file.endswith(".parquet")]
+    if others:
+        raise ValueError(f"{dataset}, split '{split}': {others[0]} is no parquet file; only parquet can be read")
+    return files[split]
 
 
-def select_columns(rows: Any, dataset: str, columns: Mapping[str, str]) -> Any:
-    """Give the columns of a `datasets` data set our names, drop the others, and leave the images undecoded.
+def open_shard(file: str, dataset: str, split: str, columns: Mapping[str, str]) -> Shard:
+    """Read the footer of a parquet file.
 
     Args:
-        rows: The data set.
+        file: Path or URL.
+        dataset: Name of the data set, for errors.
+        split: Name of the split, for errors.
+        columns: As in `ShardDataset`.
+
+    Raises:
+        ValueError: If the file is no parquet or `select_columns` refuses its columns.
+    """
+    try:
+        with fsspec.open(file) as stream:
+            footer = pyarrow.parquet.ParquetFile(stream)
+            rows, schema = footer.metadata.num_rows, footer.schema_arrow
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{dataset}, split '{split}': {file} is not readable as parquet ({error})") from error
+    return Shard(file, rows, select_columns(datasets.Features.from_arrow_schema(schema), dataset, columns))
+
+
+def select_columns(features: Mapping[str, Any], dataset: str, columns: Mapping[str, str]) -> dict[str, str]:
+    """Find our columns among those of a data set.
+
+    Args:
+        features: Types of its columns.
         dataset: Its name, for errors.
         columns: As in `ShardDataset`.
+
+    Returns:
+        Our name of each column that is needed, by its name in the data set.
 
     Raises:
         ValueError: If `columns` has an unknown key, or a column is missing or of another type than in `FEATURES`
@@ -118,21 +205,18 @@ def select_columns(rows: Any, dataset: str, columns: Mapping[str, str]) -> Any:
     """
     ours = [name for name in FEATURES if name != "split"]
     check_names(columns, ours, "entry of columns")
-    if "mask" not in columns and "mask" not in rows.features:
+    if "mask" not in columns and "mask" not in features:
         ours.remove("mask")
     theirs = {columns.get(name, name): name for name in ours}
-    if len(theirs) < len(ours) or not set(theirs) <= set(rows.features):
+    if len(theirs) < len(ours) or not set(theirs) <= set(features):
         raise ValueError(
-            f"{dataset}: its columns are {', '.join(rows.features)}, but there must be one for each of "
+            f"{dataset}: its columns are {', '.join(features)}, but there must be one for each of "
             f"{', '.join(ours)}. Say which in `columns`, for example columns: {{image_before: A}}"
         )
-    rows = rows.select_columns(list(theirs)).rename_columns(theirs)
-    for name in ours:
-        if not isinstance(rows.features[name], type(FEATURES[name])):
-            raise ValueError(f"{dataset}: {name} is a column of {rows.features[name]}; expected {FEATURES[name]}")
-    for name in set(ours) & set(_IMAGES):
-        rows = rows.cast_column(name, datasets.Image(decode=False))
-    return rows
+    for their_name, name in theirs.items():
+        if not isinstance(features[their_name], type(FEATURES[name])):
+            raise ValueError(f"{dataset}: {name} is a column of {features[their_name]}; expected {FEATURES[name]}")
+    return theirs
 
 
 def row_example(row: Mapping[str, Any], dataset: str, split: str) -> dict[str, Any]:
@@ -172,7 +256,8 @@ def write_shards(root: str | Path, output: str | Path) -> None:
     """Copy a LEVIR-CC or LEVIR-MCI folder into parquet shards with a dataset card (`kcfi data convert`).
 
     The images are copied byte for byte and not looked into: that is what `kcfi data check` does. The folder appears
-    under its name when it is complete.
+    under its name when it is complete. The pairs of the split "train" are shuffled, so that each shard is a sample of
+    them all: LEVIR-CC ends in hundreds of unchanged pairs, and training reads one shard after the other.
 
     Args:
         root: Folder in the layout of `levir_cc.py`; all splits of its captions file are converted.
@@ -197,10 +282,11 @@ def write_shards(root: str | Path, output: str | Path) -> None:
         folder = Path(temporary) / "shards"
         (folder / "data").mkdir(parents=True)
         for source in sources:
-            starts = range(0, len(source), PAIRS_PER_SHARD)
+            split, starts = source.pairs[0].split, range(0, len(source), PAIRS_PER_SHARD)
+            order = np.random.default_rng(0).permutation(len(source)) if split == "train" else np.arange(len(source))
             for number, start in enumerate(starts):
-                rows = [_row(source, index) for index in range(start, min(start + PAIRS_PER_SHARD, len(source)))]
-                file = folder / "data" / f"{source.pairs[0].split}-{number:05d}-of-{len(starts):05d}.parquet"
+                rows = [_row(source, index) for index in order[start : start + PAIRS_PER_SHARD]]
+                file = folder / "data" / f"{split}-{number:05d}-of-{len(starts):05d}.parquet"
                 datasets.Dataset.from_list(rows, features=FEATURES).to_parquet(file)
                 bar.update(len(rows))
         (folder / "README.md").write_text(dataset_card(sources, folder), encoding="utf-8")

@@ -106,7 +106,7 @@ def train(recipe: Recipe, resume: bool = False) -> KCFITrainer:
     trainer = KCFITrainer(
         model,
         args,
-        KCFICollator(processor, data.mask_classes, data.captions_per_pair, seed=args.seed),
+        KCFICollator(processor, data.mask_classes, data.captions_per_pair, seed=args.seed, augment=data.augment),
         train_dataset=train_pairs,
         eval_dataset=eval_pairs,
         processing_class=processor,
@@ -183,7 +183,7 @@ def find_checkpoint(output_dir: Path, resume: bool) -> str | None:
     Raises:
         ValueError: there is none to resume; or a new run would mix its checkpoints with those of an old one.
     """
-    complete = [path for path in output_dir.glob("checkpoint-[0-9]*") if _is_complete(path)]
+    complete = [path for path in output_dir.glob("checkpoint-[0-9]*") if is_complete(path)]
     if resume and not complete:
         raise ValueError(f"Nothing to resume: {output_dir} has no complete checkpoint. Start without --resume.")
     if (complete or (output_dir / "model.safetensors").exists()) and not resume:
@@ -191,10 +191,10 @@ def find_checkpoint(output_dir: Path, resume: bool) -> str | None:
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if resume else None
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether the trainer's state, the last file of a checkpoint, is there as a whole."""
+def is_complete(folder: Path) -> bool:
+    """Whether the trainer's state, the last file of a checkpoint and of a finished run, is there as a whole."""
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return False
     return True

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
@@ -29,6 +28,8 @@ from kcfi.training.dwa import TASKS, DynamicWeightAverage
 from kcfi.training.evaluate import Scores, encode, predict
 from kcfi.training.levir_cc import NO_LABEL
 from kcfi.training.model_card import LICENSE, card_of_run
+from kcfi.training.order import EpochSampler
+from kcfi.training.shards import ShardDataset
 
 logger = logging.get_logger(__name__)
 
@@ -134,21 +135,6 @@ def evaluation_losses(model: KCFIForConditionalGeneration, batch: dict[str, Any]
     return torch.stack([column.float() for column in columns], dim=1)
 
 
-class EpochSampler(Sampler[int]):
-    """Order of the pairs in an epoch, a pure function of (seed, epoch), so that a resumed run visits the same ones."""
-
-    def __init__(self, length: int, seed: int) -> None:
-        self.length = length
-        self.seed = seed
-        self.epoch = 0
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.length).tolist())
-
-    def __len__(self) -> int:
-        return self.length
-
-
 class KCFITrainer(Trainer):
     """Trains a KCFI model on captions and masks.
 
@@ -158,8 +144,8 @@ class KCFITrainer(Trainer):
     - **Weights** of the two: dynamic weight averaging, or 1 and 1 (`args.dwa`).
     - **Evaluation** generates captions and masks and scores them (`eval_s_m`, `eval_mask_f1`, ...); `eval_loss` is the
       sum of the two losses on the first caption of every pair.
-    - **Resume**: order of pairs, instructions and captions drawn are functions of (seed, epoch); the dynamic weight
-      average is part of the checkpoint.
+    - **Resume**: order of pairs (`order.py`), instructions, captions and augmentation drawn are functions of (seed,
+      epoch); the dynamic weight average is part of the checkpoint. On another number of ranks it is refused.
 
     Args:
         model: a `KCFIForConditionalGeneration`; it is frozen here, as `args` say.
@@ -228,7 +214,12 @@ class KCFITrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         pairs: Any = self.train_dataset if train_dataset is None else train_dataset
-        self.sampler = EpochSampler(len(pairs), self.args.seed if self.args.data_seed is None else self.args.data_seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if isinstance(pairs, ShardDataset):
+            lanes = self.args.world_size * max(1, self.args.dataloader_num_workers)
+            self.sampler = EpochSampler(pairs.sizes, seed, lanes, self._train_batch_size)
+        else:
+            self.sampler = EpochSampler([len(pairs)], seed)
         return self.sampler
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset[Any] | None = None) -> DataLoader[Any]:
@@ -481,7 +472,11 @@ class KCFITrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            state: dict[str, Any] = {"pairs": self.pairs_seen, "captions": self.captions_seen}
+            state: dict[str, Any] = {
+                "pairs": self.pairs_seen,
+                "captions": self.captions_seen,
+                "ranks": self.args.world_size,
+            }
             if self.dwa is not None:
                 state["dwa"] = self.dwa.state_dict()
             (Path(output_dir) / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
@@ -491,6 +486,12 @@ class KCFITrainer(Trainer):
         if checkpoint is None:
             return
         state = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
+        ranks = state.get("ranks", self.args.world_size)  # runs of 0.1.0 do not say
+        if ranks != self.args.world_size:
+            raise ValueError(
+                f"{checkpoint} was written by a run on {ranks} processes, this one has {self.args.world_size}: pairs "
+                f"would be lost or visited twice. Resume with {ranks} processes (torchrun --nproc_per_node)."
+            )
         self.pairs_seen, self.captions_seen = state["pairs"], state["captions"]
         if self.dwa is not None and "dwa" in state:
             self.dwa.load_state_dict(state["dwa"])

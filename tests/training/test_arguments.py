@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from kcfi.training.arguments import RECIPES, as_dict, parse_recipe
+from kcfi.training.arguments import as_dict, packaged_recipes, parse_recipe
 
 
 @pytest.fixture
@@ -75,8 +75,60 @@ def test_bad_recipes_are_refused_with_what_would_be_right(tmp_path, text, messag
         parse_recipe(path)
 
 
+@pytest.fixture
+def write(tmp_path):
+    """Write a recipe, by its path below a folder."""
+
+    def write_text(name, text):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return write_text
+
+
+def test_a_recipe_replaces_values_of_its_base_and_single_model_settings(write, recipe):
+    half = write("more/half.yaml", "base: ../recipe.yaml\nseed: 3\nmodel_settings:\n  flow_residual: self\n")
+    row = write("more/row.yaml", "base: half.yaml\nlearning_rate: 2e-3\nmodel_settings:\n  num_change_classes: 3\n")
+    parsed = parse_recipe(row, ["--seed", "4"])
+    assert parsed.model.model_settings == {
+        "flow_residual": "self",
+        "vision_feature_layers": [1, 2],
+        "num_change_classes": 3,
+    }
+    assert (parsed.training.learning_rate, parsed.training.seed) == (2e-3, 4)
+    assert (parse_recipe(half).training.learning_rate, parse_recipe(half).training.seed) == (1e-3, 3)
+    assert parse_recipe(recipe).training.seed == 42
+    assert parsed.values["output_dir"] == parse_recipe(recipe).values["output_dir"] and "base" not in parsed.values
+
+
+def test_a_base_may_be_a_packaged_recipe(write):
+    parsed = parse_recipe(write("mine.yaml", "base: debug\nnum_train_pairs: 2\n"), ["--use_cpu"])
+    assert (parsed.model.model, parsed.data.num_train_pairs, parsed.data.num_eval_pairs) == ("kcfi-tiny", 2, 16)
+
+
+def test_the_file_beside_a_recipe_is_its_base_wherever_it_is_read_from(write, monkeypatch, tmp_path):
+    write("there/base.yaml", "output_dir: run\nseed: 1\nuse_cpu: true\n")
+    write("here/base.yaml", "output_dir: run\nseed: 2\nuse_cpu: true\n")
+    row = write("there/row.yaml", "base: base.yaml\n")
+    monkeypatch.chdir(tmp_path / "here")
+    assert parse_recipe(row).training.seed == 1
+
+
+def test_bad_bases_are_refused(write):
+    one, two = write("one.yaml", "base: two.yaml\nseed: 1\n"), write("two.yaml", "base: one.yaml\n")
+    with pytest.raises(ValueError, match=f"each other's base: {one} -> {two} -> {one}"):
+        parse_recipe(one)
+    with pytest.raises(ValueError, match=r"No recipe papr: .*debug, .*paper, released"):
+        parse_recipe(write("three.yaml", "base: papr\n"))
+    with pytest.raises(ValueError, match=r"empty\.yaml: seed has no value"):
+        write("empty.yaml", "seed:\n")
+        parse_recipe(write("four.yaml", "base: empty.yaml\n"))
+
+
 def test_an_unknown_recipe_lists_the_packaged_ones():
-    with pytest.raises(ValueError, match=r"No recipe papr: .*debug, paper, released"):
+    with pytest.raises(ValueError, match=r"No recipe papr: .*debug, .*paper, released"):
         parse_recipe("papr")
 
 
@@ -85,7 +137,7 @@ def test_text_that_is_no_dictionary_is_refused():
         as_dict("cross")
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+@pytest.mark.parametrize("name", packaged_recipes())
 def test_packaged_recipes_parse_and_their_settings_make_a_config(name, tmp_path):
     from kcfi import KCFIConfig
 

@@ -99,17 +99,65 @@ def test_folders_of_one_name_are_not_mixed_up_by_the_cache(root, tmp_path):
             assert example["image_before"].getpixel((0, 0)) == (value,) * 3
 
 
-def test_pairs_keep_their_order_over_several_shards(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "PAIRS_PER_SHARD", 1)
-    write_shards(root, tmp_path / "shards")
-    names = sorted(path.name for path in (tmp_path / "shards/data").iterdir())
-    assert names == [
-        "train-00000-of-00002.parquet",
-        "train-00001-of-00002.parquet",
-        "val-00000-of-00001.parquet",
-    ]
-    assert [pair["filename"] for pair in load_pairs(str(tmp_path / "shards"), "train")] == ["a.png", "b.png"]
-    assert len(load_pairs(str(tmp_path / "shards"), "train", num_pairs=1)) == 1
+@pytest.fixture
+def several(root, tmp_path, monkeypatch):
+    """Nine training and nine validation pairs in shards of four."""
+    monkeypatch.setattr(shards, "PAIRS_PER_SHARD", 4)
+    captions = root / "LevirCCcaptions.json"
+    entries = []
+    for split, source in (("train", "a.png"), ("val", "c.png")):
+        for number in range(9):
+            entries.append(
+                json.loads(captions.read_text())["images"][0] | {"split": split, "filename": f"{number}.png"}
+            )
+            for folder in ("A", "B", "label"):
+                path = root / "images" / split / folder
+                (path / f"{number}.png").write_bytes((path / source).read_bytes())
+    captions.write_text(json.dumps({"images": entries}))
+    write_shards(root, tmp_path / "several")
+    return tmp_path / "several"
+
+
+def test_shards_of_the_training_split_are_shuffled_and_others_keep_their_order(several):
+    names = sorted(path.name for path in (several / "data").iterdir())
+    assert names == [f"{split}-0000{number}-of-00003.parquet" for split in ("train", "val") for number in range(3)]
+    in_order = [f"{number}.png" for number in range(9)]
+    assert [pair["filename"] for pair in load_pairs(str(several), "val")] == in_order
+    trained = [pair["filename"] for pair in load_pairs(str(several), "train")]
+    assert trained != in_order and sorted(trained) == in_order
+
+
+@pytest.mark.parametrize(("num_pairs", "sizes"), [(None, [4, 4, 1]), (6, [4, 2, 0]), (99, [4, 4, 1])])
+def test_the_first_pairs_of_several_shards(several, num_pairs, sizes):
+    pairs = ShardDataset(str(several), "val", num_pairs=num_pairs)
+    assert (pairs.sizes, len(pairs)) == (sizes, sum(sizes))
+    assert [pair["filename"] for pair in pairs] == [f"{number}.png" for number in range(sum(sizes))]
+    assert pairs[5]["filename"] == "5.png" and pairs[0]["filename"] == "0.png"
+    with pytest.raises(IndexError, match=f"pair {sum(sizes)} of {sum(sizes)} pairs"):
+        pairs[sum(sizes)]
+
+
+def test_a_shard_is_read_when_a_pair_of_it_is_asked_for(several):
+    pairs = ShardDataset(str(several), "val")
+    file = several / "data/val-00001-of-00003.parquet"
+    file.write_bytes(b"PAR1")
+    assert pairs[3]["filename"] == "3.png" and pairs[8]["filename"] == "8.png"
+    with pytest.raises(ValueError, match=r"val-00001-of-00003\.parquet: not readable as parquet"):
+        pairs[4]
+
+
+def test_the_card_of_a_data_set_names_the_files_of_its_splits(several):
+    """Of a folder here, of a Hub id elsewhere: `datasets` resolves both by the card."""
+    files = shards.hub_files(str(several), "val")
+    assert files == [str(several / f"data/val-0000{number}-of-00003.parquet") for number in range(3)]
+    with pytest.raises(ValueError, match="no split 'tset'; splits of the data set: train, val"):
+        shards.hub_files(str(several), "tset")
+
+
+def test_a_data_set_of_other_files_than_parquet_is_refused(tmp_path):
+    (tmp_path / "train.csv").write_text("image_before,image_after")
+    with pytest.raises(ValueError, match=r"train\.csv is no parquet file"):
+        shards.hub_files(str(tmp_path), "train")
 
 
 def test_a_conversion_that_fails_leaves_nothing_behind(root, tmp_path):

@@ -1,0 +1,133 @@
+"""Which pairs a run visits, in which order: on one or two ranks, with or without loader workers, resumed or not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from kcfi.training import shards
+from kcfi.training.order import EpochSampler, epoch_order, share_out
+from kcfi.training.shards import ShardDataset, write_shards
+from tests.training.test_trainer import losses
+from tests.training.visits import BATCH, PAIRS, STOP, visits
+
+
+@pytest.fixture
+def folder(tmp_path, make_pairs, model, processor, monkeypatch):
+    """A model, its processor, and `PAIRS` pairs in shards of 4."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shards, "PAIRS_PER_SHARD", 4)
+    entries = []
+    for index, pair in enumerate(make_pairs()[number] for number in range(PAIRS)):
+        sentences = [{"raw": caption} for caption in pair["captions"]]
+        entry = {"filename": pair["filename"], "split": "train", "changeflag": index % 2, "sentences": sentences}
+        entries.append(entry)
+        for name, key in (("A", "image_before"), ("B", "image_after"), ("label", "mask")):
+            path = tmp_path / "pairs" / "images" / "train" / name / pair["filename"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pair[key].save(path)
+    (tmp_path / "pairs" / "LevirCCcaptions.json").write_text(json.dumps({"images": entries}))
+    write_shards(tmp_path / "pairs", tmp_path / "shards")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def test_an_order_is_a_permutation_of_shards_and_of_the_rows_in_each():
+    sizes = [3, 5, 1, 4]
+    shard_of = np.repeat(np.arange(4), sizes)
+    orders = [epoch_order(sizes, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    for order in orders:
+        assert sorted(order) == list(range(13))
+        assert (np.diff(shard_of[order]) != 0).sum() == 3  # every shard is left once
+    assert len({tuple(order) for order in orders}) == 3
+    assert len({tuple(dict.fromkeys(shard_of[order])) for order in orders}) > 1
+    assert (epoch_order(sizes, 0, 1) == orders[1]).all()
+
+
+def test_pairs_without_shards_have_the_order_of_one_permutation():
+    assert (epoch_order([9], 5, 2) == np.random.default_rng([5, 2]).permutation(9)).all()
+
+
+def test_each_lane_has_a_stretch_of_its_own():
+    shared = share_out(np.arange(29), lanes=3, batch_size=2)
+    assert sorted(shared) == list(range(29))
+    batches = shared[:24].reshape(-1, 2)
+    for lane in range(3):
+        assert batches[lane::3].ravel().tolist() == list(range(8 * lane, 8 * lane + 8))
+    assert shared[24:].tolist() == [24, 25, 26, 27, 28]
+    assert share_out(np.arange(5), lanes=3, batch_size=2).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_resumed_sampler_needs_nothing_but_the_epoch():
+    sampler = EpochSampler([4, 4], seed=3, lanes=2, batch_size=2)
+    first = list(sampler)
+    sampler.epoch = 1
+    second = list(sampler)
+    assert first != second and sorted(first) == sorted(second) == list(range(8))
+    fresh = EpochSampler([4, 4], seed=3, lanes=2, batch_size=2)
+    fresh.epoch = 1
+    assert list(fresh) == second
+
+
+class Counted(ShardDataset):
+    """Notes which pairs are decoded."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.decoded = []
+
+    def __getitem__(self, index):
+        self.decoded.append(index)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("stop", [STOP, 11, 14])  # in the first epoch, between two, in the second
+def test_a_resumed_run_visits_the_rest_and_decodes_nothing_else(folder, stop):
+    pairs, again = (Counted(str(folder / "shards"), "train") for _ in range(2))
+    full = visits(folder, pairs, save_steps=stop)
+    epochs = full.visited[:PAIRS], full.visited[PAIRS:]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(f"pair_{index}.png" for index in range(PAIRS))
+    assert epochs[0] != epochs[1]
+
+    resumed = visits(folder, again, resume=stop)
+    assert resumed.visited == full.visited[BATCH * stop :]
+    assert again.decoded == pairs.decoded[BATCH * stop :]
+    assert [line["loss"] for line in losses(resumed)] == [line["loss"] for line in losses(full)]
+
+
+def test_a_run_is_not_resumed_on_another_number_of_ranks(folder):
+    pairs = ShardDataset(str(folder / "shards"), "train")
+    visits(folder, pairs, save_steps=STOP)
+    state = folder / "run" / f"checkpoint-{STOP}" / "kcfi_state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "ranks": 2}))
+    with pytest.raises(ValueError, match=r"written by a run on 2 processes, this one has 1.*Resume with 2"):
+        visits(folder, pairs, resume=STOP)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_and_workers_visit_every_pair_once_and_resume_exactly(folder, ranks):
+    script = Path(__file__).with_name("visits.py")
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    done = subprocess.run(
+        [*command, str(script), str(folder)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    steps = -(-PAIRS // (ranks * BATCH))  # of an epoch; on two ranks the last batch has two pairs too few
+    for workers in (0, 2):
+        runs = [json.loads((folder / f"visits_{rank}_{workers}.json").read_text()) for rank in range(ranks)]
+        order = [runs[0]["names"][index] for index in EpochSampler([4] * 5 + [2], 42, ranks * max(1, workers), BATCH)]
+        assert sorted(order) == sorted(f"pair_{index}.png" for index in range(PAIRS))
+        filled = order + order[: steps * ranks * BATCH - PAIRS]
+        batches = np.array(filled).reshape(-1, BATCH)
+        for rank, run in enumerate(runs):
+            assert run["full"][: steps * BATCH] == batches[rank::ranks].ravel().tolist()
+            assert len(run["full"]) == 2 * steps * BATCH
+            assert run["resumed"] == run["full"][BATCH * STOP :]

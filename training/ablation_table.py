@@ -1,0 +1,262 @@
+"""The table of `kcfi ablate`: its rows, which a set file names, and how results.json files fill them."""
+
+import csv
+import html
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from kcfi.pictures import Bar, bar_chart
+from kcfi.training.arguments import RECIPES, check_names, find_recipe, read_yaml
+from kcfi.training.evaluate import flat_scores
+
+METRICS = {
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "meteor": "METEOR",
+    "rouge_l": "ROUGE-L",
+    "cider_d": "CIDEr-D",
+    "s_m": "S_m*",
+    "change_accuracy": "change accuracy",
+    "mask_f1": "mask F1",
+    "mask_mean_iou": "mask mIoU",
+}
+RESULTS = "results.json"  # in the folder of a run, once it is scored
+LEGEND = (
+    "Mean ± standard deviation over the seeds; in brackets the paper's score, on {}. Below it the difference to the "
+    "first row of the group, paired by seed: *inconclusive* if it is under two of its standard deviations, or has one "
+    "seed only."
+)
+
+
+@dataclass
+class Row:
+    """A row of the table.
+
+    Args:
+        group: table of the paper it belongs to; the first row of a group is what the others are compared with.
+        label: what it is.
+        recipe: file to train from; in a set file, the name of a packaged recipe or a path from the set's folder.
+        paper: the paper's scores, by the names of `METRICS`.
+    """
+
+    group: str
+    label: str
+    recipe: Path
+    paper: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class AblationSet:
+    """What a set file holds.
+
+    Args:
+        title: of the table.
+        dataset: on which the paper's scores were taken.
+        seeds: to train every recipe with.
+        rows: of the table, group by group; several may show one recipe, which is trained once.
+    """
+
+    title: str
+    dataset: str
+    seeds: list[int]
+    rows: list[Row]
+
+    def runs(self) -> dict[str, tuple[Path, int]]:
+        """Recipe and seed of every run by the name of its folder; every recipe's first seed comes first."""
+        recipes = dict.fromkeys(row.recipe for row in self.rows)
+        return {run_name(recipe, seed): (recipe, seed) for seed in self.seeds for recipe in recipes}
+
+
+def run_name(recipe: Path, seed: int) -> str:
+    """Name of the folder of a run, "cfe-0"."""
+    return f"{recipe.stem}-{seed}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One score of one row.
+
+    Args:
+        mean, spread: over the seeds; None without a seed, and without two.
+        difference: to the first row of the group, mean over the seeds that both have; None with nothing to compare.
+        verdict: "higher", "lower" or "inconclusive"; "" with nothing to compare.
+    """
+
+    mean: float | None
+    spread: float | None
+    difference: float | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row as it is shown.
+
+    Args:
+        row: what it is.
+        cells: by the names of `METRICS`.
+        finished: number of seeds that have results.
+        failed: what went wrong with others, a text per seed.
+    """
+
+    row: Row
+    cells: dict[str, Cell]
+    finished: int
+    failed: list[str]
+
+
+def read_set(name: str | Path, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> AblationSet:
+    """Read a set file.
+
+    Args:
+        name: YAML file with the fields of `AblationSet`, or the name of a packaged one ("ablations").
+        only: names of the recipes to keep (none: all), "cfe" for ablations/cfe.yaml.
+        seeds: in place of those of the file (none: those).
+
+    Raises:
+        ValueError: no such set, recipe or row, two recipes of one name, or a field that is unknown or missing.
+    """
+    path = Path(name) if Path(name).is_file() else RECIPES / f"{str(name).removesuffix('.yaml')}.yaml"
+    if not path.is_file():
+        raise ValueError(f"No set of recipes {name}: give a YAML file, or the packaged set: ablations.")
+    plan = AblationSet(**_fields(read_yaml(path), AblationSet, str(path)))
+    plan.rows = [Row(**_fields(row, Row, f"a row of {path}")) for row in plan.rows]
+    plan.seeds = list(seeds or plan.seeds)
+    names: dict[str, Path] = {}
+    for row in plan.rows:
+        check_names(row.paper, METRICS, f"score in {path}")
+        row.recipe = find_recipe(row.recipe, path.parent)
+        if names.setdefault(row.recipe.stem, row.recipe) != row.recipe:
+            raise ValueError(f"{path}: {names[row.recipe.stem]} and {row.recipe} need different file names.")
+    check_names(only, names, f"row of {path}")
+    plan.rows = [row for row in plan.rows if not only or row.recipe.stem in only]
+    return plan
+
+
+def _fields(values: Any, kind: type, what: str) -> dict[str, Any]:
+    """The fields of a dataclass as a file gives them: none unknown, and none but `paper` missing."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{what} must hold `field: value` lines, but is {values!r}.")
+    names = [entry.name for entry in fields(kind)]
+    check_names(values, names, f"field of {what}")
+    missing = [name for name in names if name not in values and name != "paper"]
+    if missing:
+        raise ValueError(f"{what}: {', '.join(missing)} missing.")
+    return values
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The results.json of a run."""
+    return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+
+
+def compare(ours: Mapping[int, float], first: Mapping[int, float]) -> Cell:
+    """One score of a row beside that of the first row of its group.
+
+    Args:
+        ours: score by seed.
+        first: the first row's score by seed; empty for the first row itself.
+
+    Returns:
+        Its verdict is "inconclusive" unless the mean of the differences, paired by seed, is at least two of their
+        standard deviations; so always with one seed.
+    """
+    values, paired = list(ours.values()), [ours[seed] - first[seed] for seed in ours if seed in first]
+    mean = statistics.fmean(values) if values else None
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    if not paired:
+        return Cell(mean, spread, None, "")
+    difference = statistics.fmean(paired)
+    clear = len(paired) > 1 and difference != 0 and abs(difference) >= 2 * statistics.stdev(paired)
+    return Cell(mean, spread, difference, ("higher" if difference > 0 else "lower") if clear else "inconclusive")
+
+
+def write_tables(plan: AblationSet, output: Path, errors: Mapping[str, str]) -> None:
+    """Write table.md, table.csv (a line per score) and chart.png of the results.json files that are there.
+
+    Args:
+        plan: the rows and seeds to show.
+        output: folder of the runs.
+        errors: last line of the error of the runs that failed, by the name of the run.
+    """
+    reports = {run: read_report(output / run) for run in plan.runs() if (output / run / RESULTS).exists()}
+    scores = {run: flat_scores(report) for run, report in reports.items()}
+
+    def by_seed(recipe: Path, metric: str) -> dict[int, float]:
+        found = {seed: scores.get(run_name(recipe, seed), {}) for seed in plan.seeds}
+        return {seed: values[metric] for seed, values in found.items() if metric in values}
+
+    lines = []
+    first: dict[str, Path] = {}  # recipe of the first row of a group
+    for row in plan.rows:
+        reference = first.setdefault(row.group, row.recipe)
+        cells = {}
+        for metric in METRICS:
+            beside = {} if row.recipe == reference else by_seed(reference, metric)
+            cells[metric] = compare(by_seed(row.recipe, metric), beside)
+        runs = {seed: run_name(row.recipe, seed) for seed in plan.seeds}
+        failed = [f"seed {seed} failed: {errors[run]}" for seed, run in runs.items() if run in errors]
+        lines.append(Line(row, cells, sum(run in reports for run in runs.values()), failed))
+
+    data = {f"{Path(one['dataset']).name} ({one['split']}, {one['pairs']['all']} pairs)" for one in reports.values()}
+    title = f"{plan.title}: {', '.join(sorted(data)) or 'no results yet'}, seeds {', '.join(map(str, plan.seeds))}"
+    (output / "table.md").write_text(f"# {title}\n\n{_markdown(plan, lines)}", encoding="utf-8")
+    _write_csv(output / "table.csv", title, lines)
+    _chart(plan, title, lines).save(output / "chart.png")
+
+
+def _markdown(plan: AblationSet, lines: Sequence[Line]) -> str:
+    known = {name for line in lines for name, cell in line.cells.items() if cell.mean is not None}
+    known |= {name for row in plan.rows for name in row.paper}
+    metrics = [name for name in METRICS if name in known]
+    table = [["", "", *(METRICS[name] for name in metrics)], ["---"] * (2 + len(metrics))]
+    for line in lines:
+        seeds = "" if line.finished == len(plan.seeds) else f" ({line.finished} of {len(plan.seeds)} seeds)"
+        texts = [html.escape(text, quote=False) for text in (line.row.label + seeds, *line.failed)]
+        row = [line.row.group, "<br>".join(texts).replace("|", "\\|")]
+        table.append([*row, *(_text(line.cells[name], line.row.paper.get(name)) for name in metrics)])
+    rows = [f"| {' | '.join(texts)} |\n" for texts in table]
+    return f"{LEGEND.format(plan.dataset)}\n\n{''.join(rows)}"
+
+
+def _text(cell: Cell, paper: float | None) -> str:
+    """A cell as "22.00 ± 9.76 [120.50]<br>+2.00 *inconclusive*", without what there is not."""
+    text = "-" if cell.mean is None else f"{cell.mean:.2f}"
+    text += "" if cell.spread is None else f" ± {cell.spread:.2f}"
+    text += "" if paper is None else f" [{paper:.2f}]"
+    text += "" if cell.difference is None else f"<br>{cell.difference:+.2f}"
+    return text + (" *inconclusive*" if cell.verdict == "inconclusive" else "")
+
+
+def _write_csv(path: Path, title: str, lines: Sequence[Line]) -> None:
+    header = ["group", "row", "recipe", "metric", "seeds", "mean", "spread", "paper", "difference", "verdict"]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*header, "failures", "title"])
+        for line in lines:
+            row = line.row
+            for name, cell in line.cells.items():
+                numbers = (cell.mean, cell.spread, row.paper.get(name), cell.difference)
+                texts = ["" if number is None else f"{number:.4f}" for number in numbers]
+                about = [row.group, row.label, row.recipe.stem, name, line.finished]
+                writer.writerow([*about, *texts, cell.verdict, "; ".join(line.failed), title])
+
+
+def _chart(plan: AblationSet, title: str, lines: Sequence[Line]) -> Image.Image:
+    """Bars of S_m*, or of CIDEr-D where METEOR was left out."""
+    metric = "s_m" if any(line.cells["s_m"].mean is not None for line in lines) else "cider_d"
+    legend = f"{METRICS[metric]}: blue = mean, black = standard deviation, orange = the paper on {plan.dataset}"
+    bars = [
+        Bar(line.row.group, line.row.label, cell.mean, cell.spread or 0.0, line.row.paper.get(metric))
+        for line in lines
+        for cell in [line.cells[metric]]
+    ]
+    return bar_chart(bars, f"{title}\n{legend}")
