@@ -20,7 +20,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# kcfi-tiny from nothing. AERIAL: folder with the open images that docs/own_data.md names
+# kcfi-tiny from nothing. AERIAL: folder with the three sources that the card of kcfi-tiny names
 AERIAL ?= open_aerial
 tiny: $(VENV)/installed
 	$(BIN)/kcfi data materials --source $(AERIAL)/ucmerced $(AERIAL)/dubai $(AERIAL)/banepa --output runs/materials

@@ -1,4 +1,8 @@
-"""Real surfaces, roofs and tiles for synthetic scenes, read from a library of `kcfi data materials`."""
+"""Real surfaces, roofs and tiles for synthetic scenes, read from a library of `kcfi data materials`.
+
+`LibraryMaterials` is a source of texture (`Materials`) for composed pairs, and of whole places for single-date
+pairs. What a library holds and how it is cut stands in `materials.py`; nothing here writes to it.
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,7 +34,7 @@ class Material:
         region: Region of the source; a region is in one split only.
         split: "train", "val" or "test".
         licence: Of the source.
-        label: Of a labelled tile: file of its labels, `LAND`, `KEEP_OFF`, 128 (road) or 255 (building).
+        label: Of a labelled tile: file of its labels, `LAND`, `OPEN`, `KEEP_OFF`, 128 (road) or 255 (building).
         scene: Of an unlabelled tile: its class of scenes.
     """
 
@@ -58,13 +62,12 @@ class LibraryMaterials(ProceduralMaterials):
 
     def __init__(self, root: str | Path, split: str = "train") -> None:
         self.root = Path(root)
-        file = self.root / "materials.json"
         entries = [Material(**entry) for entry in _read_library(self.root)["entries"]]
         self.entries = [entry for entry in entries if entry.split == split]
         if not self.entries:
             splits = ", ".join(sorted({entry.split for entry in entries})) or "nothing"
             raise ValueError(
-                f"{file} has no material of split '{split}', but {splits}: hold out a region in source.yaml"
+                f"{self.root} has no material of split '{split}', but {splits}: hold out a region in source.yaml"
             )
         self.by_kind: dict[str, list[Material]] = {}
         for entry in self.entries:

@@ -56,7 +56,7 @@ SHEET_TILE = 144  # px
 
 
 @dataclass(frozen=True)
-class Look:
+class TextureLimits:
     """What a texture of a kind must look like, in grey levels.
 
     Attributes:
@@ -74,14 +74,14 @@ class Look:
     light: tuple[float, float] = (25, 235)
 
 
-LOOKS: dict[TextureKind, Look] = {
-    "grass": Look(18, 12, green=(4, 255), blue=(-255, 0), light=(40, 180)),
-    "field": Look(40, 30, green=(-12, 12), blue=(-255, 4), light=(50, 215)),
-    "soil": Look(16, 10, green=(-12, 4), blue=(-255, 4), light=(110, 235)),
-    "woods": Look(70, 45, green=(0, 255), light=(35, 120)),
-    "water": Look(14, 8, green=(0, 60), light=(30, 150)),
-    "asphalt": Look(24, 13, green=(-8, 3), blue=(-10, 16), light=(50, 190)),
-    "parking": Look(255, 255),
+LIMITS: dict[TextureKind, TextureLimits] = {
+    "grass": TextureLimits(18, 12, green=(4, 255), blue=(-255, 0), light=(40, 180)),
+    "field": TextureLimits(40, 30, green=(-12, 12), blue=(-255, 4), light=(50, 215)),
+    "soil": TextureLimits(16, 10, green=(-12, 4), blue=(-255, 4), light=(110, 235)),
+    "woods": TextureLimits(70, 45, green=(0, 255), light=(35, 120)),
+    "water": TextureLimits(14, 8, green=(0, 60), light=(30, 150)),
+    "asphalt": TextureLimits(24, 13, green=(-8, 3), blue=(-10, 16), light=(50, 190)),
+    "parking": TextureLimits(255, 255),
 }
 # Textures that may be cut where all pixels are labelled as one surface
 TEXTURES_OF: dict[str, tuple[TextureKind, ...]] = {
@@ -122,10 +122,10 @@ def cut_windows(
     red, green, blue = np.moveaxis(colour, -1, 0)
     free = np.ones(grain.shape, np.bool_)
     for kind, allowed in kinds.items():
-        look = LOOKS[kind]
-        fits = allowed & (unevenness <= look.unevenness) & (grain <= look.grain)
-        fits &= _within(green - (red + blue) / 2, look.green) & _within(blue - red, look.blue)
-        fits &= _within(colour.mean(-1), look.light)
+        limits = LIMITS[kind]
+        fits = allowed & (unevenness <= limits.unevenness) & (grain <= limits.grain)
+        fits &= _within(green - (red + blue) / 2, limits.green) & _within(blue - red, limits.blue)
+        fits &= _within(colour.mean(-1), limits.light)
         for _ in range(WINDOWS_PER_PLACE):
             best = np.where(fits & free, unevenness, np.inf)
             row, column = (int(i) for i in np.unravel_index(best.argmin(), best.shape))
@@ -431,7 +431,7 @@ def write_library(roots: Sequence[str | Path], output: str | Path) -> dict[str, 
     """
     output = Path(output)
     check_new_folder(output)
-    sources = [read_source(Path(root), list(LOOKS)) for root in roots]
+    sources = [read_source(Path(root), list(LIMITS)) for root in roots]
     names = Counter(source.name for source in sources)
     if len(names) < len(sources):
         raise ValueError(f"two sources are named '{names.most_common(1)[0][0]}': give each its own name")

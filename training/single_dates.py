@@ -18,7 +18,7 @@ from kcfi.training.levir_cc import MASK_BUILDING, MASK_ROAD
 from kcfi.training.material_library import KEEP_OFF, LAND, OPEN, VILLA_AREA, LibraryMaterials
 from kcfi.training.synthetic_captions import Change, Ground, ObjectChange, locate
 from kcfi.training.synthetic_layout import MARGIN, MIN_VISIBLE, GroundKind, ObjectKind, SyntheticSettings, crop
-from kcfi.training.synthetic_materials import Array, crop_noise
+from kcfi.training.synthetic_materials import Array, Materials, crop_noise
 from kcfi.training.synthetic_painting import draw_looks, photograph
 
 LARGEST_AREA = 2000  # px (500 m2): larger labels are often blocks of many houses, which cannot be counted
@@ -93,17 +93,17 @@ class _Earth:
     """Grass, soil and field of a library to cover a place with.
 
     Args:
-        library: Source of texture.
+        materials: Source of texture.
         colour: Mean colour of the place's own open land, (3,); None if it has too little.
     """
 
-    def __init__(self, library: LibraryMaterials, colour: Array | None) -> None:
-        self.library, self.colour = library, colour
+    def __init__(self, materials: Materials, colour: Array | None) -> None:
+        self.materials, self.colour = materials, colour
 
     def cover(self, image: Image.Image, alpha: Array, rng: np.random.Generator) -> tuple[Image.Image, Ground]:
         """Paste ground, in its own colour or in that of the place; returns the image and the name of the ground."""
         kind = list(GROUNDS)[int(rng.integers(len(GROUNDS)))]
-        pixels = np.asarray(self.library.texture(kind, image.width, rng), np.float32)
+        pixels = np.asarray(self.materials.texture(kind, image.width, rng), np.float32)
         own = rng.random() < 0.5 or self.colour is None
         if self.colour is not None and not own:
             pixels = pixels - pixels.mean((0, 1)) + self.colour

@@ -418,12 +418,11 @@ class Painter:
         texture = self.texture("villa roof").copy()
         if roofs["large building"].getbbox():
             texture.paste(self.texture("large roof"), mask=roofs["large building"])
-        for index, building in enumerate(self.layout.buildings):
-            if any(building is other for other in buildings):
-                rng = np.random.default_rng((self.seed, len(get_args(TextureKind)), index))
-                roof = self.materials.roof(ROOFS[building.kind], rng)
-                if roof is not None:
-                    _lay_roof(texture, roof, building)
+        for index, building in enumerate(self.layout.buildings):  # those that are not there are not covered either
+            rng = np.random.default_rng((self.seed, len(get_args(TextureKind)), index))
+            roof = self.materials.roof(ROOFS[building.kind], rng)
+            if roof is not None:
+                _lay_roof(texture, roof, building)
         covered = ImageChops.lighter(roofs["villa"], roofs["large building"])
         picture.paste(_lit(texture, np.asarray(shading.smooth(), np.uint16)), mask=covered)
 
