@@ -9,7 +9,7 @@ from PIL import Image
 
 from kcfi.training.material_library import LibraryMaterials
 from kcfi.training.material_sources import SURFACES, Source, read_source
-from kcfi.training.materials import LOOKS, write_library
+from kcfi.training.materials import LIMITS, write_library
 
 rasterio = pytest.importorskip("rasterio", reason="the extra `geo` is not installed")
 geotiff = importlib.import_module("kcfi.training.geotiff")  # it needs rasterio
@@ -149,6 +149,6 @@ def test_without_rasterio_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "kcfi.training.geotiff")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "source.yaml").write_text("{name: town, licence: CC0, images: .}")
-    source = read_source(tmp_path, list(LOOKS))
+    source = read_source(tmp_path, list(LIMITS))
     with pytest.raises(ValueError, match=r"rasterio is needed .* pip install \"kcfi\[geo\]\""):
         source.read(source.places()[0])

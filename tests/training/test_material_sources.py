@@ -4,7 +4,7 @@ import yaml
 from PIL import Image
 
 from kcfi.training.material_sources import SURFACES, read_source
-from kcfi.training.materials import LOOKS
+from kcfi.training.materials import LIMITS
 
 DESCRIPTION = {"name": "town", "licence": "CC0", "metres_per_pixel": 0.5, "labels": "masks"}
 
@@ -29,7 +29,7 @@ def town(tmp_path):
 
 
 def read(root):
-    return read_source(root, list(LOOKS))
+    return read_source(root, list(LIMITS))
 
 
 @pytest.mark.parametrize("name", ["ucmerced", "dubai", "banepa"])
