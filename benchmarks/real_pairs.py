@@ -18,6 +18,7 @@ from PIL import Image
 import kcfi  # noqa: F401 (registers the Auto classes)
 from kcfi.captioning import Describer, load
 from kcfi.pictures import contact_sheet, overlay
+from kcfi.training.levir_cc import warn_of_levir_cd
 from kcfi.training.metrics import MaskScores
 
 
@@ -62,6 +63,7 @@ def main() -> None:
         if not labels:
             parser.error(f"{folder / 'label'} holds no .png")
         unseen -= {label.stem for label in labels}
+        warn_of_levir_cd(label.name for label in labels)
         for label in labels:
             before, after = (Image.open(folder / date / label.name).convert("RGB") for date in "AB")
             truth = (np.asarray(Image.open(label).convert("L")) > 0).astype(np.uint8)

@@ -138,6 +138,12 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("predictions", type=Path, help="JSON: {filename: caption}")
     score.add_argument("--references", required=True, type=Path, help="LevirCCcaptions.json or .json.gz")
     score.add_argument("--split", default="test", help="train, val or test (%(default)s)")
+    score.add_argument(
+        "--profile",
+        default="coco",
+        choices=["coco", "levir-ids"],
+        help="protocol: coco, or levir-ids as RSICCFormer, Chg2Cap, Change-Agent ...: words as numbers (%(default)s)",
+    )
     score.add_argument("--output", type=Path, help="results file (default: print only)")
     score.add_argument("--no-meteor", action="store_true", help="do without Java, METEOR and S_m*")
     score.set_defaults(run=run_score)
@@ -178,11 +184,12 @@ def build_parser() -> argparse.ArgumentParser:
     check = data.add_parser(
         "check",
         help="find what is wrong with a folder",
-        description="Read every file of a LEVIR-CC or LEVIR-MCI folder, print each problem and what each split holds. "
-        "The exit code is 1 if there are problems.",
+        description="Read every file of a LEVIR-CC or LEVIR-MCI folder, or every row of a folder of parquet shards, "
+        "print each problem and what each split holds. The exit code is 1 if there are problems.",
         epilog="example: kcfi data check LEVIR-MCI",
     )
-    check.add_argument("root", type=Path, help="LEVIR-CC / LEVIR-MCI folder")
+    check.add_argument("root", type=Path, help="LEVIR-CC / LEVIR-MCI folder, or folder of parquet shards")
+    check.add_argument("--columns", help='what the columns of shards are called, as JSON: \'{"image_before": "A"}\'')
     check.set_defaults(run=run_check)
 
     convert = data.add_parser(
@@ -338,7 +345,9 @@ def run_score(options: argparse.Namespace) -> None:
 
     if options.output:
         check_results_file(options.output)
-    results = score_file(options.predictions, options.references, options.split, meteor=not options.no_meteor)
+    results = score_file(
+        options.predictions, options.references, options.split, options.profile, meteor=not options.no_meteor
+    )
     text = json.dumps(results, indent=2)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -363,9 +372,10 @@ def run_ablate(options: argparse.Namespace) -> int:
 
 def run_check(options: argparse.Namespace) -> int:
     """`kcfi data check`; returns its exit code."""
+    from kcfi.training.arguments import as_dict
     from kcfi.training.data_check import check_folder, counts_table
 
-    problems, counts = check_folder(options.root)
+    problems, counts = check_folder(options.root, as_dict(options.columns))
     for problem in problems:
         print(problem)
     print(counts_table(counts))

@@ -116,6 +116,8 @@ def test_an_unknown_model_is_named(capsys, pair, tmp_path):
     assert refusal(capsys, "caption", *pair, "--model", "nobody/nothing").startswith(
         "Cannot load the model 'nobody/nothing'"
     )
+    (tmp_path / "runs").mkdir()
+    assert "the folder runs is here" in refusal(capsys, "caption", *pair, "--model", "runs/paper")
     assert refusal(capsys, "caption", *pair, "--model", tmp_path).startswith(f"Cannot load the model '{tmp_path}'")
 
 
@@ -158,7 +160,10 @@ def test_synthesized_pairs_are_evaluated_and_their_predictions_scored(capsys, sc
 
     references, scores = scenes / "LevirCCcaptions.json", tmp_path / "scores.json"
     files = [str(output.with_name("predictions.json")), "--references", str(references), "--output", str(scores)]
-    assert main(["score", *files, "--split", "train", "--no-meteor"]) == 0
+    options = ["--split", "train", "--no-meteor"]
+    assert main(["score", *files, *options, "--profile", "levir-ids"]) == 0
+    assert json.loads(capsys.readouterr().out)["profile"] == "levir-ids"
+    assert main(["score", *files, *options]) == 0
     scored = json.loads(capsys.readouterr().out)
     assert scored == json.loads(scores.read_text()) and scored["captions"] == report["captions"]
 
@@ -236,6 +241,8 @@ def test_a_folder_and_its_shards_score_alike(capsys, scenes, detector, tmp_path,
     shards = tmp_path / "shards"
     assert main(["data", "convert", str(scenes), "--output", str(shards)]) == 0
     assert capsys.readouterr().out == f"{shards}: train on it with `kcfi train RECIPE --dataset {shards}`\n"
+    assert main(["data", "check", str(shards)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "problems: 0"
     reports = []
     for dataset in (scenes, shards):
         options = ["--dataset", str(dataset), "--split", "test", "--no-meteor"]  # train rows are shuffled in shards

@@ -4,10 +4,13 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 from kcfi.cli import main
 
@@ -15,6 +18,7 @@ rasterio = pytest.importorskip("rasterio", reason="the extra `geo` is not instal
 
 DOC = (Path(__file__).parents[1] / "docs/own_data.md").read_text(encoding="utf-8")
 FILES = re.findall(r"```yaml\n# (\S+)\n(.*?)```", DOC, re.S)
+[CODE] = re.findall(r"```python\n(.*?)```", DOC, re.S)
 COMMANDS = re.findall(r"^\$ kcfi (.*)$", DOC, re.M)
 SMALLER = {  # what the document says -> what a test has time for
     "--pairs 100": "--pairs 10",
@@ -60,7 +64,9 @@ def shrink(text):
 def test_every_number_that_is_made_smaller_stands_in_the_document():
     assert all(number in DOC for number in SMALLER)
     assert [name for name, _ in FILES] == ["my_town/source.yaml", "my_town.yaml"]
-    assert [command.split()[0] for command in COMMANDS] == ["data", "data", "train", "evaluate", "evaluate", "caption"]
+    assert [command.split()[0] for command in COMMANDS] == [
+        "data", "data", "train", "train", "evaluate", "evaluate", "caption",
+    ]  # fmt: skip
 
 
 def test_the_document_leads_from_a_source_to_a_fine_tuned_model(tmp_path, monkeypatch, capsys):
@@ -78,4 +84,13 @@ def test_the_document_leads_from_a_source_to_a_fine_tuned_model(tmp_path, monkey
     }
     assert len(list(Path("pairs/images").glob("*/A/*.png"))) == 10
     assert json.loads(Path("runs/after/results.json").read_text())["dataset"] == "synthetic"
+    assert list(Path("runs/my_town/samples").iterdir())
+
+    names: dict[str, Any] = {}
+    exec(CODE, names)
+    merged, adapted = names["model"], AutoModelForImageTextToText.from_pretrained("runs/my_town_lora")
+    pixels = torch.rand(1, 2, 3, 256, 256)
+    expected = adapted.get_image_features(pixels).mask_logits
+    torch.testing.assert_close(merged.get_image_features(pixels).mask_logits, expected)
+    assert merged.state_dict().keys() == names["start"].state_dict().keys() != adapted.state_dict().keys()
     assert list(Path("report").glob("*.png"))

@@ -5,15 +5,16 @@ import difflib
 import json
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from kcfi import embedded_model
+from kcfi.training.zero import find_settings, require_deepspeed
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -39,6 +40,13 @@ class ModelArguments:
     model_settings: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "KCFIConfig fields of a new model (JSON; one alone: --model_settings.flow_residual cross)."},
+    )
+    lora: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "LoRA on the language model's linear layers: fields of peft.LoraConfig (JSON; one alone: --lora.r "
+            "8; default: none, the paper's)."
+        },
     )
     shortest_edge: int | None = field(
         default=None,
@@ -125,6 +133,13 @@ class KCFITrainingArguments(TrainingArguments):
     train_vision_tower: bool = field(
         default=True, metadata={"help": "Fine-tune the vision tower (Table III: w/ ft); false = keep it frozen."}
     )
+    feature_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder where a frozen vision tower's features of every image are kept, to be computed once for "
+            "all epochs and runs (2 MB per image of DINOv2-S at 252 px)."
+        },
+    )
     dwa: Literal["none", "step", "window", "epoch"] = field(
         default="step",
         metadata={
@@ -136,6 +151,20 @@ class KCFITrainingArguments(TrainingArguments):
         default=0.2, metadata={"help": "T of eq. 10, above 0 (2.0 in the authors' code): larger = more even weights."}
     )
     dwa_window: int = field(default=50, metadata={"help": "Optimizer steps of a window, for dwa = window."})
+    deepspeed: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Settings of DeepSpeed: zero2, zero3, zero2_offload, zero3_offload, or a JSON file; started by "
+            "torchrun (docs/cluster.md)."
+        },
+    )
+    max_unreadable: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the training pairs, 0 to 1, whose images may be missing or broken: each is named, and "
+            "the next pair stands in for it. Beyond it training stops (0 = at the first)."
+        },
+    )
     generation_max_new_tokens: int = field(
         default=64, metadata={"help": "Longest caption in evaluation, in tokens (greedy decoding)."}
     )
@@ -150,6 +179,13 @@ class KCFITrainingArguments(TrainingArguments):
     )
     greater_is_better: bool | None = field(default=True, metadata={"help": "False when the score is a loss."})
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two lines of the log."})
+    report_to: list[str] = field(
+        default_factory=lambda: ["tensorboard"],
+        metadata={
+            "help": "Trackers: tensorboard (the default; left out where it is not installed), wandb, mlflow ..., or "
+            "none."
+        },
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=True,
         metadata={"help": "Keep true: the change detection head has no gradient in a batch without masks."},
@@ -164,9 +200,18 @@ class KCFITrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False  # there is no score to choose by
+        settings = self.deepspeed
+        if isinstance(settings, str) and not settings.startswith("{"):
+            self.deepspeed = str(find_settings(settings))
+        if settings:
+            require_deepspeed(self.use_cpu)
         super().__post_init__()
+        self.report_to = self.report_to or ["none"]  # an empty list cannot be written on a command line
+        self.deepspeed = settings  # a saved recipe names the settings, not where kcfi is installed
         if self.dwa_temperature <= 0:
             raise ValueError(f"dwa_temperature={self.dwa_temperature} must be above 0 (0.2 in the paper).")
+        if not 0 <= self.max_unreadable < 1:
+            raise ValueError(f"max_unreadable={self.max_unreadable} must be at least 0 and below 1.")
         if self.dwa_window < 1:
             raise ValueError(f"dwa_window={self.dwa_window} must be at least 1 optimizer step.")
 
@@ -188,32 +233,38 @@ def parse_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and the command-line options that change it.
 
     A recipe with a line `base: NAME_OR_PATH` (a packaged recipe, or a file relative to its own folder) is that recipe
-    with its own values in place of the base's; of `model_settings`, entry by entry.
+    with its own values in place of the base's; of `model_settings`, entry by entry. `null` switches a field off whose
+    type allows None, whatever the base says.
 
     Args:
         recipe: a YAML file of `field: value` lines, or the name of a packaged one ("debug", "ablations/baseline").
         overrides: `--field value`, `--field=value`, `--field a b` for lists, `--model_settings.field value` for one
-            entry of a dictionary, `--flag` for a true flag.
+            entry of a dictionary, `--flag` for a true flag, `--field null` to switch it off.
 
     Raises:
-        ValueError: no such recipe, bases in a circle, an unknown field (with the nearest name) or a value of the wrong
-            type.
+        ValueError: no such recipe, bases in a circle, an unknown field (with the nearest name), a value of the wrong
+            type, or `null` for a field that must have a value.
     """
-    values = _read(find_recipe(recipe))
+    values, optional = _read(find_recipe(recipe)), optional_fields()
     for name, value in _overrides(overrides):
         group, _, entry = name.partition(".")
         if entry:
             values[group] = {**as_dict(values.get(group)), entry: yaml.safe_load(" ".join(value))}
+        elif value == ["null"] and name in optional:
+            values[name] = None
         else:
             values[name] = value if len(value) > 1 else value[0]
     check_names(values, known_fields(), "field")
     parser = _Parser(GROUPS, allow_abbrev=False)
+    parser.set_defaults(**{name: None for name, value in values.items() if value is None})
     model, data, training = parser.parse_args_into_dataclasses(_argv(values), look_for_args_file=False)
     model.vision_config, model.model_settings = as_dict(model.vision_config), as_dict(model.model_settings)
+    model.lora = as_dict(model.lora)
     data.columns, data.pair_mix = as_dict(data.columns), as_dict(data.pair_mix)
     parsed = {**vars(model), **vars(data), **training.to_dict()}
-    names = dict.fromkeys([*_own_fields(), *values])
-    return Recipe(model, data, training, {name: parsed[name] for name in names if parsed[name] not in (None, {}, [])})
+    names, defaults = dict.fromkeys([*_own_fields(), *values]), field_defaults()
+    unset = [name for name in names if parsed[name] in ({}, []) or parsed[name] is defaults[name] is None]
+    return Recipe(model, data, training, {name: parsed[name] for name in names if name not in unset})
 
 
 def packaged_recipes() -> dict[str, Path]:
@@ -242,6 +293,20 @@ def find_recipe(recipe: str | Path, folder: Path = Path()) -> Path:
 def known_fields() -> dict[str, dataclasses.Field[Any]]:
     """Every field a recipe may set, by name."""
     return {entry.name: entry for group in GROUPS for entry in dataclasses.fields(group)}
+
+
+def field_defaults() -> dict[str, Any]:
+    """What every field is when no recipe sets it."""
+    return {
+        name: entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+        for name, entry in known_fields().items()
+    }
+
+
+def optional_fields() -> list[str]:
+    """The fields that a recipe may set to `null`: those whose type allows None."""
+    hints = {name: hint for group in GROUPS for name, hint in get_type_hints(group).items()}
+    return [name for name in known_fields() if type(None) in get_args(hints[name])]
 
 
 def field_help() -> str:
@@ -283,13 +348,23 @@ def as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
 def model_source(model: str) -> str:
     """What `from_pretrained` takes for the name of a model: "kcfi-tiny" is the embedded one.
 
+    A name that begins with a folder of this machine, like "runs/paper", is never looked up on the Hub.
+
     Raises:
         ValueError: a path where there is no folder.
     """
     if model == "kcfi-tiny":
         return embedded_model()
-    if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model):
+    if Path(model).is_dir():
+        return model
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model):
         raise ValueError(f"No model {model}: it is neither a folder nor a Hub id (`owner/name`).")
+    first, slash, name = model.partition("/")
+    if slash and Path(first).is_dir():
+        raise ValueError(
+            f"No model {model}: the folder {first} is here and holds no folder {name}. If you mean a model of the "
+            f"Hub, `hf download {model} --local-dir {model}` puts it there."
+        )
     return model
 
 
@@ -312,19 +387,24 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     above = (*above, path.resolve())
     if above[-1] in above[:-1]:
         raise ValueError(f"Recipes are each other's base: {' -> '.join(map(str, above))}.")
-    values = read_yaml(path)
+    values = read_yaml(path, optional_fields())
     if "base" not in values:
         return values
     base = _read(find_recipe(str(values.pop("base")), path.parent), above)
-    settings = {**as_dict(base.get("model_settings")), **as_dict(values.get("model_settings"))}
+    own = values.get("model_settings", {})
+    settings = None if own is None else {**as_dict(base.get("model_settings")), **as_dict(own)}
     return {**base, **values, "model_settings": settings}
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, optional: Collection[str] = ()) -> dict[str, Any]:
     """The `field: value` lines of a file.
 
+    Args:
+        path: the file.
+        optional: fields that may be `null`.
+
     Raises:
-        ValueError: it is not YAML, holds something else, or a field has no value.
+        ValueError: it is not YAML, holds something else, or another field has no value.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -332,7 +412,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a YAML file: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `field: value` lines, but holds a {type(values).__name__}.")
-    empty = [name for name, value in values.items() if value is None]
+    empty = [name for name, value in values.items() if value is None and name not in optional]
     if empty:
         raise ValueError(f"{path}: {', '.join(map(str, empty))} has no value; leave the line out to keep the default.")
     return values
@@ -357,6 +437,8 @@ def _argv(values: dict[str, Any]) -> list[str]:
     """Values of a recipe as the options argparse reads, so that it converts every type."""
     arguments = []
     for name, value in values.items():
+        if value is None:  # the parser's default
+            continue
         texts = value if isinstance(value, list) else [value]
         arguments.append(f"--{name}")
         arguments += [

@@ -67,12 +67,13 @@ class KCFICollator:
         """Make a batch.
 
         Returns:
-            Both: `pixel_values` (B, 2, 3, H, W), `input_ids` (B, T), `labels`, `filenames`, and `mask_labels`
-            (B, H, W), 255 = no label, if a pair has a mask. Training: `labels` (B, T), -100 on prompt and padding;
-            `segment_ids` (B, T), 0 on the prompt, k on caption k, -1 on padding, which `packed_attention_mask` turns
-            into the model's `attention_mask` (`KCFITrainer` does); `position_ids` (B, T). Evaluation:
-            `attention_mask` (B, T); `labels` (B, T') holds the first caption alone; and `references`, `changed`,
-            `sizes` (height, width) and `true_masks` (class ids at that size, or None).
+            Both: `pixel_values` (B, 2, 3, H, W), `input_ids` (B, T), `labels`, `filenames`, `mask_labels` (B, H, W),
+            255 = no label, if a pair has a mask, and `unreadable`, the errors of `ReadablePairs`, if there are any.
+            Training: `labels` (B, T), -100 on prompt and padding; `segment_ids` (B, T), 0 on the prompt, k on caption
+            k, -1 on padding, which `packed_attention_mask` turns into the model's `attention_mask` (`KCFITrainer`
+            does); `position_ids` (B, T). Evaluation: `attention_mask` (B, T); `labels` (B, T') holds the first caption
+            alone; and `references`, `changed`, `sizes` (height, width) and `true_masks` (class ids at that size, or
+            None).
 
         Raises:
             ValueError: a pair without captions, or a mask with unknown values; names the pair.
@@ -92,6 +93,9 @@ class KCFICollator:
             return_tensors="pt",
         )
         batch: dict[str, Any] = {**visual, "filenames": [example["filename"] for example in examples]}
+        unreadable = [example["unreadable"] for example in examples if "unreadable" in example]
+        if unreadable:
+            batch["unreadable"] = unreadable
         return self._training_rows(examples, batch) if self.train else self._prompts(examples, batch, masks)
 
     def _chance(self, example: dict[str, Any], purpose: str = "") -> random.Random:

@@ -1,22 +1,26 @@
-"""Check of a LEVIR-CC or LEVIR-MCI folder (`kcfi data check`): every problem, and what each split holds."""
+"""Check of a folder of pairs or of parquet shards (`kcfi data check`): every problem, and what each split holds."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from tqdm import tqdm
 
 from kcfi.training.levir_cc import (
     CLASS_NAMES,
     FOLDERS,
     CaptionedPair,
+    UnreadablePairError,
     class_ids,
     find_captions,
+    is_datasets_name,
     num_classes,
     read_all_captions,
     read_pair,
@@ -59,28 +63,33 @@ class SplitCounts:
             self.pixels += pixels
 
 
-def check_folder(root: str | Path) -> tuple[list[str], dict[str, SplitCounts]]:
-    """Read every file of a LEVIR-CC or LEVIR-MCI folder and find everything that is wrong.
+def check_folder(
+    root: str | Path, columns: Mapping[str, str] | None = None
+) -> tuple[list[str], dict[str, SplitCounts]]:
+    """Read every file of a LEVIR-CC or LEVIR-MCI folder, or of its shards, and find everything that is wrong.
 
     Args:
-        root: Folder in the layout of `levir_cc.py`; a split without the folder `label` has no masks.
+        root: Folder in the layout of `levir_cc.py`, where a split without the folder `label` has no masks; or a folder
+            of parquet shards.
+        columns: What shards call our columns, where the names differ.
 
     Returns:
-        One line per problem, naming the file, and the counts of each split of the captions file. A `changeflag` that
-        disagrees with the mask is counted and no problem: LEVIR-MCI has such pairs.
+        One line per problem, naming the file, and the counts of each split. A `changeflag` that disagrees with the
+        mask is counted and no problem: LEVIR-MCI has such pairs.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or no captions file in it.
-        ValueError: If the captions file is no such JSON.
+        FileNotFoundError: If there is no such folder, or neither a captions file nor a shard in it.
+        ValueError: If the captions file is no such JSON, or `columns` is given for a folder without shards.
     """
+    if Path(root).is_dir() and is_datasets_name(str(root)):
+        return check_shards(Path(root), columns or {})
     captions = find_captions(Path(root))
+    if columns:
+        raise ValueError(f"columns are for parquet shards; {root} has none")
     images = Path(root) / "images"
     pairs, problems = read_all_captions(captions)
     for pair in pairs:
-        if len(pair.captions) != CAPTIONS_PER_PAIR:
-            problems.append(
-                f"{captions}: {pair.filename} has {len(pair.captions)} captions; expected {CAPTIONS_PER_PAIR}"
-            )
+        problems += check_count(pair, str(captions))
     problems += misplaced(images, pairs, captions.name)
     counts: dict[str, SplitCounts] = defaultdict(SplitCounts)
     with ThreadPool() as pool:  # PIL decodes outside Python's lock
@@ -89,6 +98,54 @@ def check_folder(root: str | Path) -> tuple[list[str], dict[str, SplitCounts]]:
             problems += found
             counts[pair.split].add(pair, pixels)
     return problems, dict(counts)
+
+
+def check_shards(root: Path, columns: Mapping[str, str]) -> tuple[list[str], dict[str, SplitCounts]]:
+    """`check_folder` for a folder of parquet shards; only the rows that can be read are counted."""
+    from kcfi.training.shards import Shard, open_shard, split_files  # `datasets` takes a second to import
+
+    problems: list[str] = []
+    shards: list[tuple[str, Shard]] = []
+    for split, files in split_files(root).items():
+        for file in files:
+            try:
+                shards.append((split, open_shard(file, str(root), split, columns)))
+            except ValueError as error:
+                problems.append(str(error))
+
+    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+        for split, shard in shards:
+            try:
+                table = shard.read()
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            for number in range(len(table)):
+                yield split, table.slice(number, 1).to_pylist()[0]
+
+    counts: dict[str, SplitCounts] = defaultdict(SplitCounts)
+    seen: set[tuple[str, str]] = set()
+    total = sum(shard.num_rows for _, shard in shards)
+    for split, row in tqdm(rows(), "checking", total, unit="pair"):
+        name = f"{root}: {row['filename']}"
+        if (split, row["filename"]) in seen:
+            problems.append(f"{name} occurs more than once in split '{split}'")
+        seen.add((split, row["filename"]))
+        if row["changed"] not in (0, 1):
+            problems.append(f"{name}: changed is {row['changed']!r}; expected true or false, or 1 or 0")
+        pair = CaptionedPair(row["filename"], row["changed"] == 1, row["captions"] or [], split)
+        problems += check_count(pair, str(root))
+        found, pixels = check_row(row, name)
+        problems += found
+        counts[split].add(pair, pixels)
+    return problems, dict(counts)
+
+
+def check_count(pair: CaptionedPair, source: str) -> list[str]:
+    """A line if a pair has not `CAPTIONS_PER_PAIR` captions."""
+    count = len(pair.captions)
+    expected = CAPTIONS_PER_PAIR
+    return [] if count == expected else [f"{source}: {pair.filename} has {count} captions; expected {expected}"]
 
 
 def misplaced(images: Path, pairs: Sequence[CaptionedPair], captions: str) -> list[str]:
@@ -135,7 +192,28 @@ def check_pair(images: Path, pair: CaptionedPair) -> tuple[list[str], NDArray[np
         be read.
     """
     folders = {key: images / pair.split / name for key, name in FOLDERS.items()}
-    sources = {key: folder / pair.filename for key, folder in folders.items() if folder.is_dir()}
+    return check_images({key: folder / pair.filename for key, folder in folders.items() if folder.is_dir()})
+
+
+def check_row(row: Mapping[str, Any], name: str) -> tuple[list[str], NDArray[np.int64] | None]:
+    """`check_pair` for a row of a shard, whose problems stand under `name`."""
+    from kcfi.training.shards import open_cell
+
+    sources, problems = {}, []
+    for key in FOLDERS:
+        if key != "mask" or row.get(key) is not None:
+            try:
+                sources[key] = open_cell(row[key], f"{name} ({key})")
+            except UnreadablePairError as error:
+                problems.append(str(error))
+    found, pixels = check_images(sources)
+    return problems + found, pixels
+
+
+def check_images(
+    sources: Mapping[str, Path | Image.Image],
+) -> tuple[list[str], NDArray[np.int64] | None]:
+    """What `check_pair` returns, of the images of a pair as `read_pair` takes them."""
     found, errors = read_pair(sources)
     problems = [
         f"{error.filename}: {error.strerror}" if isinstance(error, FileNotFoundError) else str(error)
@@ -144,7 +222,8 @@ def check_pair(images: Path, pair: CaptionedPair) -> tuple[list[str], NDArray[np
     if "mask" not in found:
         return problems, None
     try:
-        ids = class_ids(found["mask"], "road_building", str(sources["mask"]))
+        mask = sources["mask"]
+        ids = class_ids(found["mask"], "road_building", str(getattr(mask, "filename", mask)))
     except ValueError as error:
         return [*problems, str(error)], None
     return problems, np.bincount(ids.ravel(), minlength=num_classes("road_building"))

@@ -25,10 +25,12 @@ from kcfi.pictures import contact_sheet, overlay
 from kcfi.processing import KCFIProcessor
 from kcfi.training.arguments import model_source
 from kcfi.training.collator import KCFICollator
-from kcfi.training.levir_cc import NO_LABEL, MaskClasses, load_pairs, num_classes
+from kcfi.training.levir_cc import NO_LABEL, MaskClasses, load_pairs, num_classes, warn_of_levir_cd
 from kcfi.training.material_library import attributions
 from kcfi.training.metrics import MaskScores, require_java, results
 from kcfi.training.synthetic import SyntheticDataset
+
+SAMPLES = 3  # pairs of each kind, changed and unchanged, that are shown at every evaluation of a training
 
 
 @dataclass
@@ -108,9 +110,13 @@ def predict(
 
 
 class Scores:
-    """Collects predictions, batch by batch, and scores them; the trainer and `evaluate_model` consume it."""
+    """Collects predictions, batch by batch, and scores them; the trainer and `evaluate_model` consume it.
+
+    `samples` are the first `SAMPLES` pairs that changed and as many that did not, each behind its position.
+    """
 
     def __init__(self, mask_classes: MaskClasses) -> None:
+        self.samples: list[tuple[int, PairPrediction]] = []
         self.captions: dict[str, str] = {}
         self.references: list[list[str]] = []
         self.changed: list[bool] = []
@@ -119,6 +125,8 @@ class Scores:
     def update(self, predictions: Iterable[PairPrediction]) -> None:
         """Count a batch."""
         for pair in predictions:
+            if sum(sample.changed == pair.changed for _, sample in self.samples) < SAMPLES:
+                self.samples.append((len(self.references), pair))
             self.captions[pair.filename] = pair.caption
             self.references.append(pair.references)
             self.changed.append(pair.changed)
@@ -218,6 +226,7 @@ def evaluate_model(
         with torch.no_grad():
             predictions += predict(network, processor, batch, encode(network, batch), max_new_tokens)
     scores.update(predictions)
+    warn_of_levir_cd(scores.captions)
 
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -274,19 +283,42 @@ def picture_sheet(pairs: Any, predictions: Sequence[PairPrediction], count: int 
         pairs: the data set.
         predictions: one per pair, in its order.
         count: pairs of each kind.
+    """
+    chosen = telling_pairs(predictions, count)
+    kinds = [f"{kind} ({pair_score(predictions[index]):.0f})" for kind, index in chosen]
+    return draw_pairs(pairs, [(index, predictions[index]) for _, index in chosen], kinds)
+
+
+def sample_sheet(pairs: Any, samples: Sequence[tuple[int, PairPrediction]]) -> Image.Image:
+    """Draw the samples of `Scores`: the same pairs at every evaluation.
+
+    Args:
+        pairs: the data set.
+        samples: position in it and prediction.
+    """
+    samples = sorted(samples, key=lambda sample: not sample[1].changed)
+    return draw_pairs(pairs, samples, ["changed" if pair.changed else "unchanged" for _, pair in samples])
+
+
+def draw_pairs(pairs: Any, chosen: Sequence[tuple[int, PairPrediction]], titles: Sequence[str]) -> Image.Image:
+    """Draw predictions.
+
+    Args:
+        pairs: the data set.
+        chosen: position in it and prediction.
+        titles: one for each, to stand before the file name.
 
     Returns:
         Rows of before, after, true mask, predicted mask, with the caption and a reference at their right.
     """
     rows, captions = [], []
-    for kind, index in telling_pairs(predictions, count):
-        example, pair = pairs[index], predictions[index]
+    for (index, pair), title in zip(chosen, titles, strict=True):
+        example = pairs[index]
         after = example["image_after"]
         masked = [
             Image.new("RGB", after.size) if mask is None else overlay(after, np.where(mask == NO_LABEL, 0, mask))
             for mask in (pair.true_mask, pair.mask)
         ]
         rows.append([example["image_before"], after, *masked])
-        title = f"{kind} ({pair_score(pair):.0f}): {pair.filename}"
-        captions.append(f"{title}\npredicted: {pair.caption}\ntrue: {pair.references[0]}")
+        captions.append(f"{title}: {pair.filename}\npredicted: {pair.caption}\ntrue: {pair.references[0]}")
     return contact_sheet(rows, captions, ["before", "after", "true mask", "predicted mask"])

@@ -24,6 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 import kcfi  # noqa: F401 (registers the Auto classes)
 from kcfi.training.levir_cc import check_new_folder, read_json
+from kcfi.training.lora import merge_lora
 from kcfi.training.model_card import LICENSE, RECIPE_FILE, card_of_run
 
 SETTINGS = ("config.json", "processor_config.json", "tokenizer_config.json")
@@ -31,6 +32,8 @@ SETTINGS = ("config.json", "processor_config.json", "tokenizer_config.json")
 
 def save(source: str | Path, output: Path, dtype: torch.dtype | str) -> None:
     """Load a model and its processor and save them, with the installed code, and nothing else of their folder.
+
+    An adapter is merged.
 
     Raises:
         ValueError: the weights are damaged.
@@ -40,7 +43,7 @@ def save(source: str | Path, output: Path, dtype: torch.dtype | str) -> None:
         model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
     except SafetensorError as error:
         raise ValueError(f"The weights in {source} cannot be read: {error}") from error
-    model.save_pretrained(output)
+    merge_lora(model).save_pretrained(output)
     AutoProcessor.from_pretrained(source).save_pretrained(output)
 
 

@@ -34,8 +34,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 from transformers.image_transforms import convert_to_rgb
+from transformers.utils import logging
 
 from kcfi.processing.image_processing_kcfi import eight_bit, open_image
+
+logger = logging.get_logger(__name__)
 
 MaskClasses = Literal["change", "building", "road_building"]
 
@@ -74,6 +77,10 @@ UNCHANGED_SENTENCES = (
 
 # Pairs that "synthetic" draws when nobody says how many; 500 is the size of the embedded model's test.
 SYNTHETIC_PAIRS = {"train": 5000, "val": 500, "test": 500}
+
+# What LEVIR-CD calls its scenes, and what the tiles of 256 px cut from them are called: test_2.png,
+# test_2_0000_0512.png. LEVIR-CC, LEVIR-MCI and drawn pairs have six digits.
+_LEVIR_CD_NAME = re.compile(r"(train|val|test)_\d{1,3}(_\d{4}_\d{4})?\.png")
 
 # Modes that become 8-bit RGB without clipping; 16-bit and float images would turn white.
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
@@ -204,6 +211,10 @@ def read_pair(
     return images, problems
 
 
+class UnreadablePairError(ValueError):
+    """An image of a pair cannot be read or does not fit the others; the message names its file."""
+
+
 @dataclass(frozen=True)
 class CaptionedPair:
     """What LevirCCcaptions.json says about one pair.
@@ -228,11 +239,11 @@ class CaptionedPair:
 
         Raises:
             FileNotFoundError: If a file is missing.
-            ValueError: If a file is no image, the mask is coloured, or the sizes differ.
+            UnreadablePairError: If a file is no image, the mask is coloured, or the sizes differ.
         """
         images, problems = read_pair(sources)
-        if problems:
-            raise problems[0]
+        for problem in problems:
+            raise problem if isinstance(problem, FileNotFoundError) else UnreadablePairError(str(problem)) from problem
         return {
             "image_before": images["image_before"],
             "image_after": images["image_after"],
@@ -357,6 +368,20 @@ def name_some(names: Iterable[str], limit: int = 5) -> str:
     ordered = sorted(names)
     rest = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return ", ".join(ordered[:limit]) + rest
+
+
+def warn_of_levir_cd(filenames: Iterable[str]) -> None:
+    """Warn where pairs to be scored are LEVIR-CD's by their file names.
+
+    What a model was trained on is not known here, so the warning says for which models it holds.
+    """
+    names = [name for name in filenames if _LEVIR_CD_NAME.fullmatch(Path(name).name)]
+    if names:
+        logger.warning(
+            f"{len(names)} pairs have file names of LEVIR-CD: {name_some(names)}. LEVIR-CC and LEVIR-MCI show the "
+            "same places under other names and in other splits: for a model trained on them this is no zero-shot "
+            "score."
+        )
 
 
 class LevirCCDataset(Dataset[dict[str, Any]]):

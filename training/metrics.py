@@ -8,7 +8,8 @@ for `evaluate.load`.
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -37,10 +38,14 @@ from kcfi.training.levir_cc import (
     read_json,
 )
 
-# "coco" is pycocoevalcap 1.2 as it stands, the protocol of the paper.
-Profile = Literal["coco"]
+# "coco" is pycocoevalcap 1.2 as it stands, the protocol of the paper and of systems built on language models.
+# "levir-ids" is that of RSICCFormer, Chg2Cap and their successors: the same scorers see numbers in place of words.
+Profile = Literal["coco", "levir-ids"]
 # One row of the table: a score, or None where there is nothing to score.
 Row = dict[str, float | None]
+
+RARE = 5  # "levir-ids": words seen fewer times in the training captions are all one unknown word
+UNKNOWN = "1"  # its number; behind it come start and end of a sentence, then the words
 
 CAPTION_SCORES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider_d", "s_m")
 
@@ -51,6 +56,7 @@ def caption_scores(
     changed: Sequence[bool],
     profile: Profile = "coco",
     meteor: bool = True,
+    training_captions: Iterable[str] = (),
 ) -> dict[str, Row]:
     """Score captions over all pairs, the changed ones and the unchanged ones, each row on its own pairs alone.
 
@@ -64,6 +70,7 @@ def caption_scores(
         profile: Protocol of tokens and scorers.
         meteor: False leaves METEOR and S_m* out (None) and needs no Java: a regular expression then stands in for the
             PTB tokenizer.
+        training_captions: What "levir-ids" takes its vocabulary from; no other profile reads them.
 
     Returns:
         Rows "all", "changed", "unchanged"; each maps `CAPTION_SCORES` to a score x 100. S_m* is the mean of BLEU-4,
@@ -71,9 +78,12 @@ def caption_scores(
 
     Raises:
         FileNotFoundError: If `meteor` is true and there is no Java.
-        ValueError: If the lengths differ, a pair has no reference or one without a word, or the profile is unknown.
+        ValueError: If the lengths differ, a pair has no reference or one without a word, the profile is unknown, or
+            "levir-ids" has no training captions.
         OSError: If a Java process fails.
     """
+    if meteor:
+        require_java()
     if profile not in get_args(Profile):
         raise ValueError(f"profile '{profile}' is unknown; expected one of {', '.join(get_args(Profile))}")
     if not len(predictions) == len(references) == len(changed):
@@ -83,7 +93,11 @@ def caption_scores(
         )
     # One call for every distinct sentence: starting Java once per row would cost more than tokenizing.
     distinct = list(dict.fromkeys([*predictions, *chain.from_iterable(references)]))
-    tokens = dict(zip(distinct, _ptb_tokens(distinct) if meteor else map(_plain_tokens, distinct), strict=True))
+    if profile == "levir-ids":
+        forms: Iterable[str] = _id_tokens(distinct, training_captions)
+    else:
+        forms = _ptb_tokens(distinct) if meteor else map(_plain_tokens, distinct)
+    tokens = dict(zip(distinct, forms, strict=True))
     for index, sentences in enumerate(references):
         if not sentences or not all(tokens[sentence] for sentence in sentences):
             raise ValueError(f"pair {index} has no reference caption, or one without a word: {list(sentences)}")
@@ -174,6 +188,23 @@ def _plain_tokens(sentence: str) -> str:
     stands alone. Contractions ("don't"), brackets and decimal numbers come out differently.
     """
     return " ".join(re.findall(r"'s\b|\w+(?:[-/]\w+)*|[^\w\s.?!,:;'\"`-]", sentence.lower()))
+
+
+def _id_tokens(sentences: Iterable[str], training_captions: Iterable[str]) -> list[str]:
+    """Tokenize for "levir-ids": words between spaces, without full stops and question marks, as their numbers.
+
+    Words are numbered in alphabetical order behind the four special ones, as the code of Chg2Cap does. Case counts.
+    """
+
+    def words(sentence: str) -> list[str]:
+        return re.sub("[.?]", "", re.sub("([;,])", r" \1", sentence)).split()
+
+    counts = Counter(chain.from_iterable(map(words, training_captions)))
+    if not counts:
+        raise ValueError("profile 'levir-ids' needs the training captions: its numbers stand for their words")
+    known = sorted(word for word, count in counts.items() if count >= RARE)
+    ids = {word: str(number) for number, word in enumerate(known, start=4)}
+    return [" ".join(ids.get(word, UNKNOWN) for word in words(sentence)) for sentence in sentences]
 
 
 def _meteor(rows: Sequence[_Tokenized]) -> list[float]:
@@ -316,6 +347,7 @@ def results(
     split: str,
     profile: Profile = "coco",
     meteor: bool = True,
+    training_captions: Iterable[str] = (),
     mask: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Score one split in the schema of results.json, which `kcfi evaluate` and `kcfi score` share.
@@ -329,6 +361,7 @@ def results(
         split: Split of the data set.
         profile: Protocol of the caption scores.
         meteor: As in `caption_scores`.
+        training_captions: As in `caption_scores`.
         mask: What `MaskScores.compute` returned; None leaves the key "mask" out.
 
     Returns:
@@ -337,7 +370,7 @@ def results(
 
     Raises:
         FileNotFoundError: If `meteor` is true and there is no Java.
-        ValueError: If there is no pair, the lengths differ, or a pair has no reference.
+        ValueError: If there is no pair, or `caption_scores` refuses something.
         OSError: If a Java process fails.
     """
     num_changed = sum(map(bool, changed))
@@ -347,7 +380,7 @@ def results(
         "split": split,
         "profile": profile,
         "pairs": {"all": len(changed), "changed": num_changed, "unchanged": len(changed) - num_changed},
-        "captions": caption_scores(predictions, references, changed, profile, meteor),
+        "captions": caption_scores(predictions, references, changed, profile, meteor, training_captions),
         "change_accuracy": change_accuracy(predictions, changed),
     }
     return scores if mask is None else {**scores, "mask": mask}
@@ -362,7 +395,7 @@ def score_file(
         predictions: JSON file `{filename: caption}`, plain or gzipped, with every pair of the split exactly once.
         references: LevirCCcaptions.json, plain or gzipped.
         split: Split to score.
-        profile: Protocol of the caption scores.
+        profile: Protocol of the caption scores; "levir-ids" numbers the words of the references' split "train".
         meteor: As in `caption_scores`.
 
     Returns:
@@ -396,13 +429,25 @@ def score_file(
         split=split,
         profile=profile,
         meteor=meteor,
+        training_captions=_training_captions(references) if profile == "levir-ids" else (),
     )
+
+
+def _training_captions(references: Path) -> list[str]:
+    """Every sentence of the split "train" of a captions file."""
+    return [caption for pair in read_captions(references, "train") for caption in pair.captions]
 
 
 class KCFIMetric(evaluate.Metric):
     """Caption scores and change accuracy as a metric of `evaluate`; `compute` takes what `caption_scores` takes.
 
-    Use it directly, or load this file: `evaluate.load("training/metrics.py")` from a checkout, no network needed.
+    Use it directly, or load this file, no network needed (`kcfi` must be installed, because the file imports it):
+
+    ```python
+    metric = evaluate.load(kcfi.training.metrics.__file__)
+    metric.add_batch(predictions=captions, references=references, changed=changed)
+    metric.compute(profile="coco")["captions"]["changed"]["bleu_4"]
+    ```
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -426,8 +471,9 @@ class KCFIMetric(evaluate.Metric):
         changed: list[bool],
         profile: Profile = "coco",
         meteor: bool = True,
+        training_captions: Iterable[str] = (),
     ) -> dict[str, Any]:
         return {
-            "captions": caption_scores(predictions, references, changed, profile, meteor),
+            "captions": caption_scores(predictions, references, changed, profile, meteor, training_captions),
             "change_accuracy": change_accuracy(predictions, changed),
         }

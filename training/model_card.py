@@ -325,6 +325,9 @@ def _architecture(config: KCFIConfig, settings: dict[str, Any]) -> str:
             return ""
         source = settings.get("model") or settings.get(origin)
         trained = "trained" if settings[f"train_{tower}"] else "kept frozen"
+        if tower == "language_model" and settings.get("lora"):
+            adapters = ", ".join(f"{name}: {value}" for name, value in settings["lora"].items())
+            trained += f" but for LoRA adapters (`{adapters}`)"
         return f"; {trained}, " + (f"from `{source}`" if source else "from random weights")
 
     tower, layers = config.tower, ", ".join(map(str, config.vision_feature_layers or []))

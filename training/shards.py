@@ -35,7 +35,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from kcfi.training.arguments import check_names
-from kcfi.training.levir_cc import CaptionedPair, LevirCCDataset, check_new_folder, find_captions, read_all_captions
+from kcfi.training.levir_cc import (
+    CaptionedPair,
+    LevirCCDataset,
+    UnreadablePairError,
+    check_new_folder,
+    find_captions,
+    read_all_captions,
+)
 
 # Columns of a shard. Hub data sets need the same, under any names (see `ShardDataset`), but for `mask` and `split`.
 FEATURES = datasets.Features(
@@ -136,12 +143,18 @@ def shard_files(folder: Path, split: str) -> list[str]:
     Raises:
         ValueError: If there is none; the message lists the splits that there are.
     """
-    files: dict[str, list[str]] = defaultdict(list)
-    for path in sorted(folder.rglob("*.parquet")):
-        files[re.split("[-.]", path.name)[0]].append(str(path))
+    files = split_files(folder)
     if split not in files:
         raise ValueError(f"{folder}: no parquet files of split '{split}'; splits in the folder: {', '.join(files)}")
     return files[split]
+
+
+def split_files(folder: Path) -> dict[str, list[str]]:
+    """The parquet files of a folder by their splits, see `shard_files`."""
+    files: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(folder.rglob("*.parquet")):
+        files[re.split("[-.]", path.name)[0]].append(str(path))
+    return dict(files)
 
 
 def hub_files(dataset: str, split: str) -> list[str]:
@@ -235,19 +248,23 @@ def row_example(row: Mapping[str, Any], dataset: str, split: str) -> dict[str, A
         raise ValueError(f"{name}: changed is {row['changed']!r}; expected true or false, or 1 or 0")
     pair = CaptionedPair(row["filename"], bool(row["changed"]), row["captions"] or [], split)
     sources = {
-        key: _open(row[key], f"{name} ({key})") for key in _IMAGES if key != "mask" or row.get("mask") is not None
+        key: open_cell(row[key], f"{name} ({key})") for key in _IMAGES if key != "mask" or row.get("mask") is not None
     }
     return pair.example(sources)
 
 
-def _open(cell: dict[str, Any] | None, name: str) -> Image.Image:
-    """Open an undecoded image under a name that errors show."""
+def open_cell(cell: dict[str, Any] | None, name: str) -> Image.Image:
+    """Open an undecoded image under a name that errors show.
+
+    Raises:
+        UnreadablePairError: If there is none, or it is no image.
+    """
     if cell is None:
-        raise ValueError(f"{name}: no image")
+        raise UnreadablePairError(f"{name}: no image")
     try:
         image = Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: cannot be read as an image ({error}).") from error
+        raise UnreadablePairError(f"{name}: cannot be read as an image ({error}).") from error
     image.filename = name
     return image
 

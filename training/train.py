@@ -41,6 +41,7 @@ from kcfi.training.arguments import (
     Recipe,
     as_dict,
     check_names,
+    field_defaults,
     field_help,
     model_source,
     parse_recipe,
@@ -48,8 +49,10 @@ from kcfi.training.arguments import (
 from kcfi.training.collator import KCFICollator
 from kcfi.training.evaluate import check_classes
 from kcfi.training.levir_cc import load_pairs
+from kcfi.training.lora import add_lora, merge_lora
 from kcfi.training.material_library import attributions
 from kcfi.training.trainer import KCFITrainer
+from kcfi.training.zero import whole_weights
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "kcfi train",
         usage="kcfi train RECIPE [--field value ...] [--resume]",
-        description=__doc__,
+        description=__doc__.replace("```\n", ""),  # fences are for readers of the code
         epilog=field_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -101,8 +104,11 @@ def train(recipe: Recipe, resume: bool = False) -> KCFITrainer:
         eval_pairs = load_pairs(data.dataset, data.eval_split, data.num_eval_pairs, **source)
 
     set_seed(args.seed)
-    model, processor = build_model(recipe.model)
+    with whole_weights(args):
+        model, processor = build_model(recipe.model)
     check_classes(model, data.mask_classes)
+    if recipe.model.lora:
+        add_lora(model, as_dict(recipe.model.lora), args)
     trainer = KCFITrainer(
         model,
         args,
@@ -122,17 +128,19 @@ def train(recipe: Recipe, resume: bool = False) -> KCFITrainer:
 def build_model(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCFIProcessor]:
     """The model and its processor, in fp32: a finished one to continue from, or a new one of two towers.
 
+    An adapter of a finished model is merged.
+
     Raises:
         ValueError: neither or both are given, an unknown setting, or no such folder.
     """
-    new = {name: value for name, value in vars(args).items() if name != "model" and value}
+    new = {name: value for name, value in vars(args).items() if name not in ("model", "lora") and value}
     if args.model is None:
         return join_towers(args)
     if new:
         raise ValueError(f"`model` is a finished model: leave out {', '.join(new)}.")
     source = model_source(args.model)
     model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
-    return model, AutoProcessor.from_pretrained(source)
+    return merge_lora(model), AutoProcessor.from_pretrained(source)
 
 
 def join_towers(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCFIProcessor]:
@@ -203,18 +211,19 @@ def is_complete(folder: Path) -> bool:
 def check_same_recipe(recipe: Recipe, output_dir: Path) -> None:
     """Refuse to resume a run with other settings than it began with: its recipe.yaml would no longer tell the truth.
 
-    The folder itself may have moved.
+    The folder itself may have moved, and a field that recipe.yaml does not know had its default.
 
     Raises:
         ValueError: names each setting that differs, with both values.
     """
     file = output_dir / "recipe.yaml"
-    began = yaml.safe_load(file.read_text(encoding="utf-8"))
-    now = yaml.safe_load(yaml.safe_dump(recipe.values))
+    saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+    began = {**field_defaults(), **saved}
+    now = {**field_defaults(), **yaml.safe_load(yaml.safe_dump(recipe.values))}
     changed = [
-        f"{name}: {began.get(name, 'not set')} -> {now.get(name, 'not set')}"
-        for name in dict.fromkeys([*began, *now])
-        if began.get(name) != now.get(name) and name != "output_dir"
+        f"{name}: {began[name]} -> {now.get(name)}"
+        for name in dict.fromkeys([*saved, *now])
+        if began[name] != now.get(name) and name != "output_dir"
     ]
     if changed:
         raise ValueError(

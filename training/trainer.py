@@ -3,19 +3,22 @@
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled, is_tensorboard_available
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
@@ -25,11 +28,15 @@ from kcfi.processing import KCFIProcessor
 from kcfi.training.arguments import KCFITrainingArguments
 from kcfi.training.collator import IGNORED, KCFICollator, check_packing, packed_attention_mask
 from kcfi.training.dwa import TASKS, DynamicWeightAverage
-from kcfi.training.evaluate import Scores, encode, predict
+from kcfi.training.evaluate import Scores, encode, predict, sample_sheet
+from kcfi.training.feature_cache import FeatureCache
 from kcfi.training.levir_cc import NO_LABEL
+from kcfi.training.lora import save_start
 from kcfi.training.model_card import LICENSE, card_of_run
 from kcfi.training.order import EpochSampler
+from kcfi.training.readable_pairs import ReadablePairs
 from kcfi.training.shards import ShardDataset
+from kcfi.training.zero import gathered
 
 logger = logging.get_logger(__name__)
 
@@ -39,13 +46,15 @@ STATE_FILE = "kcfi_state.json"  # in a checkpoint: dynamic weight average, pairs
 def freeze(model: KCFIForConditionalGeneration, args: KCFITrainingArguments) -> list[nn.Module]:
     """Switch gradients off where `args` say so; after loading, since loading switches them on.
 
+    A language model with adapters stays in training mode: all but them is frozen already, and they may have dropout.
+
     Returns:
         What must run in evaluation mode: frozen modules that have dropout, and batch norms, whose statistics would
         depend on how an optimizer step is cut into micro-batches and ranks (a tower brings its own). All else stays in
         training mode, because transformers checkpoints activations only there.
     """
     frozen = []
-    if not args.train_language_model:
+    if not args.train_language_model and not model._hf_peft_config_loaded:
         frozen += [model.model.language_model, model.lm_head]
     if not args.train_vision_tower:
         frozen.append(model.model.vision_tower)
@@ -86,7 +95,9 @@ def parameter_groups(
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = name in decayed and parameter.squeeze().ndim > 1  # batch norms and layer scales have other names
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 may have split it
+            wide = sum(size > 1 for size in shape) > 1  # unlike batch norms and layer scales, which have other names
+            decays = name in decayed and wide
             groups.setdefault((owner.get(id(parameter), ""), decays), []).append(parameter)
 
     placed = [id(parameter) for parameters in groups.values() for parameter in parameters]
@@ -135,6 +146,44 @@ def evaluation_losses(model: KCFIForConditionalGeneration, batch: dict[str, Any]
     return torch.stack([column.float() for column in columns], dim=1)
 
 
+def trackers(report_to: Sequence[str]) -> list[str]:
+    """The trackers of `report_to`; TensorBoard, being the default, is left out where it is not installed."""
+    names = [name for name in report_to if name != "none"]
+    if "tensorboard" in names and not is_tensorboard_available():
+        names.remove("tensorboard")
+        logger.warning('TensorBoard is not installed: no curves are written (`pip install "kcfi[tensorboard]"`).')
+    return names
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """Most memory that this process has held so far, in MiB: of the GPU, else main memory (None on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        return None
+    import resource  # not there on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def check_cacheable(args: KCFITrainingArguments, collator: KCFICollator) -> None:
+    """Refuse a feature cache whose entries would be wrong, or never be read again.
+
+    Raises:
+        ValueError: names the setting in its way.
+    """
+    reason = ""
+    if args.train_vision_tower:
+        reason = "the vision tower changes in training: add train_vision_tower: false"
+    elif collator.augment:
+        reason = "augment gives an image other pixels at every visit: leave it out"
+    elif is_deepspeed_zero3_enabled():
+        reason = "ZeRO-3 splits the tower's weights, by which entries are named: take zero2"
+    if reason:
+        raise ValueError(f"feature_cache: {reason}; or leave out feature_cache.")
+
+
 class KCFITrainer(Trainer):
     """Trains a KCFI model on captions and masks.
 
@@ -143,7 +192,8 @@ class KCFITrainer(Trainer):
       not depend on how a step is cut into micro-batches and ranks.
     - **Weights** of the two: dynamic weight averaging, or 1 and 1 (`args.dwa`).
     - **Evaluation** generates captions and masks and scores them (`eval_s_m`, `eval_mask_f1`, ...); `eval_loss` is the
-      sum of the two losses on the first caption of every pair.
+      sum of the two losses on the first caption of every pair. A few pairs are drawn each time, into
+      `samples/step-N.png` and for TensorBoard.
     - **Resume**: order of pairs (`order.py`), instructions, captions and augmentation drawn are functions of (seed,
       epoch); the dynamic weight average is part of the checkpoint. On another number of ranks it is refused.
 
@@ -177,7 +227,7 @@ class KCFITrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process (DataParallel) would average the losses wrongly: start one process "
-                f"per GPU, `torchrun --nproc_per_node {args.n_gpu} -m kcfi.training.train ...`, or choose one GPU by "
+                f"per GPU, `torchrun --nproc_per_node {args.n_gpu} -m kcfi.cli train ...`, or choose one GPU by "
                 "CUDA_VISIBLE_DEVICES=0."
             )
         self.meteor = shutil.which("java") is not None
@@ -189,12 +239,19 @@ class KCFITrainer(Trainer):
             )
         if args.eval_strategy != "no" and not self.meteor:
             logger.warning("Java is not on the PATH: evaluation leaves out METEOR and S_m*.")
-        if data_collator.captions_per_pair > 1 and not is_deepspeed_zero3_enabled():  # ZeRO-3: no weights here yet
+        if data_collator.captions_per_pair > 1:
             prompt = len(data_collator.processor.encode_prompt())
             captions = data_collator.captions_per_pair * args.generation_max_new_tokens
-            check_packing(model.model.language_model.eval(), prompt + captions)
+            with gathered(model.model.language_model):
+                check_packing(model.model.language_model.eval(), prompt + captions)
         self.evaluated = freeze(model, args)
+        if args.feature_cache:
+            check_cacheable(args, data_collator)
+            model.model.get_stage_features = FeatureCache(model.model, args.feature_cache)  # type: ignore[method-assign]
+        args.report_to = trackers(args.report_to)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        if args.max_unreadable:
+            self.train_dataset = ReadablePairs(self.train_dataset)
         self.evaluation_collator = data_collator.for_evaluation()
         self.dwa = None
         if args.dwa != "none":
@@ -202,10 +259,11 @@ class KCFITrainer(Trainer):
             self.dwa = DynamicWeightAverage(args.dwa_temperature, window)
         self.pairs_seen = 0
         self.captions_seen = 0
+        self.unreadable = 0  # pairs of this epoch
         self._weights = dict.fromkeys(TASKS, 1.0)
         self._step_losses = dict.fromkeys(TASKS, 0.0)
         self._logged: dict[str, list[float]] = {task: [] for task in TASKS}
-        self._log_started, self._log_pairs = time.perf_counter(), 0
+        self._log_started, self._log_pairs, self._log_captions = time.perf_counter(), 0, 0
         self.add_callback(_EpochCallback(self))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(KCFIProgressCallback)
@@ -214,6 +272,8 @@ class KCFITrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         pairs: Any = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(pairs, ReadablePairs):
+            pairs = pairs.pairs
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if isinstance(pairs, ShardDataset):
             lanes = self.args.world_size * max(1, self.args.dataloader_num_workers)
@@ -255,19 +315,34 @@ class KCFITrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor]:
-        """Fetch the micro-batches of an optimizer step and count, over all ranks, what their losses are divided by."""
+        """Fetch the micro-batches of an optimizer step and count, over all ranks, what their losses are divided by.
+
+        Raises:
+            ValueError: more pairs of this epoch than `max_unreadable` could not be read.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.zeros(4, dtype=torch.int64, device=device)
+        counts = torch.zeros(5, dtype=torch.int64, device=device)
         for batch in batches:
+            unreadable = batch.pop("unreadable", [])
+            for error in unreadable:
+                logger.warning(f"{error} Another pair stands in for it.")
             masks = batch.get("mask_labels") if self.model.config.use_change_detection_head else None
             pixels = 0 if masks is None else (masks != NO_LABEL).sum().item()
             tokens = (batch["labels"] != IGNORED).sum().item()
             captions = batch["segment_ids"].amax(dim=1).sum().item()
-            counts += torch.tensor([tokens, pixels, len(batch["filenames"]), captions], device=device)
-        tokens, self.labelled_pixels, pairs, captions = self.accelerator.reduce(counts, "sum").tolist()
+            counts += torch.tensor([tokens, pixels, len(batch["filenames"]), captions, len(unreadable)], device=device)
+        tokens, self.labelled_pixels, pairs, captions, broken = self.accelerator.reduce(counts, "sum").tolist()
+        self.unreadable += broken
+        if self.unreadable > self.args.max_unreadable * len(self.train_dataset):
+            raise ValueError(
+                f"{self.unreadable} of {len(self.train_dataset)} training pairs could not be read in this epoch "
+                f"(named above), more than max_unreadable={self.args.max_unreadable} allows. Run `kcfi data "
+                "check` on the data set."
+            )
         self.pairs_seen += pairs
         self.captions_seen += captions
         self._log_pairs += pairs
+        self._log_captions += captions
         return batches, torch.tensor(tokens, device=device)
 
     def compute_loss(
@@ -302,6 +377,8 @@ class KCFITrainer(Trainer):
             share = (inputs["mask_labels"] != NO_LABEL).sum() / max(self.labelled_pixels, 1)
             losses["mask"] = outputs.mask_loss * share
         total = sum(self._weights[task] * loss for task, loss in losses.items())
+        if self.is_deepspeed_enabled and "mask" not in losses and outputs.mask_logits is not None:
+            total = total + 0 * outputs.mask_logits.sum()  # ZeRO adds up buckets: all ranks need the same gradients
         if not torch.isfinite(total):
             values = ", ".join(f"{task} loss {loss.item()}" for task, loss in losses.items())
             raise FloatingPointError(
@@ -326,12 +403,11 @@ class KCFITrainer(Trainer):
         """Trainer's.
 
         Raises:
-            FloatingPointError: the gradient is not finite. Not in fp16, whose scaler skips such steps, and not under
-                DeepSpeed, which has stepped already.
+            FloatingPointError: the gradient is not finite (under DeepSpeed, which steps before this, it has skipped
+                the step). Not in fp16, whose scaler skips such steps and goes on.
         """
         norm = super()._get_grad_norm(model, grad_norm)
-        looked_after = self.accelerator.scaler is not None or self.is_deepspeed_enabled
-        if norm is not None and not looked_after and not math.isfinite(norm):
+        if norm is not None and self.accelerator.mixed_precision != "fp16" and not math.isfinite(norm):
             raise FloatingPointError(
                 f"Optimizer step {self.state.global_step + 1}: the losses are finite, but the norm of their gradient "
                 f"is {float(norm)}. Training stopped before the weights changed; a lower learning rate may help."
@@ -359,7 +435,7 @@ class KCFITrainer(Trainer):
     # Log
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add to a line of training: both losses and weights, the learning rates, pairs and captions, pairs/s."""
+        """Add to a line of training: both losses and weights, learning rates, counts, speed, peak memory in MiB."""
         if "loss" in logs:
             for task, losses in self._logged.items():
                 if losses:
@@ -368,8 +444,13 @@ class KCFITrainer(Trainer):
                 losses.clear()
             logs |= self._step_rates
             logs |= {"pairs": self.pairs_seen, "captions": self.captions_seen}
-            logs["pairs_per_second"] = self._log_pairs / (time.perf_counter() - self._log_started)
-            self._log_started, self._log_pairs = time.perf_counter(), 0
+            seconds = time.perf_counter() - self._log_started
+            logs["pairs_per_second"] = self._log_pairs / seconds
+            logs["captions_per_second"] = self._log_captions / seconds
+            memory = peak_memory(self.args.device)
+            if memory is not None:
+                logs["peak_memory_mib"] = memory
+            self._log_started, self._log_pairs, self._log_captions = time.perf_counter(), 0, 0
         super().log(logs, start_time)
 
     # Evaluation
@@ -418,12 +499,24 @@ class KCFITrainer(Trainer):
         if pixels:
             metrics["mask_loss"] = mask_sum / pixels
         metrics["loss"] = metrics["caption_loss"] + metrics.get("mask_loss", 0.0)
+        if metric_key_prefix == "eval" and self.is_world_process_zero():
+            self._show(sample_sheet(dataloader.dataset, scores.samples))
         return EvalLoopOutput(
             predictions=cast(Any, scores.captions),
             label_ids=None,
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
             num_samples=len(scores.captions),
         )
+
+    def _show(self, samples: Image.Image) -> None:
+        """Write a picture of sample captions and masks into the folder of the run, and hand it to TensorBoard."""
+        file = Path(str(self.args.output_dir)) / "samples" / f"step-{self.state.global_step}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        samples.save(file)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                pixels = np.asarray(samples)
+                callback.tb_writer.add_image("eval/samples", pixels, self.state.global_step, dataformats="HWC")
 
     # Hub
 
@@ -445,6 +538,11 @@ class KCFITrainer(Trainer):
             (folder / "README.md").write_text(card, encoding="utf-8")
 
     # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.model._hf_peft_config_loaded and self.args.should_save:
+            save_start(self.model, output_dir or str(self.args.output_dir), state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._saves_whole_weights():
@@ -468,6 +566,10 @@ class KCFITrainer(Trainer):
         """
         loaded = type(self.model).from_pretrained(folder, dtype="auto")
         self.model.load_state_dict(loaded.state_dict())
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the file that comes next says that the checkpoint is complete
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -514,6 +616,7 @@ class _EpochCallback(TrainerCallback):
         epoch = int(state.epoch or 0)
         self.trainer.sampler.epoch = epoch
         self.trainer.data_collator.set_epoch(epoch)
+        self.trainer.unreadable = 0
 
 
 class KCFIProgressCallback(ProgressCallback):

@@ -1,6 +1,9 @@
 """A tiny model, its processor and a handful of pairs, all made here: nothing is downloaded."""
 
 import json
+import os
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,9 @@ VISION = {
     "image_size": 32,
     "patch_size": 8,
 }
+
+
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
 
 class Pairs(Dataset):
@@ -76,6 +82,13 @@ def vision() -> dict[str, int | str]:
 @pytest.fixture(scope="session")
 def make_pairs() -> type[Pairs]:
     return Pairs
+
+
+@pytest.fixture(scope="session")
+def launched() -> dict[str, str]:
+    """Environment variables of processes that torchrun starts; taken before a test hides Java."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # DeepSpeed calls ninja
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from kcfi.training.arguments import as_dict, packaged_recipes, parse_recipe
+from kcfi.training.arguments import as_dict, model_source, packaged_recipes, parse_recipe
 
 
 @pytest.fixture
@@ -125,6 +125,40 @@ def test_bad_bases_are_refused(write):
     with pytest.raises(ValueError, match=r"empty\.yaml: seed has no value"):
         write("empty.yaml", "seed:\n")
         parse_recipe(write("four.yaml", "base: empty.yaml\n"))
+
+
+def test_null_switches_off_what_a_base_has_set(write):
+    options = "use_cpu: true\noutput_dir: run\n"
+    write("base.yaml", f"{options}materials: library\nmodel_settings:\n  flow_residual: self\nsave_total_limit: 5\n")
+    row = write("row.yaml", "base: base.yaml\nmaterials: null\nmodel_settings: null\nsave_total_limit: null\n")
+    parsed = parse_recipe(row)
+    assert (parsed.data.materials, parsed.model.model_settings) == (None, {})
+    assert parsed.training.save_total_limit is None  # not the default, 2
+    assert "materials" not in parsed.values and parsed.values["save_total_limit"] is None
+    again = parse_recipe(write("again.yaml", yaml.safe_dump(parsed.values)))
+    assert again.training.save_total_limit is None and again.values == parsed.values
+    off = parse_recipe(write("more.yaml", f"{options}materials: library\n"), ["--materials", "null"])
+    assert off.data.materials is None
+
+
+def test_null_is_refused_where_there_must_be_a_value(recipe):
+    with pytest.raises(ValueError, match="invalid float value: 'null'"):
+        parse_recipe(recipe, ["--learning_rate", "null"])
+
+
+def test_a_missing_folder_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "clip").mkdir(parents=True)
+    assert model_source("runs/clip") == "runs/clip"
+    assert model_source("openai/clip-vit-large-patch14") == "openai/clip-vit-large-patch14"
+    with pytest.raises(ValueError, match="No model runs/paper: the folder runs is here and holds no folder paper"):
+        model_source("runs/paper")
+
+
+@pytest.mark.parametrize("share", ["-0.1", "1"])
+def test_a_share_of_unreadable_pairs_is_at_least_0_and_below_1(recipe, share):
+    with pytest.raises(ValueError, match=r"max_unreadable=.* must be at least 0 and below 1"):
+        parse_recipe(recipe, [f"--max_unreadable={share}"])
 
 
 def test_an_unknown_recipe_lists_the_packaged_ones():

@@ -1,11 +1,13 @@
 import gzip
 import json
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
 from kcfi.training.data_check import check_folder, counts_table
+from kcfi.training.shards import FEATURES, write_shards
 
 
 def edit_captions(root, edit):
@@ -100,6 +102,68 @@ def test_a_split_without_a_folder_is_one_problem_per_date(root):
         f"{root}/images/val/{name}: no such folder; expected the images of split 'val'" for name in ("A", "B")
     ]
     assert counts["val"].pairs == 1
+
+
+@pytest.fixture
+def shards(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write_shards(root, tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+def test_shards_are_counted_like_their_folder(root, shards):
+    expected, found = check_folder(root), check_folder(shards)
+    assert found[0] == expected[0] == [] and counts_table(found[1]) == counts_table(expected[1])
+
+
+def test_every_problem_of_shards_is_named(root, shards):
+    images = {key: (root / "images/val" / key / "c.png").read_bytes() for key in ("A", "B", "label")}
+    Image.fromarray(np.full((6, 8), 7, np.uint8)).save(root / "unknown.png")
+    row = {
+        "image_before": images["A"],
+        "image_after": images["B"],
+        "mask": None,
+        "captions": ["a"] * 5,
+        "changed": True,
+        "filename": "c.png",
+        "split": "test",
+    }
+    more = [
+        {"mask": (root / "unknown.png").read_bytes()},
+        {"filename": "d.png", "image_after": images["B"][:50], "captions": ["a"] * 4},
+        {"filename": "e.png", "image_after": None, "mask": images["label"]},
+    ]
+    rows = datasets.Dataset.from_list([row, *({**row, **change} for change in more)], features=FEATURES)
+    rows.to_parquet(shards / "test.parquet")
+    (shards / "val-damaged.parquet").write_bytes(b"PAR1")
+    problems, counts = check_folder(shards)
+    expected = [
+        f"{shards}, split 'val': {shards}/val-damaged.parquet is not readable as parquet",
+        f"{shards}: c.png occurs more than once in split 'test'",
+        f"{shards}: c.png (mask): mask value 7 is unknown",
+        f"{shards}: d.png has 4 captions; expected 5",
+        f"{shards}: d.png (image_after): cannot be read as an image",
+        f"{shards}: e.png (image_after): no image",
+    ]
+    assert len(problems) == len(expected)
+    for problem, start in zip(problems, expected, strict=True):
+        assert problem.startswith(start)
+    assert (counts["test"].pairs, counts["test"].masks, counts["train"].pairs) == (4, 1, 2)
+
+
+def test_shards_with_other_column_names_are_checked_by_them(shards):
+    file = next((shards / "data").glob("val-*"))
+    datasets.Dataset.from_parquet(str(file)).rename_column("image_before", "A").to_parquet(shards / "test.parquet")
+    for path in (shards / "data").iterdir():
+        path.unlink()
+    [problem] = check_folder(shards)[0]
+    assert "its columns are " in problem and "Say which in `columns`" in problem
+    assert check_folder(shards, {"image_before": "A"})[0] == []
+
+
+def test_columns_of_a_folder_without_shards_are_refused(root):
+    with pytest.raises(ValueError, match="columns are for parquet shards"):
+        check_folder(root, {"image_before": "A"})
 
 
 def test_a_folder_that_is_no_data_set_is_refused(tmp_path):

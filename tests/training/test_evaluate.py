@@ -14,6 +14,7 @@ from kcfi.training.evaluate import (
     pair_score,
     picture_sheet,
     predict,
+    sample_sheet,
     telling_pairs,
 )
 
@@ -110,6 +111,20 @@ def test_the_sheet_shows_the_best_the_median_and_the_worst_of_both_kinds(make_pa
     assert sheets[1].height > 1.8 * sheets[0].height  # a row per pair
 
 
+def test_the_first_pairs_of_both_kinds_are_samples_and_drawn_changed_ones_first(make_pairs):
+    scores = Scores("change")
+    kinds = [False] * 5 + [True, False, True]
+    for batch in (range(3), range(3, 8)):
+        scores.update([prediction("", None, None, kinds[index], str(index)) for index in batch])
+    assert [index for index, _ in scores.samples] == [0, 1, 2, 5, 7]
+    assert all(pair.filename == str(index) for index, pair in scores.samples)
+    sheet, first = (
+        np.asarray(sample_sheet(make_pairs(8), samples)) for samples in (scores.samples, scores.samples[3:])
+    )
+    below = 22 + 2 * (256 + 6)  # titles, two rows
+    assert np.array_equal(sheet[:below], first[:below]) and len(sheet) == below + 3 * (256 + 6) + 6
+
+
 def test_results_predictions_and_pictures_are_written(saved, tmp_path):
     output = tmp_path / "out" / "results.json"
     report = evaluate_model(
@@ -122,6 +137,15 @@ def test_results_predictions_and_pictures_are_written(saved, tmp_path):
     assert len(json.loads((output.parent / "predictions.json").read_text())) == 4
     with Image.open(output.parent / "pairs.png") as sheet:
         assert sheet.width > 1000
+
+
+def test_pairs_of_levir_cd_are_warned_of_by_name(saved, root, tmp_path, caplog):
+    captions = root / "LevirCCcaptions.json"
+    captions.write_text(captions.read_text().replace("c.png", "test_2_0000_0512.png"))
+    for folder in (root / "images" / "val").iterdir():
+        (folder / "c.png").rename(folder / "test_2_0000_0512.png")
+    evaluate_model(saved, str(root), "val", tmp_path / "r.json", max_new_tokens=1, meteor=False)
+    assert "1 pairs have file names of LEVIR-CD: test_2_0000_0512.png" in caplog.text
 
 
 def test_masks_of_other_classes_than_the_models_are_refused(saved, tmp_path):

@@ -1,6 +1,9 @@
 import gc
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import evaluate
@@ -78,6 +81,17 @@ def test_the_constant_sentence_scores_on_levir_cc_as_published(tmp_path):
     assert scored["captions"]["unchanged"]["cider_d"] == 0  # every phrase is in all references: idf 0
     assert scored["captions"]["unchanged"]["meteor"] == pytest.approx(100)
     assert scored["change_accuracy"] == pytest.approx(100 * 965 / 1929)
+
+
+@needs_levir_cc
+def test_the_constant_sentence_under_levir_ids_differs_where_words_matter(tmp_path):
+    names = [pair.filename for pair in read_captions(LEVIR_CC, "test")]
+    predictions = tmp_path / "constant.json"
+    predictions.write_text(json.dumps(dict.fromkeys(names, "the scene is the same as before .")))
+    scored = score_file(predictions, LEVIR_CC, split="test", profile="levir-ids")
+    # METEOR knows no stems, synonyms and function words of numbers; rare words are one in the idf of CIDEr-D
+    expected = {"bleu_4": 51.4914, "meteor": 29.2800, "rouge_l": 60.5960, "cider_d": 101.9347}
+    assert {name: scored["captions"]["all"][name] for name in expected} == pytest.approx(expected, abs=0.001)
 
 
 @needs_levir_cc
@@ -322,6 +336,28 @@ def test_predictions_that_do_not_fit_are_refused_by_name(files, content, message
         score_file(predictions, references, meteor=False)
 
 
+TRAINING = ["a house, a road .", "a house ?", "a house", "a house", "a house, a road", "rare"]
+
+
+def test_levir_ids_are_the_numbers_of_words_seen_five_times():
+    sentences = ["a house .", "A house, a rare road?", ""]  # 4 = a, 5 = house
+    assert metrics._id_tokens(sentences, TRAINING) == ["4 5", "1 5 1 4 1 1", ""]
+    with pytest.raises(ValueError, match="'levir-ids' needs the training captions"):
+        caption_scores(["a"], [["a"]], [True], "levir-ids", meteor=False)
+
+
+def test_score_file_numbers_the_words_of_the_training_split(files):
+    predictions, references = files
+    content = json.loads(references.read_text())
+    content["images"][2]["sentences"] *= 5  # "trees are removed ." five times
+    references.write_text(json.dumps(content))
+    predictions.write_text(json.dumps({"a.png": "are", "b.png": "who knows what is"}))
+    scored = score_file(predictions, references, profile="levir-ids", meteor=False)
+    assert scored["profile"] == "levir-ids"
+    assert scored["captions"]["unchanged"]["bleu_4"] == pytest.approx(100)  # unknown words are all one
+    assert scored["captions"]["changed"]["bleu_1"] == pytest.approx(0, abs=1e-6)
+
+
 def test_the_metric_loads_from_its_file_without_network(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
     arguments = {
@@ -339,3 +375,27 @@ def test_the_metric_loads_from_its_file_without_network(monkeypatch, tmp_path):
     for index in range(2):
         direct.add_batch(**{name: values[index : index + 1] for name, values in arguments.items()})
     assert direct.compute(meteor=False) == expected
+
+
+def test_the_loaded_metric_scores_like_kcfi_score_in_a_process_without_network(files, tmp_path):
+    predictions, references = files
+    code = """
+import json, sys, evaluate
+import kcfi.training.metrics
+from pathlib import Path
+from kcfi.training.levir_cc import read_captions
+metric = evaluate.load(kcfi.training.metrics.__file__, cache_dir=sys.argv[3])
+captions = json.loads(Path(sys.argv[1]).read_text())
+for pair in read_captions(Path(sys.argv[2]), "test"):
+    metric.add_batch(predictions=[captions[pair.filename]], references=[pair.captions], changed=[pair.changed])
+print(json.dumps(metric.compute(profile="levir-ids", meteor=False, training_captions=["a house appears ."] * 5)))
+"""
+    content = json.loads(references.read_text())
+    content["images"][2]["sentences"] = [{"raw": "a house appears ."}] * 5
+    references.write_text(json.dumps(content))
+    command = [sys.executable, "-c", code, *map(str, (predictions, references, tmp_path / "cache"))]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    scored = score_file(predictions, references, profile="levir-ids", meteor=False)
+    assert json.loads(done.stdout) == {name: scored[name] for name in ("captions", "change_accuracy")}

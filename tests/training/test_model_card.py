@@ -140,6 +140,12 @@ def test_the_card_tells_rows_procedure_and_environment(run, scores):
     assert "from `google/vit-large-patch16-224-in21k`" in text and "kept frozen, from `Qwen/Qwen2" in text
 
 
+def test_adapters_of_the_language_model_are_told(tmp_path, model, processor):
+    run = save_run(tmp_path / "run", model, processor, "--lora.r", "8", "--lora.lora_alpha", "16")
+    text = body(card_of_run(run, "me/kcfi-lora", model.config, STATE))
+    assert "kept frozen but for LoRA adapters (`r: 8, lora_alpha: 16`), from `Qwen/Qwen2" in text
+
+
 def test_no_folder_of_a_machine_is_published(tmp_path, model, processor, scores):
     towers = [tmp_path / "my-vit", tmp_path / "my-lm"]
     for tower in towers:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kcfi.training import shards
+from kcfi.training.levir_cc import LevirCCDataset, UnreadablePairError
 from kcfi.training.order import EpochSampler, epoch_order, share_out
 from kcfi.training.shards import ShardDataset, write_shards
 from tests.training.test_trainer import losses
@@ -99,6 +100,50 @@ def test_a_resumed_run_visits_the_rest_and_decodes_nothing_else(folder, stop):
     assert resumed.visited == full.visited[BATCH * stop :]
     assert again.decoded == pairs.decoded[BATCH * stop :]
     assert [line["loss"] for line in losses(resumed)] == [line["loss"] for line in losses(full)]
+
+
+@pytest.fixture
+def broken(folder):
+    """The folder with one image cut short and one empty mask, and shards of these files."""
+    images = folder / "pairs" / "images" / "train"
+    (images / "B" / "pair_3.png").write_bytes((images / "B" / "pair_3.png").read_bytes()[:60])
+    (images / "label" / "pair_8.png").write_bytes(b"")
+    write_shards(folder / "pairs", folder / "broken")
+    return {
+        "folder": LevirCCDataset(folder / "pairs", "train"),
+        "shards": ShardDataset(str(folder / "broken"), "train"),
+    }
+
+
+@pytest.mark.parametrize(("source", "workers"), [("folder", 0), ("shards", 2)])
+def test_other_pairs_stand_in_for_unreadable_ones_which_are_named_and_resumes_stay_exact(
+    folder, broken, source, workers, caplog
+):
+    full = visits(folder, broken[source], save_steps=STOP, workers=workers, max_unreadable=0.1)
+    readable = {f"pair_{index}.png" for index in range(PAIRS)} - {"pair_3.png", "pair_8.png"}
+    for epoch in (full.visited[:PAIRS], full.visited[PAIRS:]):
+        assert set(epoch) == readable and len(epoch) == PAIRS
+    named = [record.getMessage() for record in caplog.records if "stands in" in record.getMessage()]
+    for name in ("pair_3.png", "pair_8.png"):
+        assert sum(name in message and "cannot be read as an image" in message for message in named) == 2  # epochs
+    resumed = visits(folder, broken[source], resume=STOP, workers=workers, max_unreadable=0.1)
+    assert resumed.visited == full.visited[BATCH * STOP :]
+    assert [line["loss"] for line in losses(resumed)] == [line["loss"] for line in losses(full)]
+
+
+@pytest.mark.parametrize("source", ["folder", "shards"])
+def test_more_unreadable_pairs_than_allowed_stop_the_run(folder, broken, source):
+    with pytest.raises(ValueError, match=r"2 of 22 training pairs could not be read .* max_unreadable=0\.09 allows"):
+        visits(folder, broken[source], max_unreadable=0.09)
+    with pytest.raises(UnreadablePairError, match=r"pair_[38]\.png.*: cannot be read as an image"):
+        visits(folder, broken[source])
+
+
+def test_without_any_readable_pair_the_first_is_named(folder, broken):
+    for path in (folder / "pairs" / "images" / "train" / "A").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UnreadablePairError, match=r"A/pair_\d+\.png: cannot be read as an image"):
+        visits(folder, broken["folder"], max_unreadable=0.9)
 
 
 def test_a_run_is_not_resumed_on_another_number_of_ranks(folder):

@@ -1,17 +1,22 @@
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TimmWrapperConfig, TimmWrapperModel
 
 from kcfi.training import train
 from kcfi.training.arguments import ModelArguments, parse_recipe
 from kcfi.training.collator import KCFICollator
 from kcfi.training.synthetic import SyntheticDataset
+from tests.training.conftest import needs_deepspeed
 
 
 @pytest.fixture
@@ -102,6 +107,89 @@ def test_a_killed_run_resumes_in_a_new_process_with_the_same_losses(recipe, tmp_
     assert log_of(killed) == log_of(full)
 
 
+@pytest.fixture
+def submit(launched, tmp_path):
+    """Run slurm.sh as SLURM would on one machine with two devices; `srun` and `scontrol` are stand-ins."""
+    for name, command in (("srun", 'exec "$@"'), ("scontrol", "echo localhost")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{command}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": "n1"}
+    job |= {"SLURM_JOB_ID": str(os.getpid()), "PATH": f"{tmp_path}:{launched['PATH']}"}
+    script = Path(train.__file__).parent / "launch" / "slurm.sh"
+
+    def run(*arguments):
+        done = subprocess.run(
+            ["bash", script, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env={**launched, **job},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    return run
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_slurm_trains_new_towers_under_zero3_and_goes_on_when_submitted_again(submit, recipe, tmp_path):
+    best = ["--metric_for_best_model", "loss", "--greater_is_better", "true"]  # the first checkpoint, not the last
+    options = ["--captions_per_pair", "2", *best]
+    one, run = tmp_path / "one", tmp_path / "run"
+    train.main([str(recipe), *options, "--per_device_train_batch_size", "4", "--output_dir", str(one)])
+    submit(run, recipe, *options, "--deepspeed", "zero3")
+    log = log_of(run)
+    assert log == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in log_of(one)]
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["deepspeed"] == "zero3"
+
+    def weights(folder):
+        return load_file(folder / "model.safetensors")
+
+    first, last = (weights(run / f"checkpoint-{step}") for step in (2, 4))
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+    assert weights(run).keys() == first.keys() == weights(one).keys()
+    for name, weight in weights(run).items():
+        assert torch.equal(weight, first[name]), name
+
+    shutil.rmtree(run / "checkpoint-4")  # killed before it was written
+    submit(run, recipe, *options, "--deepspeed", "zero3")
+    assert log_of(run) == log
+
+
+@pytest.mark.slow
+def test_accelerate_starts_one_process_per_device_of_its_launch_file(launched, recipe, tmp_path):
+    config = Path(train.__file__).parent / "launch" / "accelerate_1x4.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    options = ["--per_device_train_batch_size", "1", "--max_steps", "1", "--eval_strategy", "no"]
+    command = [*launcher, "-m", "kcfi.cli", "train", str(recipe), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=launched, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    state = json.loads((tmp_path / "run" / "checkpoint-1" / "kcfi_state.json").read_text())
+    assert (state["ranks"], state["pairs"]) == (4, 4)
+
+
+def test_a_field_that_a_run_did_not_know_had_its_default(recipe, tmp_path):
+    parsed = parse_recipe(recipe)
+    train.save_recipe(parsed, tmp_path / "run")
+    file = tmp_path / "run" / "recipe.yaml"
+    values = yaml.safe_load(file.read_text())
+    del values["augment"], values["max_unreadable"]
+    file.write_text(yaml.safe_dump(values))
+    train.check_same_recipe(parse_recipe(file), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"other settings \(augment: False -> True\)"):
+        train.check_same_recipe(parse_recipe(recipe, ["--augment", "true"]), tmp_path / "run")
+    train.save_recipe(parse_recipe(recipe, ["--augment", "true"]), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"other settings \(augment: True -> False\)"):
+        train.check_same_recipe(parsed, tmp_path / "run")
+
+
+def test_the_help_shows_commands_without_the_fences_of_the_docstring(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    assert "kcfi train debug " in text and "`" * 3 not in text
+
+
 def test_a_second_run_into_the_same_folder_is_refused(recipe, tmp_path):
     checkpoint = tmp_path / "run" / "checkpoint-5"
     checkpoint.mkdir(parents=True)
@@ -132,7 +220,14 @@ def test_a_run_is_not_resumed_with_other_settings(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option", [["--report_to", "none"], ["--lr_scheduler_kwargs", "{}"], ["--label_names", "labels"]]
+    "option",
+    [
+        ["--report_to", "none"],
+        ["--report_to", "tensorboard", "wandb"],
+        ["--lora.r", "4"],
+        ["--lr_scheduler_kwargs", "{}"],
+        ["--label_names", "labels"],
+    ],
 )
 def test_every_saved_setting_can_be_read_again(recipe, tmp_path, option):
     values = parse_recipe(recipe, option).values

@@ -1,22 +1,36 @@
 import copy
+import io
 import json
 import math
-import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.training.arguments import KCFITrainingArguments
 from kcfi.training.collator import KCFICollator, packed_attention_mask
-from kcfi.training.trainer import KCFITrainer, freeze, parameter_groups
+from kcfi.training.evaluate import encode, predict
+from kcfi.training.trainer import KCFITrainer, evaluation_losses, freeze, parameter_groups, trackers
+from tests.training.conftest import needs_deepspeed
 
 JAVA = shutil.which("java") is not None
+
+ZERO = [pytest.param(name, marks=needs_deepspeed) for name in ("zero2", "zero3")]
+ALL_KINDS = [
+    pytest.param(None, marks=pytest.mark.slow, id="ddp"),
+    pytest.param("zero2", marks=[pytest.mark.slow, needs_deepspeed]),
+    pytest.param("zero2_offload", marks=[pytest.mark.slow, needs_deepspeed]),
+    pytest.param("zero3", marks=needs_deepspeed),
+    pytest.param("zero3_offload", marks=[pytest.mark.slow, needs_deepspeed]),
+]
 
 
 def arguments(folder, **settings):
@@ -31,6 +45,7 @@ def arguments(folder, **settings):
         "logging_steps": 1,
         "save_total_limit": None,
         "disable_tqdm": True,
+        "report_to": ["none"],
         "use_cpu": True,
         "dataloader_pin_memory": False,
     }
@@ -38,11 +53,12 @@ def arguments(folder, **settings):
 
 
 TWO_RANKS = {
-    "max_steps": 20,
+    "max_steps": 8,
     "max_grad_norm": 0,
+    "weight_decay": 0.1,
     "train_language_model": True,
     "lr_scheduler_type": "constant",
-}  # of the slow test and its script
+}  # of the tests of two ranks and their script
 
 
 @pytest.fixture
@@ -78,6 +94,13 @@ class Gradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if state.global_step == 0:
             self.first = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def break_gradients(model):
+    """Losses stay finite, gradients do not."""
+    model.model.projector.register_forward_hook(
+        lambda _, __, output: output.register_hook(lambda gradient: gradient * float("inf")) and None
+    )
 
 
 def losses(trainer):
@@ -262,7 +285,36 @@ def test_the_log_holds_rates_counts_and_speed(make_trainer, make_pairs, processo
     assert (last["pairs"], last["captions"], last["step"]) == (16, 48, 2)
     assert last["learning_rate"] == pytest.approx(1e-2)
     assert last["vision_learning_rate"] == last["projector_learning_rate"] == pytest.approx(1e-3)
+    assert last["captions_per_second"] == pytest.approx(3 * last["pairs_per_second"])
     assert last["pairs_per_second"] > 0
+    assert last["peak_memory_mib"] > 100  # torch alone takes more
+
+
+def test_tensorboard_shows_the_log_and_the_samples_of_every_evaluation(make_trainer, make_pairs, tmp_path, no_java):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "report_to": ["tensorboard"]}
+    trainer = make_trainer(make_pairs(8), eval_dataset=make_pairs(12), **settings, metric_for_best_model="mask_f1")
+    trainer.train()
+    events = accumulator.EventAccumulator(str(next((tmp_path / "runs").iterdir()))).Reload()
+    names = ["caption_loss", "mask_loss", "caption_weight", "mask_weight", "learning_rate", "vision_learning_rate"]
+    names += ["projector_learning_rate", "pairs_per_second", "captions_per_second", "peak_memory_mib"]
+    for name in names:
+        logged = [(line["step"], line[name]) for line in losses(trainer)]
+        assert [(event.step, event.value) for event in events.Scalars(f"train/{name}")] == [
+            (step, pytest.approx(value, rel=1e-6)) for step, value in logged
+        ]
+    pictures = events.Images("eval/samples")
+    assert [picture.step for picture in pictures] == [1, 2]
+    for step, picture in enumerate(pictures, start=1):
+        shown = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)).convert("RGB"))
+        assert np.array_equal(shown, np.asarray(Image.open(tmp_path / "samples" / f"step-{step}.png")))
+
+
+def test_trackers_are_none_tensorboard_or_those_that_are_named(monkeypatch, caplog):
+    assert trackers(["none"]) == [] and trackers(["tensorboard", "wandb"]) == ["tensorboard", "wandb"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert trackers(["tensorboard", "wandb"]) == ["wandb"]
+    assert "TensorBoard is not installed" in caplog.text
 
 
 def test_the_progress_bar_shows_the_losses_and_the_speed(make_trainer, make_pairs, capsys):
@@ -284,8 +336,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_trainer,
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(make_trainer, make_pairs):
     trainer = make_trainer(make_pairs(4), max_steps=3)
-    head = trainer.model.model.change_detection_head.linear.weight
-    head.register_hook(lambda gradient: gradient * float("inf"))  # the losses stay finite
+    break_gradients(trainer.model)
     before = trainer.model.model.projector.linear_1.weight.detach().clone()
     with pytest.raises(
         FloatingPointError, match=r"Optimizer step 1: the losses are finite, but the norm .* is (nan|inf)"
@@ -414,30 +465,86 @@ def test_a_resumed_run_has_bit_identical_losses(make_trainer, make_pairs, settin
     ]
 
 
-@pytest.mark.slow
-def test_two_ranks_train_and_score_like_one(make_trainer, make_pairs, tmp_path, no_java):
+@pytest.fixture
+def run_two_ranks(launched):
+    """What two_ranks.py finds with the model in a folder."""
+
+    def run(folder, name, settings, *checkpoint):
+        script = str(Path(__file__).with_name("two_ranks.py"))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+        command += [str(folder), name, json.dumps(settings), *checkpoint]
+        done = subprocess.run(command, capture_output=True, text=True, env=launched, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return torch.load(folder / f"{name}.pt", weights_only=True)
+
+    return run
+
+
+def saved(trainer, folder):
+    """The folder, with the model and the processor of a trainer in it."""
+    trainer.model.save_pretrained(folder / "model")
+    trainer.processing_class.save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.mark.parametrize("deepspeed", ALL_KINDS)
+def test_two_ranks_train_score_and_save_like_one(
+    run_two_ranks, make_trainer, make_pairs, processor, tmp_path, no_java, deepspeed
+):
     keep = Gradients()
-    pairs = make_pairs(8, masks="some")
-    one = make_trainer(pairs, callbacks=[keep], eval_dataset=make_pairs(5), per_device_train_batch_size=8, **TWO_RANKS)
-    one.model.save_pretrained(tmp_path / "model")
-    one.processing_class.save_pretrained(tmp_path / "model")
+    one = make_trainer(
+        make_pairs(8, masks="some"),
+        KCFICollator(processor, captions_per_pair=2, seed=3),
+        callbacks=[keep],
+        eval_dataset=make_pairs(5),
+        per_device_train_batch_size=8,
+        **TWO_RANKS,
+    )
+    results = run_two_ranks(saved(one, tmp_path), "two", {"deepspeed": deepspeed})
     one.train()
     metrics = one.evaluate()
 
-    script = Path(__file__).with_name("two_ranks.py")
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path)], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    results = torch.load(tmp_path / "two_ranks.pt", weights_only=True)
-    assert results["gradients"].keys() == keep.first.keys()
-    for name, gradient in keep.first.items():
-        torch.testing.assert_close(results["gradients"][name], gradient, rtol=1e-4, atol=1e-6)
+    if deepspeed is None:  # ZeRO has used up its gradients when a callback could see them
+        assert results["gradients"].keys() == keep.first.keys()
+        for name, gradient in keep.first.items():
+            torch.testing.assert_close(results["gradients"][name], gradient, rtol=1e-4, atol=1e-6)
     for line, other in zip(losses(one), json.loads(results["log"]), strict=True):
-        for name in ("loss", "caption_loss", "mask_loss", "caption_weight", "pairs", "captions"):
-            assert other[name] == pytest.approx(line[name], rel=1e-3)
+        for name in ("loss", "caption_loss", "mask_loss", "caption_weight", "learning_rate", "pairs", "captions"):
+            assert other[name] == pytest.approx(line[name], rel=1e-4), f"{name} of step {line['step']}"
     assert metrics["eval_mask_f1"] > 10
     for name in ("eval_caption_loss", "eval_mask_loss", "eval_mask_f1", "eval_rouge_l"):
         assert results[name] == pytest.approx(metrics[name], rel=1e-2)
+
+    loaded = KCFIForConditionalGeneration.from_pretrained(tmp_path / "two")
+    batch = one.evaluation_collator([make_pairs(5)[index] for index in range(5)])
+    with torch.no_grad():
+        features = encode(loaded, batch)
+        torch.testing.assert_close(evaluation_losses(loaded, batch, features), results["losses"])
+        predictions = predict(loaded, processor, batch, features, 16)
+    assert [pair.caption for pair in predictions] == results["captions"]
+    for pair, mask in zip(predictions, results["masks"], strict=True):
+        assert torch.equal(torch.from_numpy(pair.mask), mask)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", [None, *ZERO])
+def test_two_ranks_resume_with_the_same_losses(run_two_ranks, make_trainer, make_pairs, tmp_path, deepspeed):
+    folder = saved(make_trainer(make_pairs()), tmp_path)
+    settings = {"deepspeed": deepspeed, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    full = run_two_ranks(folder, "full", settings)
+    resumed = run_two_ranks(folder, "resumed", settings, str(folder / "full" / "checkpoint-3"))
+    logs = [json.loads(results["log"]) for results in (full, resumed)]
+    for line, other in zip(*logs, strict=True):
+        del line["pairs_per_second"], other["pairs_per_second"]
+        assert line == other
+    assert full["captions"] == resumed["captions"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", ZERO)
+def test_a_gradient_that_is_not_finite_stops_zero_too(run_two_ranks, make_trainer, make_pairs, tmp_path, deepspeed):
+    one = make_trainer(make_pairs())
+    results = run_two_ranks(saved(one, tmp_path), "two", {"deepspeed": deepspeed, "broken": True})
+    assert re.match("Optimizer step 1: the losses are finite, but the norm .* is (nan|inf)", results["error"])
+    weights = KCFIForConditionalGeneration.from_pretrained(tmp_path / "two").state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in one.model.state_dict().items())

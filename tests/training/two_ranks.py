@@ -1,6 +1,10 @@
-"""Run by test_trainer under torchrun: the first gradients, the log and the scores of two ranks, written by rank 0."""
+"""Run by test_trainer under torchrun: two ranks train, score, predict and save; rank 0 writes what they found.
+
+torchrun --nproc_per_node 2 two_ranks.py FOLDER NAME SETTINGS [CHECKPOINT]
+"""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,27 +14,56 @@ from accelerate.utils import gather_object
 from kcfi import KCFIForConditionalGeneration
 from kcfi.processing import KCFIProcessor
 from kcfi.training.collator import KCFICollator
-from kcfi.training.trainer import KCFITrainer
+from kcfi.training.evaluate import encode, predict
+from kcfi.training.trainer import KCFITrainer, evaluation_losses
 from tests.training.conftest import Pairs
-from tests.training.test_trainer import TWO_RANKS, Gradients, arguments, losses
+from tests.training.test_trainer import TWO_RANKS, Gradients, arguments, break_gradients, losses
 
-folder = Path(sys.argv[1])
+folder, name, settings, *checkpoint = sys.argv[1:]
+folder, settings = Path(folder), json.loads(settings)
+broken = settings.pop("broken", False)
+settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, **TWO_RANKS, **settings}
+args = arguments(folder / name, per_device_eval_batch_size=2, **settings)  # ZeRO-3: before the model
+if settings.get("deepspeed"):
+    from deepspeed import init_distributed
+
+    init_distributed()  # accelerate does it on GPUs alone
+os.environ["PATH"] = ""  # without Java, which takes seconds to start; DeepSpeed has compiled what it needs
 model = KCFIForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float32)
 processor = KCFIProcessor.from_pretrained(folder / "model")
 keep = Gradients()
+collator = KCFICollator(processor, captions_per_pair=2, seed=3)
 trainer = KCFITrainer(
     model,
-    arguments(folder / "two", per_device_eval_batch_size=2, **TWO_RANKS),  # 4 pairs on each rank
-    KCFICollator(processor, seed=3),
-    train_dataset=Pairs(8, masks="some"),
+    args,
+    collator,
+    train_dataset=Pairs(8, masks="some"),  # 4 on each rank, some micro-batches without any mask
     eval_dataset=Pairs(5),  # the sampler repeats pairs to fill the last batches; they must not count twice
     processing_class=processor,
     callbacks=[keep],
 )
-trainer.train()
-metrics = trainer.evaluate()
-scores = {name: value for name, value in metrics.items() if "runtime" not in name and "second" not in name}
-assert all(scores == other for other in gather_object([scores]))  # both ranks know what rank 0 scored
+results = {}
+if broken:
+    break_gradients(model)
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        results["error"] = str(error)
+else:
+    trainer.train(*checkpoint)
+    metrics = trainer.evaluate()
+    scores = {name: value for name, value in metrics.items() if "runtime" not in name and "second" not in name}
+    assert all(scores == other for other in gather_object([scores]))  # both ranks know what rank 0 scored
+    batch = collator.for_evaluation()([Pairs(5)[index] for index in range(5)])
+    with torch.no_grad():
+        features = encode(model, batch)
+        results["losses"] = evaluation_losses(model, batch, features)
+        predictions = predict(model, processor, batch, features, 16)
+    results["captions"] = [pair.caption for pair in predictions]
+    results["masks"] = [torch.from_numpy(pair.mask) for pair in predictions]
+    results["gradients"] = {name.removeprefix("module."): gradient for name, gradient in keep.first.items()}
+    results["log"] = json.dumps(losses(trainer))
+    results |= metrics
+trainer.save_model()
 if trainer.is_world_process_zero():
-    gradients = {name.removeprefix("module."): gradient for name, gradient in keep.first.items()}
-    torch.save({"gradients": gradients, "log": json.dumps(losses(trainer)), **metrics}, folder / "two_ranks.pt")
+    torch.save(results, folder / f"{name}.pt")

@@ -26,7 +26,7 @@ class Visits(KCFITrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
 
-def visits(folder, pairs, resume=0, save_steps=0, workers=0):
+def visits(folder, pairs, resume=0, save_steps=0, workers=0, **more):
     """Train for two epochs with augmentation, from the checkpoint of a step if given.
 
     Returns:
@@ -37,7 +37,7 @@ def visits(folder, pairs, resume=0, save_steps=0, workers=0):
     processor = KCFIProcessor.from_pretrained(folder / "model")
     trainer = Visits(
         KCFIForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float32),
-        arguments(folder / "run", **settings, **save),
+        arguments(folder / "run", **settings, **save, **more),
         KCFICollator(processor, augment=True),
         train_dataset=pairs,
         processing_class=processor,

@@ -1,0 +1,89 @@
+"""LoRA on the language model, through `peft`: what a recipe's `lora:` block makes of a model, and how it is saved.
+
+The paper keeps the language model frozen. With adapters it stays frozen too, but for two small matrices beside each of
+its linear layers; tower, perceiver, projector and head train as they do without. A saved folder holds two models:
+
+- `model.safetensors`: where the run started.
+- `adapter_model.safetensors`: all that it has learned, the adapters and the modules trained beside them.
+
+So the folder loads by `AutoModelForImageTextToText.from_pretrained` as it is, and its adapter by
+`PeftModel.from_pretrained` onto the model the run started from.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+
+from kcfi.modeling_kcfi import KCFIForConditionalGeneration
+from kcfi.training.arguments import KCFITrainingArguments, check_names
+
+OURS = ("exclude_modules", "modules_to_save")  # fields of LoraConfig that keep to the rule above
+OUTSIDE = r"(?!model\.language_model\.).*"  # tower and head have layers of the same names
+
+
+def add_lora(model: KCFIForConditionalGeneration, settings: dict[str, Any], args: KCFITrainingArguments) -> None:
+    """Put adapters beside linear layers of the language model and freeze its own weights.
+
+    Args:
+        model: without adapters.
+        settings: fields of `peft.LoraConfig`; `target_modules` are all linear layers if it is not among them.
+        args: whether the vision tower trains.
+
+    Raises:
+        ValueError: an unknown or unfit setting, or the language model is to be trained as a whole.
+    """
+    if args.train_language_model:
+        raise ValueError("lora adapts a frozen language model: leave out lora, or train_language_model.")
+    names = [field.name for field in dataclasses.fields(LoraConfig) if field.name not in OURS]
+    check_names(settings, names, "entry of lora")
+    frozen = {"language_model"} if args.train_vision_tower else {"language_model", "vision_tower"}
+    trained = [name for name, _ in model.model.named_children() if name not in frozen]
+    try:
+        config = LoraConfig(
+            **{"target_modules": "all-linear", **settings}, exclude_modules=OUTSIDE, modules_to_save=trained
+        )
+        model.add_adapter(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lora: {error}") from error
+
+
+def save_start(
+    model: KCFIForConditionalGeneration, folder: str | Path, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Save the model that the adapter stands on, as it was before it; transformers saves the adapter alone.
+
+    Args:
+        model: with an adapter.
+        folder: where the adapter is saved.
+        weights: its state dict, where it had to be gathered.
+    """
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    wanted = plain.state_dict()
+    start = {}
+    for name, weight in (weights or model.state_dict()).items():
+        plain_name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        if plain_name in wanted:
+            start[plain_name] = weight
+    plain.save_pretrained(folder, state_dict=start)
+
+
+def merge_lora(model: KCFIForConditionalGeneration) -> KCFIForConditionalGeneration:
+    """Add an adapter to the weights, in place: a plain model with equal outputs. Without one nothing happens."""
+    if not model._hf_peft_config_loaded:
+        return model
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            model.set_submodule(name, module.unload_and_optionally_merge_module(True, False, None))
+        elif isinstance(module, BaseTunerLayer):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+    model.requires_grad_(True)
+    return model
