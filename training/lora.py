@@ -85,5 +85,7 @@ def merge_lora(model: KCFIForConditionalGeneration) -> KCFIForConditionalGenerat
             model.set_submodule(name, module.get_base_layer())
     del model.peft_config
     model._hf_peft_config_loaded = False
+    # those of the adapter's file: saving would give its names to all weights
+    model._weight_conversions = None  # type: ignore[assignment]
     model.requires_grad_(True)
     return model
