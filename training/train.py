@@ -72,7 +72,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, overrides = parser.parse_known_args(argv)
     if options.recipe is None:
         raise ValueError("Name a recipe: a YAML file or a packaged one, for example `kcfi train debug`.")
-    train(parse_recipe(options.recipe, overrides), options.resume)
+    recipe = parse_recipe(options.recipe, overrides)
+    output_dir = Path(str(recipe.training.output_dir))
+    if options.resume and is_complete(output_dir):
+        check_same_recipe(recipe, output_dir)
+        print(f"{output_dir} is finished: there is nothing to resume.")
+        return
+    train(recipe, options.resume)
 
 
 def train(recipe: Recipe, resume: bool = False) -> KCFITrainer:

@@ -36,7 +36,7 @@ from kcfi.training.model_card import LICENSE, card_of_run
 from kcfi.training.order import EpochSampler
 from kcfi.training.readable_pairs import ReadablePairs
 from kcfi.training.shards import ShardDataset
-from kcfi.training.zero import gathered
+from kcfi.training.zero import gathered, whole_weights
 
 logger = logging.get_logger(__name__)
 
@@ -542,7 +542,8 @@ class KCFITrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.model._hf_peft_config_loaded and self.args.should_save:
-            save_start(self.model, output_dir or str(self.args.output_dir), state_dict)
+            with whole_weights(self.args):
+                save_start(self.model, output_dir or str(self.args.output_dir), state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._saves_whole_weights():

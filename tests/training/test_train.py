@@ -262,6 +262,25 @@ def test_a_timm_tower_brings_its_own_normalisation(text_model, tmp_path):
     assert model.config.num_patches == processor.num_patches == 16
 
 
+def test_a_finished_run_is_left_alone(recipe, tmp_path, capsys):
+    options = [
+        str(recipe),
+        "--max_steps",
+        "2",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "1",
+        "--eval_strategy",
+        "no",
+    ]
+    train.main(options)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    train.main([*options, "--resume"])
+    assert capsys.readouterr().out.endswith("run is finished: there is nothing to resume.\n")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == times
+
+
 def test_nothing_to_resume_is_said(recipe):
     with pytest.raises(ValueError, match="Nothing to resume"):
         train.main([str(recipe), "--resume"])
