@@ -157,6 +157,21 @@ def test_slurm_trains_new_towers_under_zero3_and_goes_on_when_submitted_again(su
 
 
 @pytest.mark.slow
+@needs_deepspeed
+def test_zero3_saves_an_adapter_and_the_model_it_stands_on(submit, recipe, tmp_path):
+    options = ["--lora.r", "4", "--eval_strategy", "no", "--max_steps", "2"]
+    one, run = tmp_path / "one", tmp_path / "run"
+    train.main([str(recipe), *options, "--per_device_train_batch_size", "4", "--output_dir", str(one)])
+    submit(run, recipe, *options, "--deepspeed", "zero3")
+    assert log_of(run) == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in log_of(one)]
+    for name, change in (("model", 0), ("adapter_model", 1e-3)):
+        whole, gathered = (load_file(folder / f"{name}.safetensors") for folder in (one, run))
+        assert whole.keys() == gathered.keys()
+        for key, weight in whole.items():
+            torch.testing.assert_close(gathered[key], weight, rtol=0, atol=change, msg=key)
+
+
+@pytest.mark.slow
 def test_accelerate_starts_one_process_per_device_of_its_launch_file(launched, recipe, tmp_path):
     config = Path(train.__file__).parent / "launch" / "accelerate_1x4.yaml"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
