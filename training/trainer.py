@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled, is_tensorboard_available
+from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
@@ -29,7 +29,7 @@ from kcfi.training.arguments import KCFITrainingArguments
 from kcfi.training.collator import IGNORED, KCFICollator, check_packing, packed_attention_mask
 from kcfi.training.dwa import TASKS, DynamicWeightAverage
 from kcfi.training.evaluate import Scores, encode, predict, sample_sheet
-from kcfi.training.feature_cache import FeatureCache
+from kcfi.training.feature_cache import FeatureCache, check_cacheable
 from kcfi.training.levir_cc import NO_LABEL
 from kcfi.training.lora import save_start
 from kcfi.training.model_card import LICENSE, card_of_run
@@ -165,23 +165,6 @@ def peak_memory(device: torch.device) -> float | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def check_cacheable(args: KCFITrainingArguments, collator: KCFICollator) -> None:
-    """Refuse a feature cache whose entries would be wrong, or never be read again.
-
-    Raises:
-        ValueError: names the setting in its way.
-    """
-    reason = ""
-    if args.train_vision_tower:
-        reason = "the vision tower changes in training: add train_vision_tower: false"
-    elif collator.augment:
-        reason = "augment gives an image other pixels at every visit: leave it out"
-    elif is_deepspeed_zero3_enabled():
-        reason = "ZeRO-3 splits the tower's weights, by which entries are named: take zero2"
-    if reason:
-        raise ValueError(f"feature_cache: {reason}; or leave out feature_cache.")
 
 
 class KCFITrainer(Trainer):

@@ -17,6 +17,12 @@ def edit_captions(root, edit):
     path.write_text(json.dumps(content))
 
 
+def assert_they_begin_with(problems, expected):
+    assert len(problems) == len(expected)
+    for problem, start in zip(problems, expected, strict=True):
+        assert problem.startswith(start)
+
+
 def test_a_folder_as_distributed_has_no_problems(root):
     problems, counts = check_folder(root)
     assert problems == [] and list(counts) == ["train", "val"]
@@ -89,9 +95,7 @@ def test_every_problem_is_named_with_its_file(root):
         f"{images}/val/label/c.png: 8 x 5 pixels, but {images}/val/A/c.png has 8 x 6",
         f"{images}/val/label/c.png: mask value 7 is unknown",
     ]
-    assert len(problems) == len(expected)
-    for problem, start in zip(problems, expected, strict=True):
-        assert problem.startswith(start)
+    assert_they_begin_with(problems, expected)
     assert (counts["train"].captions, counts["train"].masks, counts["val"].masks) == (9, 1, 0)
 
 
@@ -145,9 +149,7 @@ def test_every_problem_of_shards_is_named(root, shards):
         f"{shards}: d.png (image_after): cannot be read as an image",
         f"{shards}: e.png (image_after): no image",
     ]
-    assert len(problems) == len(expected)
-    for problem, start in zip(problems, expected, strict=True):
-        assert problem.startswith(start)
+    assert_they_begin_with(problems, expected)
     assert (counts["test"].pairs, counts["test"].masks, counts["train"].pairs) == (4, 1, 2)
 
 
