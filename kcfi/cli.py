@@ -126,6 +126,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_drawing_options(evaluate)
     evaluate.add_argument("--mask_classes", choices=["change", "building", "road_building"], help="as it was trained")
     evaluate.add_argument("--batch_size", type=int, default=8, help="pairs at a time (%(default)s)")
+    evaluate.add_argument(
+        "--feature_cache", metavar="DIR", help="keep the vision tower's features of every image there"
+    )
     evaluate.add_argument("--no-meteor", action="store_true", help="do without Java, METEOR and S_m*")
     evaluate.set_defaults(run=run_evaluate)
 
@@ -158,8 +161,8 @@ def build_parser() -> argparse.ArgumentParser:
         "missing; the exit code is 1 if a run failed.",
         epilog="example: kcfi ablate ablations --rows baseline cfe --seeds 0 1 --dataset LEVIR-MCI",
     )
-    ablate.add_argument("set", help="YAML file, or the packaged set: ablations")
-    ablate.add_argument("--output", type=Path, default=Path("runs/ablations"), help="folder of the runs (%(default)s)")
+    ablate.add_argument("set", help="YAML file, or a packaged set: ablations, synthetic_ablations")
+    ablate.add_argument("--output", type=Path, help="folder of the runs (runs/SET)")
     ablate.add_argument("--rows", nargs="+", default=[], help="names of the recipes to run (all)")
     ablate.add_argument("--seeds", type=int, nargs="+", default=[], help="in place of those of the set")
     ablate.add_argument("--processes", type=int, default=1, help="processes of a training, one per GPU (%(default)s)")
@@ -335,6 +338,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         columns=as_dict(options.columns),
         materials=options.materials,
         pair_mix=as_dict(options.pair_mix),
+        feature_cache=options.feature_cache,
     )
     print(json.dumps(results, indent=2))
 
@@ -361,12 +365,13 @@ def run_ablate(options: argparse.Namespace) -> int:
     from kcfi.training.ablation_table import read_set
     from kcfi.training.metrics import require_java
 
-    check_writable(options.output)
+    output = options.output or Path("runs") / Path(options.set).stem
+    check_writable(output)
     if not options.no_meteor:
         require_java()  # now, not after a day of training
     plan = read_set(options.set, options.rows, options.seeds)
-    errors = ablate(plan, options.output, options.fields, not options.no_meteor, options.processes)
-    print(f"{options.output / 'table.md'}, table.csv, chart.png; failed: {len(errors)} of {len(plan.runs())} runs")
+    errors = ablate(plan, output, options.fields, not options.no_meteor, options.processes)
+    print(f"{output / 'table.md'}, table.csv, chart.png; failed: {len(errors)} of {len(plan.runs())} runs")
     return 1 if errors else 0
 
 

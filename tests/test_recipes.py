@@ -14,22 +14,43 @@ from kcfi.training.trainer import freeze, parameter_groups
 
 NAMES = list(packaged_recipes())
 
-# What makes the row of an ablation differ from `paper`, and nothing else does.
+# What makes the row of an ablation differ from the row that its set is built around, and nothing else does.
+BASELINE = {
+    "dwa": "none",
+    "use_change_detection_head": False,
+    "use_key_change_perceiver": False,
+    "visual_inputs": "bitemporal",
+}
 ABLATIONS = {
-    "ablations/frozen": {"train_vision_tower": False},
-    "ablations/baseline": {
-        "dwa": "none",
-        "use_change_detection_head": False,
-        "use_key_change_perceiver": False,
-        "visual_inputs": "bitemporal",
+    "paper": {
+        "ablations/frozen": {"train_vision_tower": False},
+        "ablations/baseline": BASELINE,
+        "ablations/cfe": {"dwa": "none", "use_change_detection_head": False},
+        "ablations/cdh": {"dwa": "none"},
+        "ablations/two_image_tokens": {"visual_inputs": "bitemporal"},
+        "ablations/three_image_tokens": {"visual_inputs": "bitemporal_change"},
+        "ablations/dwa_step_t2": {"dwa_temperature": 2.0},
+        "ablations/dwa_epoch": {"dwa": "epoch"},
+        "ablations/dwa_epoch_t2": {"dwa": "epoch", "dwa_temperature": 2.0},
     },
-    "ablations/cfe": {"dwa": "none", "use_change_detection_head": False},
-    "ablations/cdh": {"dwa": "none"},
-    "ablations/two_image_tokens": {"visual_inputs": "bitemporal"},
-    "ablations/three_image_tokens": {"visual_inputs": "bitemporal_change"},
-    "ablations/dwa_step_t2": {"dwa_temperature": 2.0},
-    "ablations/dwa_epoch": {"dwa": "epoch"},
-    "ablations/dwa_epoch_t2": {"dwa": "epoch", "dwa_temperature": 2.0},
+    "synthetic/kcfi": {
+        "synthetic/baseline": BASELINE,
+        "synthetic/cfe": {"dwa": "none", "use_change_detection_head": False},
+        "synthetic/cdh": {"dwa": "none"},
+        "synthetic/two_image_tokens": {"visual_inputs": "bitemporal"},
+        "synthetic/three_image_tokens": {"visual_inputs": "bitemporal_change"},
+        "synthetic/self_residual": {"flow_residual": "self"},
+        "synthetic/global_flow": {"flow_scope": "stage_and_global"},
+        "synthetic/context_after": {"change_context": "after"},
+        "synthetic/context_bitemporal": {"change_context": "bitemporal"},
+        "synthetic/mlp_projector": {"projector": "mlp2x_gelu"},
+        "synthetic/dwa_step_t2": {"dwa_temperature": 2.0},
+        "synthetic/dwa_window_t2": {"dwa": "window", "dwa_window": 10, "dwa_temperature": 2.0},
+        "synthetic/dwa_epoch": {"dwa": "epoch"},
+        "synthetic/dwa_epoch_t2": {"dwa": "epoch", "dwa_temperature": 2.0},
+        "synthetic/frozen": {"image_size": 126},
+        "synthetic/fine_tuned": {"image_size": 126, "train_vision_tower": True, "feature_cache": None},
+    },
 }
 
 # What stands behind the names of towers in the recipes, so that nothing is downloaded.
@@ -52,6 +73,14 @@ TOWERS = {
         "patch_size": 14,
         "projection_dim": 768,
         **LARGE,
+    },
+    "facebook/dinov2-small": {
+        "model_type": "dinov2",
+        "image_size": 518,
+        "patch_size": 14,
+        "hidden_size": 384,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
     },
     "Qwen/Qwen2-1.5B-Instruct": QWEN2,
     # pretrained by `make tiny`
@@ -156,23 +185,38 @@ def test_its_first_line_says_what_it_is_for(name):
     assert packaged_recipes()[name].read_text().startswith("# ")
 
 
-def test_every_row_of_the_ablations_differs_from_the_paper_by_its_own_setting(read):
+@pytest.mark.parametrize("base", ABLATIONS)
+def test_every_row_of_the_ablations_differs_from_its_base_by_its_own_setting(read, base):
     def settings(name):
         values = dict(read(name).values)
         return {**KCFIConfig().to_dict(), **values.pop("model_settings"), **values}
 
-    paper = settings("paper")
-    assert ABLATIONS.keys() == {name for name in NAMES if name.startswith("ablations/")}
-    for name, difference in ABLATIONS.items():
+    first, [folder] = settings(base), {name.split("/")[0] for name in ABLATIONS[base]}
+    assert ABLATIONS[base].keys() - {base} == {name for name in NAMES if name.startswith(f"{folder}/")} - {base}
+    for name, difference in ABLATIONS[base].items():
         values = settings(name)
-        assert {key: value for key, value in values.items() if value != paper.get(key)} == difference, name
-        assert values.keys() == paper.keys(), name
+        changed = {key: values.get(key) for key in values.keys() | first if values.get(key) != first.get(key)}
+        assert changed == difference, name
+
+
+def test_the_synthetic_set_shows_every_row_with_the_papers_scores():
+    plan, papers = read_set("synthetic_ablations"), read_set("ablations")
+    shown = {row.recipe for row in plan.rows}
+    assert shown == {packaged_recipes()[name] for name in ["synthetic/kcfi", *ABLATIONS["synthetic/kcfi"]]}
+    names = {"paper": "kcfi"}  # of one row in either set
+    printed = {(row.group, names.get(row.recipe.stem, row.recipe.stem)): row.paper for row in papers.rows}
+    printed["Table III (126 px)", "frozen"] = printed["Table III", "frozen"]
+    printed["Table III (126 px)", "fine_tuned"] = printed["Table III", "kcfi"]
+    shown_scores = [(row.group, row.recipe.stem, row.paper) for row in plan.rows if row.paper]
+    assert len(shown_scores) == 8
+    for group, name, scores in shown_scores:
+        assert scores.items() <= printed[group, name].items(), (group, name)
 
 
 def test_the_set_of_ablations_shows_every_row_with_the_papers_scores():
     plan = read_set("ablations")
     shown = {row.recipe for row in plan.rows}
-    assert shown == {packaged_recipes()[name] for name in ["paper", "released", *ABLATIONS]}
+    assert shown == {packaged_recipes()[name] for name in ["paper", "released", *ABLATIONS["paper"]]}
     assert len(plan.runs()) == len(shown) * len(plan.seeds) == 33
     scores = {(row.group, row.recipe.stem): (row.paper.get("bleu_4"), row.paper.get("cider_d")) for row in plan.rows}
     assert scores["Table III", "frozen"] == (53.15, 128.64)

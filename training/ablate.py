@@ -82,6 +82,7 @@ def _evaluation(recipe: Recipe, folder: Path, meteor: bool) -> list[str]:
     data = recipe.data
     options = {"model": folder, "dataset": data.dataset, "split": "test", "output": folder / RESULTS}
     options |= {"seed": data.dataset_seed, "mask_classes": data.mask_classes, "materials": data.materials}
+    options |= {"feature_cache": recipe.training.feature_cache}
     options |= {name: json.dumps(value) for name in ("columns", "pair_mix") if (value := getattr(data, name))}
     texts = [text for name, value in options.items() if value is not None for text in (f"--{name}", str(value))]
     return ["evaluate", *texts, *([] if meteor else ["--no-meteor"])]

@@ -126,7 +126,9 @@ def read_set(name: str | Path, only: Sequence[str] = (), seeds: Sequence[int] = 
     """
     path = Path(name) if Path(name).is_file() else RECIPES / f"{str(name).removesuffix('.yaml')}.yaml"
     if not path.is_file():
-        raise ValueError(f"No set of recipes {name}: give a YAML file, or the packaged set: ablations.")
+        raise ValueError(
+            f"No set of recipes {name}: give a YAML file, or one of the packaged sets: ablations, synthetic_ablations."
+        )
     plan = AblationSet(**_fields(read_yaml(path), AblationSet, str(path)))
     plan.rows = [Row(**_fields(row, Row, f"a row of {path}")) for row in plan.rows]
     plan.seeds = list(seeds or plan.seeds)

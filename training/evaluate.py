@@ -25,6 +25,7 @@ from kcfi.pictures import contact_sheet, overlay
 from kcfi.processing import KCFIProcessor
 from kcfi.training.arguments import model_source
 from kcfi.training.collator import KCFICollator
+from kcfi.training.feature_cache import FeatureCache
 from kcfi.training.levir_cc import NO_LABEL, MaskClasses, load_pairs, num_classes, warn_of_levir_cd
 from kcfi.training.material_library import attributions
 from kcfi.training.metrics import MaskScores, require_java, results
@@ -180,6 +181,7 @@ def evaluate_model(
     columns: Mapping[str, str] | None = None,
     materials: str | None = None,
     pair_mix: Mapping[str, float] | None = None,
+    feature_cache: str | None = None,
 ) -> dict[str, Any]:
     """Score a model on a split and write results.json, predictions.json and pairs.png into one folder.
 
@@ -197,6 +199,7 @@ def evaluate_model(
         columns: names of the columns of shards or a Hub data set, where they differ from ours.
         materials: library of `kcfi data materials` that "synthetic" draws with.
         pair_mix: kinds of synthetic pairs, see `SyntheticDataset`.
+        feature_cache: folder where the vision tower's features of every image are kept, see `FeatureCache`.
 
     Returns:
         What results.json holds; of synthetic pairs also "synthetic": how they were drawn.
@@ -214,6 +217,8 @@ def evaluate_model(
         dtype="auto" if device.type == "cuda" else torch.float32,  # bf16 is slow on most CPUs
     )
     network.to(device).eval()
+    if feature_cache:
+        network.model.get_stage_features = FeatureCache(network.model, feature_cache)
     processor = AutoProcessor.from_pretrained(model_source(model))
     mask_classes = mask_classes or ("road_building" if network.config.num_change_classes == 3 else "change")
     check_classes(network, mask_classes)

@@ -305,7 +305,7 @@ class MaskScores:
             None if no pixel had a label. Otherwise, all x 100: "f1", "iou", "precision" and "recall", dictionaries
             over "change" (any class but the background) and the names of those classes; "mean_iou", over the
             classes of `CLASS_NAMES` that occur in either mask, the background included; "accuracy", the share of
-            labelled pixels with the right class. A ratio with nothing to divide by is 0.
+            labelled pixels with the right class. A class that occurs in neither mask has None for its scores.
         """
         if not self.confusion.update_called:
             return None
@@ -315,7 +315,7 @@ class MaskScores:
         classes = [_class_scores(matrix[i, i], matrix[:, i].sum(), matrix[i].sum()) for i in range(len(matrix))]
         change = _class_scores(matrix[1:, 1:].sum(), matrix[:, 1:].sum(), matrix[1:].sum())
         named = {"change": change, **dict(zip(self.class_names[1:], classes[1:], strict=True))}
-        ious = [classes[i]["iou"] for i in range(len(matrix)) if matrix[i].any() or matrix[:, i].any()]
+        ious = [scores["iou"] for scores in classes if scores["iou"] is not None]
         return {
             **{key: {name: scores[key] for name, scores in named.items()} for key in change},
             "mean_iou": sum(ious) / len(ious),
@@ -323,10 +323,12 @@ class MaskScores:
         }
 
 
-def _class_scores(right: Tensor, predicted: Tensor, labelled: Tensor) -> dict[str, float]:
+def _class_scores(right: Tensor, predicted: Tensor, labelled: Tensor) -> dict[str, float | None]:
     """Score one class x 100 from pixel counts: predicted and labelled so, predicted so, labelled so."""
 
-    def percent(part: Tensor, whole: Tensor) -> float:
+    def percent(part: Tensor, whole: Tensor) -> float | None:
+        if not predicted + labelled:
+            return None
         return 100 * int(part) / int(whole) if whole else 0.0
 
     return {

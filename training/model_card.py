@@ -294,7 +294,8 @@ def eval_results(results: dict[str, Any], hub_ids: Collection[str]) -> list[Eval
     ]
     entries.append(entry("all", "accuracy", "changed or unchanged", results["change_accuracy"]))
     if "mask" in results:
-        entries += [entry("all", "f1", f"mask F1, {name}", value) for name, value in results["mask"]["f1"].items()]
+        scored = {name: value for name, value in results["mask"]["f1"].items() if value is not None}
+        entries += [entry("all", "f1", f"mask F1, {name}", value) for name, value in scored.items()]
         entries.append(entry("all", "mean_iou", "mask mean IoU", results["mask"]["mean_iou"]))
     return entries
 

@@ -23,6 +23,8 @@ def plan(tmp_path, text_model, vision, monkeypatch):
         "vision_config": vision,
         "text_model": str(text_model),
         "model_settings": {"flow_residual": "cross"},
+        "train_vision_tower": False,
+        "feature_cache": str(tmp_path / "features"),
         "dataset": str(tmp_path / "pairs"),
         "num_train_pairs": 4,
         "per_device_train_batch_size": 2,
@@ -60,6 +62,7 @@ def test_an_interrupted_run_goes_on_a_finished_one_is_kept_and_a_failed_one_is_a
     assert json.loads((small / "trainer_state.json").read_text())["global_step"] == 4
     report = json.loads((small / "results.json").read_text())
     assert (report["split"], report["pairs"]["all"]) == ("test", 1)
+    assert len(list(tmp_path.glob("features/*/*.safetensors"))) == 2 * (4 + 1)  # of the pairs trained on and scored
     text = (out / "table.md").read_text()
     assert text.startswith("# Trial: pairs (test, 1 pairs), seeds 0\n")
     assert f"| Table X | broken (0 of 1 seeds)<br>seed 0 failed: {errors['broken-0']} | - |" in text

@@ -259,15 +259,24 @@ def test_pixels_without_label_or_prediction_do_not_count():
     scores.update(torch.tensor([1, 255, 0]), torch.tensor([255, 1, 0]))
     computed = scores.compute()
     assert computed["accuracy"] == 100
-    assert computed["f1"] == {"change": 0}
+    assert computed["f1"] == {"change": None}
 
 
-def test_a_class_that_never_occurs_scores_0_and_stays_out_of_the_mean():
+def test_a_class_that_never_occurs_has_no_score_and_stays_out_of_the_mean():
     scores = MaskScores("road_building")
     scores.update(torch.tensor([0, 2]), torch.tensor([0, 2]))
     computed = scores.compute()
-    assert computed["f1"] == {"change": 100, "road": 0, "building": 100}
+    for name in ("f1", "iou", "precision", "recall"):
+        assert computed[name] == {"change": 100, "road": None, "building": 100}
     assert computed["mean_iou"] == 100
+
+
+def test_a_class_that_is_only_predicted_or_only_true_scores_0():
+    scores = MaskScores("road_building")
+    scores.update(torch.tensor([1, 0]), torch.tensor([0, 2]))
+    computed = scores.compute()
+    for name in ("f1", "iou", "precision", "recall"):
+        assert computed[name] == {"change": 0, "road": 0, "building": 0}
 
 
 @pytest.mark.filterwarnings("error")
