@@ -129,6 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--feature_cache", metavar="DIR", help="keep the vision tower's features of every image there"
     )
+    evaluate.add_argument("--max_new_tokens", type=int, default=64, help="longest caption, in tokens (%(default)s)")
     evaluate.add_argument("--no-meteor", action="store_true", help="do without Java, METEOR and S_m*")
     evaluate.set_defaults(run=run_evaluate)
 
@@ -164,7 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
     ablate.add_argument("set", help="YAML file, or a packaged set: ablations, synthetic_ablations")
     ablate.add_argument("--output", type=Path, help="folder of the runs (runs/SET)")
     ablate.add_argument("--rows", nargs="+", default=[], help="names of the recipes to run (all)")
-    ablate.add_argument("--seeds", type=int, nargs="+", default=[], help="in place of those of the set")
+    ablate.add_argument("--seeds", type=int, nargs="+", default=[], help="those of the set to run now (all)")
     ablate.add_argument("--processes", type=int, default=1, help="processes of a training, one per GPU (%(default)s)")
     ablate.add_argument("--no-meteor", action="store_true", help="do without Java, METEOR and S_m*")
     ablate.set_defaults(run=run_ablate)
@@ -334,6 +335,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         seed=options.seed,
         mask_classes=options.mask_classes,
         batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
         meteor=not options.no_meteor,
         columns=as_dict(options.columns),
         materials=options.materials,
@@ -369,9 +371,10 @@ def run_ablate(options: argparse.Namespace) -> int:
     check_writable(output)
     if not options.no_meteor:
         require_java()  # now, not after a day of training
-    plan = read_set(options.set, options.rows, options.seeds)
-    errors = ablate(plan, output, options.fields, not options.no_meteor, options.processes)
-    print(f"{output / 'table.md'}, table.csv, chart.png; failed: {len(errors)} of {len(plan.runs())} runs")
+    plan = read_set(options.set)
+    runs = plan.runs(options.rows, options.seeds)
+    errors = ablate(plan, runs, output, options.fields, not options.no_meteor, options.processes)
+    print(f"{output / 'table.md'}, table.csv, chart.png; failed: {len(errors)} of {len(runs)} runs")
     return 1 if errors else 0
 
 

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kcfi.training.ablation_table import METRICS, RESULTS, AblationSet, read_report, write_tables
@@ -28,12 +28,18 @@ ERROR = re.compile(r"(?:\[rank\d+\]: ?)?((?:kcfi: error:|[\w.]+(?:Error|Exceptio
 
 
 def ablate(
-    plan: AblationSet, output: Path, overrides: Sequence[str] = (), meteor: bool = True, processes: int = 1
+    plan: AblationSet,
+    runs: Mapping[str, tuple[Path, int]],
+    output: Path,
+    overrides: Sequence[str] = (),
+    meteor: bool = True,
+    processes: int = 1,
 ) -> dict[str, str]:
-    """Train and score every run of a set that is not finished; after each one, write the table anew.
+    """Train and score the runs that are not finished; after each one, write the table of the whole set anew.
 
     Args:
         plan: of `read_set`.
+        runs: of `plan.runs`.
         output: folder of the runs and the table.
         overrides: `--field value` for all recipes, as in `parse_recipe`.
         meteor: False does without Java, METEOR and S_m*.
@@ -48,11 +54,10 @@ def ablate(
     for option in overrides:
         if option.split("=")[0] in ("--seed", "--output_dir", "--output-dir"):
             raise ValueError(f"{option}: every run has its own; choose --seeds and --output.")
-    runs, errors = plan.runs(), dict[str, str]()
-    commands, recipes = dict[str, list[str]](), dict[str, Recipe]()
+    errors, commands, recipes = dict[str, str](), dict[str, list[str]](), dict[str, Recipe]()
     for run, (path, seed) in runs.items():
         settings = [*overrides, "--seed", str(seed), "--output_dir", str(output / run)]
-        recipes[run] = parse_recipe(path, settings)
+        recipes[run] = parse_recipe(path, settings, starts=False)
         commands[run] = ["train", str(path), *settings]
         if _has_begun(output / run):
             check_same_recipe(recipes[run], output / run)
@@ -60,10 +65,10 @@ def ablate(
     for number, run in enumerate(runs, start=1):
         print(f"{number}/{len(runs)} {run}: ", end="", flush=True)
         start, folder, error = time.monotonic(), output / run, None
-        if not (folder / RESULTS).exists():
+        if not _is_scored(folder, meteor):
             if not is_complete(folder):
                 resume = ["--resume"] if _has_begun(folder) else []
-                error = _call([*commands[run], *resume], folder, processes)
+                error = _call([*commands[run], *resume], folder, processes, bool(recipes[run].training.deepspeed))
             error = error or _call(_evaluation(recipes[run], folder, meteor), folder)
         if error:
             errors[run] = error
@@ -77,23 +82,31 @@ def _has_begun(folder: Path) -> bool:
     return any(map(is_complete, [folder, *folder.glob("checkpoint-[0-9]*")]))
 
 
+def _is_scored(folder: Path, meteor: bool) -> bool:
+    """Whether a run has all its scores; without Java those of METEOR are missing."""
+    return (folder / RESULTS).exists() and not (meteor and "meteor" not in flat_scores(read_report(folder)))
+
+
 def _evaluation(recipe: Recipe, folder: Path, meteor: bool) -> list[str]:
     """The `kcfi evaluate` of a run: the test split of the data that it was trained on."""
     data = recipe.data
     options = {"model": folder, "dataset": data.dataset, "split": "test", "output": folder / RESULTS}
     options |= {"seed": data.dataset_seed, "mask_classes": data.mask_classes, "materials": data.materials}
     options |= {"feature_cache": recipe.training.feature_cache}
+    options |= {"max_new_tokens": recipe.training.generation_max_new_tokens}
     options |= {name: json.dumps(value) for name in ("columns", "pair_mix") if (value := getattr(data, name))}
     texts = [text for name, value in options.items() if value is not None for text in (f"--{name}", str(value))]
     return ["evaluate", *texts, *([] if meteor else ["--no-meteor"])]
 
 
-def _call(command: Sequence[str], folder: Path, processes: int = 1) -> str | None:
+def _call(command: Sequence[str], folder: Path, processes: int = 1, deepspeed: bool = False) -> str | None:
     """Run a `kcfi` command in processes of its own, its output in log.txt; what went wrong, or None.
+
+    DeepSpeed needs the launcher for one process too.
 
     A crash, or a process that is killed for its memory, ends that run alone.
     """
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 or deepspeed else []
     program = [sys.executable, *launcher, "-m", "kcfi.cli", *command]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("a+b") as log:

@@ -229,7 +229,7 @@ class Recipe:
     values: dict[str, Any]
 
 
-def parse_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def parse_recipe(recipe: str | Path, overrides: Sequence[str] = (), starts: bool = True) -> Recipe:
     """Read a recipe and the command-line options that change it.
 
     A recipe with a line `base: NAME_OR_PATH` (a packaged recipe, or a file relative to its own folder) is that recipe
@@ -240,6 +240,7 @@ def parse_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe: a YAML file of `field: value` lines, or the name of a packaged one ("debug", "ablations/baseline").
         overrides: `--field value`, `--field=value`, `--field a b` for lists, `--model_settings.field value` for one
             entry of a dictionary, `--flag` for a true flag, `--field null` to switch it off.
+        starts: this process will train. False: another one will, which a launcher starts if it needs DeepSpeed.
 
     Raises:
         ValueError: no such recipe, bases in a circle, an unknown field (with the nearest name), a value of the wrong
@@ -255,9 +256,11 @@ def parse_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         else:
             values[name] = value if len(value) > 1 else value[0]
     check_names(values, known_fields(), "field")
+    deepspeed = None if starts else values.pop("deepspeed", None)
     parser = _Parser(GROUPS, allow_abbrev=False)
     parser.set_defaults(**{name: None for name, value in values.items() if value is None})
     model, data, training = parser.parse_args_into_dataclasses(_argv(values), look_for_args_file=False)
+    training.deepspeed = training.deepspeed or deepspeed
     model.vision_config, model.model_settings = as_dict(model.vision_config), as_dict(model.model_settings)
     model.lora = as_dict(model.lora)
     data.columns, data.pair_mix = as_dict(data.columns), as_dict(data.pair_mix)

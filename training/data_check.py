@@ -102,11 +102,11 @@ def check_folder(
 
 def check_shards(root: Path, columns: Mapping[str, str]) -> tuple[list[str], dict[str, SplitCounts]]:
     """`check_folder` for a folder of parquet shards; only the rows that can be read are counted."""
-    from kcfi.training.shards import Shard, open_shard, split_files  # `datasets` takes a second to import
+    from kcfi.training.shards import Shard, data_files, open_shard  # `datasets` takes a second to import
 
     problems: list[str] = []
     shards: list[tuple[str, Shard]] = []
-    for split, files in split_files(root).items():
+    for split, files in data_files(str(root)).items():
         for file in files:
             try:
                 shards.append((split, open_shard(file, str(root), split, columns)))

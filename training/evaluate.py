@@ -126,6 +126,8 @@ class Scores:
     def update(self, predictions: Iterable[PairPrediction]) -> None:
         """Count a batch."""
         for pair in predictions:
+            if pair.filename in self.captions:
+                raise ValueError(f"{pair.filename} occurs more than once in this split: `kcfi data check` names all.")
             if sum(sample.changed == pair.changed for _, sample in self.samples) < SAMPLES:
                 self.samples.append((len(self.references), pair))
             self.captions[pair.filename] = pair.caption
@@ -160,6 +162,7 @@ def flat_scores(report: Mapping[str, Any]) -> dict[str, float]:
         report: what results.json holds.
     """
     row = {**report["captions"]["all"], "change_accuracy": report["change_accuracy"]}
+    row["cider_d_changed"] = report["captions"]["changed"]["cider_d"]
     if "mask" in report:
         row |= {f"mask_f1_{name}": value for name, value in report["mask"]["f1"].items()}
         row["mask_f1"] = row.pop("mask_f1_change")
@@ -241,8 +244,10 @@ def evaluate_model(
     if isinstance(pairs, SyntheticDataset):
         sources = attributions(materials) if materials else []
         report["synthetic"] = {"seed": seed, "pair_mix": pairs.mix, "materials": sources}
-    output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     picture_sheet(pairs, predictions).save(output.with_name("pairs.png"))
+    part = output.with_suffix(".part")  # the results come last and complete: `kcfi ablate` takes them for the end
+    part.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    part.rename(output)
     return report
 
 

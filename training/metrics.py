@@ -34,6 +34,7 @@ from kcfi.training.levir_cc import (
     MaskClasses,
     name_some,
     num_classes,
+    read_all_captions,
     read_captions,
     read_json,
 )
@@ -44,7 +45,7 @@ Profile = Literal["coco", "levir-ids"]
 # One row of the table: a score, or None where there is nothing to score.
 Row = dict[str, float | None]
 
-RARE = 5  # "levir-ids": words seen fewer times in the training captions are all one unknown word
+RARE = 5  # "levir-ids": words seen fewer times in the captions of all splits are all one unknown word (Chg2Cap)
 UNKNOWN = "1"  # its number; behind it come start and end of a sentence, then the words
 
 CAPTION_SCORES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider_d", "s_m")
@@ -56,7 +57,7 @@ def caption_scores(
     changed: Sequence[bool],
     profile: Profile = "coco",
     meteor: bool = True,
-    training_captions: Iterable[str] = (),
+    vocabulary_captions: Iterable[str] = (),
 ) -> dict[str, Row]:
     """Score captions over all pairs, the changed ones and the unchanged ones, each row on its own pairs alone.
 
@@ -70,7 +71,8 @@ def caption_scores(
         profile: Protocol of tokens and scorers.
         meteor: False leaves METEOR and S_m* out (None) and needs no Java: a regular expression then stands in for the
             PTB tokenizer.
-        training_captions: What "levir-ids" takes its vocabulary from; no other profile reads them.
+        vocabulary_captions: What "levir-ids" takes its vocabulary from: in the literature all captions of the data
+            set, those of the test pairs included. No other profile reads them.
 
     Returns:
         Rows "all", "changed", "unchanged"; each maps `CAPTION_SCORES` to a score x 100. S_m* is the mean of BLEU-4,
@@ -79,7 +81,7 @@ def caption_scores(
     Raises:
         FileNotFoundError: If `meteor` is true and there is no Java.
         ValueError: If the lengths differ, a pair has no reference or one without a word, the profile is unknown, or
-            "levir-ids" has no training captions.
+            "levir-ids" has no captions for its vocabulary.
         OSError: If a Java process fails.
     """
     if meteor:
@@ -94,7 +96,7 @@ def caption_scores(
     # One call for every distinct sentence: starting Java once per row would cost more than tokenizing.
     distinct = list(dict.fromkeys([*predictions, *chain.from_iterable(references)]))
     if profile == "levir-ids":
-        forms: Iterable[str] = _id_tokens(distinct, training_captions)
+        forms: Iterable[str] = _id_tokens(distinct, vocabulary_captions)
     else:
         forms = _ptb_tokens(distinct) if meteor else map(_plain_tokens, distinct)
     tokens = dict(zip(distinct, forms, strict=True))
@@ -190,18 +192,19 @@ def _plain_tokens(sentence: str) -> str:
     return " ".join(re.findall(r"'s\b|\w+(?:[-/]\w+)*|[^\w\s.?!,:;'\"`-]", sentence.lower()))
 
 
-def _id_tokens(sentences: Iterable[str], training_captions: Iterable[str]) -> list[str]:
+def _id_tokens(sentences: Iterable[str], vocabulary_captions: Iterable[str]) -> list[str]:
     """Tokenize for "levir-ids": words between spaces, without full stops and question marks, as their numbers.
 
-    Words are numbered in alphabetical order behind the four special ones, as the code of Chg2Cap does. Case counts.
+    Words are numbered in alphabetical order behind the four special ones, as the code of Chg2Cap does; RSICCFormer and
+    Change-Agent drop words that are seen five times too. Case counts.
     """
 
     def words(sentence: str) -> list[str]:
         return re.sub("[.?]", "", re.sub("([;,])", r" \1", sentence)).split()
 
-    counts = Counter(chain.from_iterable(map(words, training_captions)))
+    counts = Counter(chain.from_iterable(map(words, vocabulary_captions)))
     if not counts:
-        raise ValueError("profile 'levir-ids' needs the training captions: its numbers stand for their words")
+        raise ValueError("profile 'levir-ids' needs vocabulary_captions: its numbers stand for their words")
     known = sorted(word for word, count in counts.items() if count >= RARE)
     ids = {word: str(number) for number, word in enumerate(known, start=4)}
     return [" ".join(ids.get(word, UNKNOWN) for word in words(sentence)) for sentence in sentences]
@@ -349,7 +352,7 @@ def results(
     split: str,
     profile: Profile = "coco",
     meteor: bool = True,
-    training_captions: Iterable[str] = (),
+    vocabulary_captions: Iterable[str] = (),
     mask: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Score one split in the schema of results.json, which `kcfi evaluate` and `kcfi score` share.
@@ -363,7 +366,7 @@ def results(
         split: Split of the data set.
         profile: Protocol of the caption scores.
         meteor: As in `caption_scores`.
-        training_captions: As in `caption_scores`.
+        vocabulary_captions: As in `caption_scores`.
         mask: What `MaskScores.compute` returned; None leaves the key "mask" out.
 
     Returns:
@@ -382,7 +385,7 @@ def results(
         "split": split,
         "profile": profile,
         "pairs": {"all": len(changed), "changed": num_changed, "unchanged": len(changed) - num_changed},
-        "captions": caption_scores(predictions, references, changed, profile, meteor, training_captions),
+        "captions": caption_scores(predictions, references, changed, profile, meteor, vocabulary_captions),
         "change_accuracy": change_accuracy(predictions, changed),
     }
     return scores if mask is None else {**scores, "mask": mask}
@@ -397,7 +400,7 @@ def score_file(
         predictions: JSON file `{filename: caption}`, plain or gzipped, with every pair of the split exactly once.
         references: LevirCCcaptions.json, plain or gzipped.
         split: Split to score.
-        profile: Protocol of the caption scores; "levir-ids" numbers the words of the references' split "train".
+        profile: Protocol of the caption scores; "levir-ids" numbers the words of all splits in `references`.
         meteor: As in `caption_scores`.
 
     Returns:
@@ -431,13 +434,14 @@ def score_file(
         split=split,
         profile=profile,
         meteor=meteor,
-        training_captions=_training_captions(references) if profile == "levir-ids" else (),
+        vocabulary_captions=_all_captions(references) if profile == "levir-ids" else (),
     )
 
 
-def _training_captions(references: Path) -> list[str]:
-    """Every sentence of the split "train" of a captions file."""
-    return [caption for pair in read_captions(references, "train") for caption in pair.captions]
+def _all_captions(references: Path) -> list[str]:
+    """Every sentence of a captions file, of all its splits."""
+    pairs, _ = read_all_captions(references)
+    return [caption for pair in pairs for caption in pair.captions]
 
 
 class KCFIMetric(evaluate.Metric):
@@ -473,9 +477,9 @@ class KCFIMetric(evaluate.Metric):
         changed: list[bool],
         profile: Profile = "coco",
         meteor: bool = True,
-        training_captions: Iterable[str] = (),
+        vocabulary_captions: Iterable[str] = (),
     ) -> dict[str, Any]:
         return {
-            "captions": caption_scores(predictions, references, changed, profile, meteor, training_captions),
+            "captions": caption_scores(predictions, references, changed, profile, meteor, vocabulary_captions),
             "change_accuracy": change_accuracy(predictions, changed),
         }

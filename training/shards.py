@@ -14,9 +14,8 @@ reader serves files and shards, and an unreadable image is named.
 """
 
 import io
-import re
 from bisect import bisect_right
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -86,8 +85,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         self, dataset: str, split: str, columns: Mapping[str, str] | None = None, num_pairs: int | None = None
     ) -> None:
         self.dataset, self.split = dataset, split
-        files = shard_files(Path(dataset), split) if Path(dataset).is_dir() else hub_files(dataset, split)
-        progress = tqdm(files, "opening shards", unit="shard", leave=False, delay=2)
+        progress = tqdm(shard_files(dataset, split), "opening shards", unit="shard", leave=False, delay=2)
         self.shards = [open_shard(file, dataset, split, columns or {}) for file in progress]
         ends = accumulate(shard.num_rows for shard in self.shards)
         self.ends = [end if num_pairs is None else min(end, num_pairs) for end in ends]
@@ -137,41 +135,32 @@ class Shard:
         return table.select(list(self.columns)).rename_columns(list(self.columns.values()))
 
 
-def shard_files(folder: Path, split: str) -> list[str]:
-    """The parquet files of a split, in the order of their rows: those whose names begin with it, as in `train-...`.
+def data_files(dataset: str) -> dict[str, list[str]]:
+    """The files of every split of a folder or of a data set on the Hub, as its card or else their names say.
 
     Raises:
-        ValueError: If there is none; the message lists the splits that there are.
+        FileNotFoundError: If there is no such data set, it is empty, or the Hub cannot be reached.
     """
-    files = split_files(folder)
-    if split not in files:
-        raise ValueError(f"{folder}: no parquet files of split '{split}'; splits in the folder: {', '.join(files)}")
-    return files[split]
+    try:
+        splits = datasets.load_dataset_builder(dataset).config.data_files or {}
+    except (FileNotFoundError, ConnectionError) as error:
+        if Path(dataset).is_dir():
+            raise
+        raise FileNotFoundError(
+            f"{dataset}: neither a folder nor a data set on the Hub ({error}). Without a network, give the folder of "
+            f"a copy (`hf download {dataset} --repo-type dataset --local-dir FOLDER`)."
+        ) from error
+    return {str(name): [str(file) for file in splits[name]] for name in splits}
 
 
-def split_files(folder: Path) -> dict[str, list[str]]:
-    """The parquet files of a folder by their splits, see `shard_files`."""
-    files: dict[str, list[str]] = defaultdict(list)
-    for path in sorted(folder.rglob("*.parquet")):
-        files[re.split("[-.]", path.name)[0]].append(str(path))
-    return dict(files)
-
-
-def hub_files(dataset: str, split: str) -> list[str]:
-    """URLs of the parquet files of a split of a data set on the Hub, as its card or their names say.
+def shard_files(dataset: str, split: str) -> list[str]:
+    """Paths or URLs of the parquet files of a split, in the order of their rows; see `data_files`.
 
     Raises:
         FileNotFoundError: If there is no such data set or the Hub cannot be reached.
         ValueError: If the split is unknown or holds other files than parquet.
     """
-    try:
-        splits = datasets.load_dataset_builder(dataset).config.data_files or {}
-    except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"{dataset}: neither a folder nor a data set on the Hub ({error}). Without a network, give the folder of "
-            f"a copy (`hf download {dataset} --repo-type dataset --local-dir FOLDER`)."
-        ) from error
-    files = {str(name): [str(file) for file in splits[name]] for name in splits}
+    files = data_files(dataset)
     if split not in files:
         raise ValueError(f"{dataset}: no split '{split}'; splits of the data set: {', '.join(files)}")
     others = [file for file in files[split] if not file.endswith(".parquet")]
@@ -328,7 +317,7 @@ def dataset_card(sources: list[LevirCCDataset], folder: Path) -> str:
     sizes = [
         {
             "name": split,
-            "num_bytes": sum(Path(file).stat().st_size for file in shard_files(folder, split)),
+            "num_bytes": sum(file.stat().st_size for file in folder.glob(f"data/{split}-*")),
             "num_examples": len(source),
         }
         for split, source in zip(splits, sources, strict=True)

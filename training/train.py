@@ -200,7 +200,8 @@ def find_checkpoint(output_dir: Path, resume: bool) -> str | None:
     complete = [path for path in output_dir.glob("checkpoint-[0-9]*") if is_complete(path)]
     if resume and not complete:
         raise ValueError(f"Nothing to resume: {output_dir} has no complete checkpoint. Start without --resume.")
-    if (complete or (output_dir / "model.safetensors").exists()) and not resume:
+    weights_of_others = (output_dir / "model.safetensors").exists() and not (output_dir / "recipe.yaml").exists()
+    if (complete or is_complete(output_dir) or weights_of_others) and not resume:
         raise ValueError(f"{output_dir} holds a run: continue it with --resume, or choose another --output_dir.")
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if resume else None
 

@@ -561,22 +561,30 @@ class KCFITrainer(Trainer):
             state: dict[str, Any] = {
                 "pairs": self.pairs_seen,
                 "captions": self.captions_seen,
-                "ranks": self.args.world_size,
+                "order": self._order(),
             }
             if self.dwa is not None:
                 state["dwa"] = self.dwa.state_dict()
             (Path(output_dir) / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+
+    def _order(self) -> dict[str, int]:
+        """What the order of the pairs depends on, beside the seed and the data."""
+        return {
+            "processes": self.args.world_size,
+            "workers": self.args.dataloader_num_workers,
+            "batch": self._train_batch_size,
+        }
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         state = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
-        ranks = state.get("ranks", self.args.world_size)  # runs of 0.1.0 do not say
-        if ranks != self.args.world_size:
+        if state["order"] != self._order():
             raise ValueError(
-                f"{checkpoint} was written by a run on {ranks} processes, this one has {self.args.world_size}: pairs "
-                f"would be lost or visited twice. Resume with {ranks} processes (torchrun --nproc_per_node)."
+                f"{checkpoint} was written by a run with {state['order']}, this one has {self._order()}: pairs would "
+                "be lost or visited twice. Resume with the same (torchrun --nproc_per_node, dataloader_num_workers, "
+                "per_device_train_batch_size)."
             )
         self.pairs_seen, self.captions_seen = state["pairs"], state["captions"]
         if self.dwa is not None and "dwa" in state:

@@ -53,9 +53,9 @@ def test_an_interrupted_run_goes_on_a_finished_one_is_kept_and_a_failed_one_is_a
     out, small = tmp_path / "out", tmp_path / "out" / "small-0"
     interrupt(tmp_path / "small.yaml", small)
     capsys.readouterr()
-    errors = ablate(plan, out, OVERRIDES, meteor=False)
+    errors = ablate(plan, plan.runs(), out, OVERRIDES, meteor=False)
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("1/2 small-0: CIDEr-D ") and ", mask F1 " in first
+    assert first.startswith("1/2 small-0: CIDEr-D ")
     assert errors.keys() == {"broken-0"} and second == f"2/2 broken-0: failed: {errors['broken-0']}"
     assert errors["broken-0"].startswith("exit code 2: kcfi: error: vision_feature_layers=[1, 9]")
 
@@ -67,18 +67,19 @@ def test_an_interrupted_run_goes_on_a_finished_one_is_kept_and_a_failed_one_is_a
     assert text.startswith("# Trial: pairs (test, 1 pairs), seeds 0\n")
     assert f"| Table X | broken (0 of 1 seeds)<br>seed 0 failed: {errors['broken-0']} | - |" in text
 
-    plan.rows = plan.rows[:1]
+    runs = plan.runs(rows=["small"])
     times = {path: path.stat().st_mtime_ns for path in small.rglob("*")}
-    assert ablate(plan, out, OVERRIDES, meteor=False) == {}
+    assert ablate(plan, runs, out, OVERRIDES, meteor=False) == {}
+    assert "| broken (0 of 1 seeds) |" in (out / "table.md").read_text()  # the whole set, though one row was run
     assert {path: path.stat().st_mtime_ns for path in small.rglob("*")} == times
     with pytest.raises(ValueError, match=r"started with other settings .*learning_rate: 0.0002 -> 0.0001"):
-        ablate(plan, out, meteor=False)
+        ablate(plan, runs, out, meteor=False)
 
 
 @pytest.mark.slow
 def test_a_run_may_have_several_processes(plan, tmp_path):
     plan.rows = plan.rows[:1]
-    assert ablate(plan, tmp_path / "out", ["--num_train_epochs", "1"], meteor=False, processes=2) == {}
+    assert ablate(plan, plan.runs(), tmp_path / "out", ["--num_train_epochs", "1"], meteor=False, processes=2) == {}
     state = json.loads((tmp_path / "out" / "small-0" / "trainer_state.json").read_text())
     assert state["global_step"] == 1  # 4 pairs: 2 on each rank
     values = yaml.safe_load((tmp_path / "out" / "small-0" / "recipe.yaml").read_text())

@@ -130,7 +130,7 @@ def test_every_problem_of_shards_is_named(root, shards):
         "captions": ["a"] * 5,
         "changed": True,
         "filename": "c.png",
-        "split": "test",
+        "split": "train",
     }
     more = [
         {"mask": (root / "unknown.png").read_bytes()},
@@ -138,28 +138,27 @@ def test_every_problem_of_shards_is_named(root, shards):
         {"filename": "e.png", "image_after": None, "mask": images["label"]},
     ]
     rows = datasets.Dataset.from_list([row, *({**row, **change} for change in more)], features=FEATURES)
-    rows.to_parquet(shards / "test.parquet")
-    (shards / "val-damaged.parquet").write_bytes(b"PAR1")
+    rows.to_parquet(shards / "data/train-more.parquet")
+    (shards / "data/train-damaged.parquet").write_bytes(b"PAR1")
     problems, counts = check_folder(shards)
     expected = [
-        f"{shards}, split 'val': {shards}/val-damaged.parquet is not readable as parquet",
-        f"{shards}: c.png occurs more than once in split 'test'",
+        f"{shards}, split 'train': {shards}/data/train-damaged.parquet is not readable as parquet",
+        f"{shards}: c.png occurs more than once in split 'train'",
         f"{shards}: c.png (mask): mask value 7 is unknown",
         f"{shards}: d.png has 4 captions; expected 5",
         f"{shards}: d.png (image_after): cannot be read as an image",
         f"{shards}: e.png (image_after): no image",
     ]
     assert_they_begin_with(problems, expected)
-    assert (counts["test"].pairs, counts["test"].masks, counts["train"].pairs) == (4, 1, 2)
+    assert (counts["train"].pairs, counts["train"].masks, counts["val"].pairs) == (2 + 4, 2 + 1, 1)
 
 
 def test_shards_with_other_column_names_are_checked_by_them(shards):
-    file = next((shards / "data").glob("val-*"))
-    datasets.Dataset.from_parquet(str(file)).rename_column("image_before", "A").to_parquet(shards / "test.parquet")
     for path in (shards / "data").iterdir():
-        path.unlink()
-    [problem] = check_folder(shards)[0]
-    assert "its columns are " in problem and "Say which in `columns`" in problem
+        datasets.Dataset.from_parquet(str(path)).rename_column("image_before", "A").to_parquet(path)
+    problems, _ = check_folder(shards)
+    assert len(problems) == 2  # a shard per split
+    assert all("its columns are " in problem and "Say which in `columns`" in problem for problem in problems)
     assert check_folder(shards, {"image_before": "A"})[0] == []
 
 

@@ -11,6 +11,7 @@ from kcfi.training.evaluate import (
     Scores,
     encode,
     evaluate_model,
+    flat_scores,
     pair_score,
     picture_sheet,
     predict,
@@ -61,6 +62,11 @@ def test_masks_are_predicted_at_the_size_of_the_images(model, processor, make_pa
     with torch.no_grad():
         [found] = predict(model.eval(), processor, batch, encode(model, batch), max_new_tokens=1)
     assert found.mask.shape == found.true_mask.shape == (40, 50)
+
+
+def test_a_pair_that_occurs_twice_is_named_at_once():
+    with pytest.raises(ValueError, match=r"a\.png occurs more than once in this split"):
+        Scores("change").update([prediction(), prediction()])
 
 
 def test_scores_count_pixels_over_the_whole_data_set():
@@ -133,6 +139,7 @@ def test_results_predictions_and_pictures_are_written(saved, tmp_path):
     assert json.loads(output.read_text()) == report
     assert (report["model"], report["dataset"], report["split"]) == (saved, "synthetic", "test")
     assert report["pairs"] == {"all": 4, "changed": 2, "unchanged": 2}
+    assert flat_scores(report)["cider_d_changed"] == report["captions"]["changed"]["cider_d"]
     assert report["captions"]["all"]["s_m"] is None and 0 <= report["mask"]["f1"]["change"] <= 100
     assert len(json.loads((output.parent / "predictions.json").read_text())) == 4
     with Image.open(output.parent / "pairs.png") as sheet:

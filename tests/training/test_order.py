@@ -146,12 +146,16 @@ def test_without_any_readable_pair_the_first_is_named(folder, broken):
         visits(folder, broken["folder"], max_unreadable=0.9)
 
 
-def test_a_run_is_not_resumed_on_another_number_of_ranks(folder):
+@pytest.mark.parametrize("other", ["processes", "workers", "batch"])
+def test_a_run_is_not_resumed_with_what_would_change_its_order(folder, other):
     pairs = ShardDataset(str(folder / "shards"), "train")
     visits(folder, pairs, save_steps=STOP)
     state = folder / "run" / f"checkpoint-{STOP}" / "kcfi_state.json"
-    state.write_text(json.dumps({**json.loads(state.read_text()), "ranks": 2}))
-    with pytest.raises(ValueError, match=r"written by a run on 2 processes, this one has 1.*Resume with 2"):
+    saved = json.loads(state.read_text())
+    assert saved["order"] == {"processes": 1, "workers": 0, "batch": BATCH}
+    saved["order"][other] = 3
+    state.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=rf"written by a run with .*'{other}': 3.*this one has .*'{other}': [^3]"):
         visits(folder, pairs, resume=STOP)
 
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -148,16 +149,25 @@ def test_a_shard_is_read_when_a_pair_of_it_is_asked_for(several):
 
 def test_the_card_of_a_data_set_names_the_files_of_its_splits(several):
     """Of a folder here, of a Hub id elsewhere: `datasets` resolves both by the card."""
-    files = shards.hub_files(str(several), "val")
+    files = shards.shard_files(str(several), "val")
     assert files == [str(several / f"data/val-0000{number}-of-00003.parquet") for number in range(3)]
     with pytest.raises(ValueError, match="no split 'tset'; splits of the data set: train, val"):
-        shards.hub_files(str(several), "tset")
+        shards.shard_files(str(several), "tset")
+
+
+def test_the_splits_of_a_folder_are_those_of_the_same_files_on_the_hub(several, tmp_path):
+    """`datasets` also reads folders that name their splits, where no card does."""
+    for split in ("train", "test"):
+        (tmp_path / "copy" / split).mkdir(parents=True)
+        shutil.copy(several / "data/val-00002-of-00003.parquet", tmp_path / "copy" / split / "0000.parquet")
+    for split in ("train", "test"):
+        assert [pair["filename"] for pair in ShardDataset(str(tmp_path / "copy"), split)] == ["8.png"]
 
 
 def test_a_data_set_of_other_files_than_parquet_is_refused(tmp_path):
     (tmp_path / "train.csv").write_text("image_before,image_after")
     with pytest.raises(ValueError, match=r"train\.csv is no parquet file"):
-        shards.hub_files(str(tmp_path), "train")
+        shards.shard_files(str(tmp_path), "train")
 
 
 def test_a_conversion_that_fails_leaves_nothing_behind(root, tmp_path):
@@ -268,7 +278,7 @@ def test_a_truncated_image_and_one_of_another_size_are_named(write, root):
 def test_what_is_no_data_set_is_named(converted, tmp_path):
     with pytest.raises(FileNotFoundError, match="nobody/nothing: neither a folder nor a data set on the Hub"):
         load_pairs("nobody/nothing", "train")
-    with pytest.raises(ValueError, match="no parquet files of split 'tset'; splits in the folder: train, val"):
+    with pytest.raises(ValueError, match="no split 'tset'; splits of the data set: train, val"):
         load_pairs(str(converted), "tset")
     file = converted / "data/train-00000-of-00001.parquet"
     content = file.read_bytes()

@@ -180,7 +180,7 @@ def test_accelerate_starts_one_process_per_device_of_its_launch_file(launched, r
     done = subprocess.run(command, capture_output=True, text=True, env=launched, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     state = json.loads((tmp_path / "run" / "checkpoint-1" / "kcfi_state.json").read_text())
-    assert (state["ranks"], state["pairs"]) == (4, 4)
+    assert (state["order"]["processes"], state["pairs"]) == (4, 4)
 
 
 def test_a_field_that_a_run_did_not_know_had_its_default(recipe, tmp_path):
@@ -211,6 +211,14 @@ def test_a_second_run_into_the_same_folder_is_refused(recipe, tmp_path):
     (checkpoint / "trainer_state.json").write_text("{}")
     with pytest.raises(ValueError, match="holds a run: continue it with --resume"):
         train.main([str(recipe)])
+
+
+def test_weights_that_no_training_wrote_are_not_overwritten_but_a_run_killed_at_its_end_begins_anew(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="holds a run"):
+        train.find_checkpoint(tmp_path, resume=False)
+    (tmp_path / "recipe.yaml").touch()
+    assert train.find_checkpoint(tmp_path, resume=False) is None
 
 
 def test_the_newest_checkpoint_is_the_one_of_most_steps_that_is_complete(tmp_path):

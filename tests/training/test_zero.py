@@ -49,6 +49,13 @@ def test_a_missing_launcher_is_named_before_anything_is_loaded(monkeypatch, tmp_
         parse_recipe("debug", ["--deepspeed", "zero2", "--use_cpu", "--output_dir", str(tmp_path)])
 
 
+def test_a_recipe_with_deepspeed_is_read_without_a_launcher_where_another_process_trains(monkeypatch, tmp_path):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    options = ["--deepspeed", "zero2", "--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path)]
+    recipe = parse_recipe("debug", options, starts=False)
+    assert recipe.training.deepspeed == recipe.values["deepspeed"] == "zero2"
+
+
 @needs_deepspeed
 def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
