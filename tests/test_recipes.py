@@ -144,7 +144,8 @@ def test_its_model_has_every_parameter_in_the_group_of_its_part(read, name):
     expected = {
         "learning_rate": {
             "lr": args.learning_rate,
-            "parameters": size(parts.key_change_perceiver, parts.change_detection_head),
+            "parameters": size(parts.key_change_perceiver, parts.change_detection_head)
+            + (size(parts.language_model) if args.train_language_model else 0),  # its output layer is tied
         },
         "vision_learning_rate": {
             "lr": args.vision_learning_rate,
@@ -153,7 +154,8 @@ def test_its_model_has_every_parameter_in_the_group_of_its_part(read, name):
         "projector_learning_rate": {"lr": args.projector_learning_rate, "parameters": size(parts.projector)},
     }
     assert found == {name: group for name, group in expected.items() if group["parameters"]}
-    assert not any(parameter.requires_grad for parameter in parts.language_model.parameters())
+    learns = {parameter.requires_grad for parameter in parts.language_model.parameters()}
+    assert learns == {args.train_language_model} == {name == "tiny_real"}
 
 
 def test_the_paper_recipe_is_what_the_defaults_are(read):
