@@ -120,7 +120,7 @@ def test_bad_bases_are_refused(write):
     one, two = write("one.yaml", "base: two.yaml\nseed: 1\n"), write("two.yaml", "base: one.yaml\n")
     with pytest.raises(ValueError, match=f"each other's base: {one} -> {two} -> {one}"):
         parse_recipe(one)
-    with pytest.raises(ValueError, match=r"No recipe papr: .*debug, .*paper, released"):
+    with pytest.raises(ValueError, match=r"No recipe papr: .*debug, .*paper, .*released"):
         parse_recipe(write("three.yaml", "base: papr\n"))
     with pytest.raises(ValueError, match=r"empty\.yaml: seed has no value"):
         write("empty.yaml", "seed:\n")
@@ -162,7 +162,7 @@ def test_a_share_of_unreadable_pairs_is_at_least_0_and_below_1(recipe, share):
 
 
 def test_an_unknown_recipe_lists_the_packaged_ones():
-    with pytest.raises(ValueError, match=r"No recipe papr: .*debug, .*paper, released"):
+    with pytest.raises(ValueError, match=r"No recipe papr: .*debug, .*paper, .*released"):
         parse_recipe("papr")
 
 
@@ -172,12 +172,11 @@ def test_text_that_is_no_dictionary_is_refused():
 
 
 @pytest.mark.parametrize("name", packaged_recipes())
-def test_packaged_recipes_parse_and_their_settings_make_a_config(name, tmp_path):
+def test_packaged_recipes_parse_and_their_settings_are_known(name, tmp_path):
     from kcfi import KCFIConfig
 
     parsed = parse_recipe(name, ["--output_dir", str(tmp_path), "--bf16", "false"])
-    config = KCFIConfig(**as_dict(parsed.model.model_settings))
-    assert set(as_dict(parsed.model.model_settings)) <= set(config.to_dict())
+    assert set(as_dict(parsed.model.model_settings)) <= set(KCFIConfig().to_dict())
 
 
 def test_the_values_of_a_recipe_parse_to_the_same_arguments(recipe, tmp_path):
