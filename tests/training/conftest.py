@@ -147,30 +147,3 @@ def model(text_model, processor) -> KCFIForConditionalGeneration:
     return KCFIForConditionalGeneration.from_vision_text_pretrained(
         VISION, str(text_model), image_token_id=processor.image_token_id, flow_residual="cross"
     )
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    """Materials of train and test: green grass, brown soil, a red roof, a tile with six labelled red houses."""
-    root = tmp_path_factory.mktemp("library")
-    entries = []
-
-    def add(name, kind, split, picture, **more):
-        Image.fromarray(picture).save(root / name)
-        about = {"source": "made up", "licence": "CC0-1.0", "region": split, "split": split}
-        entries.append({"file": name, "kind": kind, **about, **more})
-
-    for split in ("train", "test"):
-        for kind, colour in (("grass", (30, 160, 40)), ("soil", (130, 100, 60))):
-            add(f"{split}_{kind}.png", kind, split, np.full((64, 64, 3), colour, np.uint8))
-        add(f"{split}_roof.png", "villa roof", split, np.full((24, 30, 4), (200, 40, 30, 255), np.uint8))
-        tile, labels = np.full((200, 200, 3), (60, 120, 60), np.uint8), np.zeros((200, 200), np.uint8)
-        for x in (40, 90, 140):
-            for y in (50, 120):
-                tile[y : y + 26, x : x + 30], labels[y : y + 26, x : x + 30] = (200, 40, 30), 255
-        Image.fromarray(labels).save(root / f"{split}_labels.png")
-        add(f"{split}_tile.png", "tile", split, tile, label=f"{split}_labels.png")
-    (root / "materials.json").write_text(
-        json.dumps({"sources": [{"name": "made up", "licence": "CC0-1.0", "images": 2}], "entries": entries})
-    )
-    return root

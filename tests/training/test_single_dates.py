@@ -1,13 +1,18 @@
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import ndimage
 
+from kcfi.training import single_dates
 from kcfi.training.material_library import LibraryMaterials
 from kcfi.training.single_dates import draw_pair, removable_buildings
 from kcfi.training.synthetic import SyntheticDataset
-from kcfi.training.synthetic_layout import SyntheticSettings
+from kcfi.training.synthetic_captions import describe
+from kcfi.training.synthetic_layout import SyntheticSettings, crop
+from tests.training.test_synthetic import named_objects
 
 IRRELEVANT = ("light", "season", "trees", "shadows", "cars", "noise", "blur", "shift", "ground")
 STILL = SyntheticSettings(**dict.fromkeys(IRRELEVANT, False), max_shift=0)
@@ -55,10 +60,51 @@ def test_ground_comes_and_goes_without_entering_the_mask(library):
     assert not any(pair.mask.any() for pair in pairs)
 
 
-def test_erased_buildings_alone_do_not_tell_changed_from_unchanged(library):
-    """In unchanged pairs too, roofs of some places are gone; at both dates."""
-    roofs = [(np.asarray(pair.after)[..., 0] > 150).mean() for pair in pairs_of(library, changed=False, count=24)]
-    assert min(roofs) < 0.7 * max(roofs)
+def place_of(monkeypatch, **boxes):
+    """Let every pair show one green place with red buildings at these boxes: top, left, height, width."""
+    labels, place = np.zeros((264, 264), np.uint8), np.full((264, 264, 3), (60, 120, 60), np.uint8)
+    for top, left, height, width in boxes.values():
+        labels[top : top + height, left : left + width] = 255
+    place[labels == 255] = (200, 40, 30)
+    buildings = removable_buildings(labels)
+    assert len(buildings) == len(boxes)
+    monkeypatch.setattr(single_dates, "_draw_place", lambda *_: (Image.fromarray(place), labels, buildings))
+    return buildings
+
+
+def test_erased_buildings_alone_do_not_tell_changed_from_unchanged(library, monkeypatch):
+    """In unchanged pairs too, roofs of a place are gone, at both dates; they no longer count as standing."""
+    buildings = place_of(monkeypatch, first=(60, 60, 26, 30), second=(150, 150, 26, 30))
+    seen = set()
+    for pair in pairs_of(library, changed=False, count=40):
+        assert pair.before.tobytes() == pair.after.tobytes()
+        pixels = np.asarray(pair.after, int)
+        red = pixels[..., 0] > 1.5 * pixels[..., 1]
+        there = [number for number, building in enumerate(buildings) if red[crop(building.pixels)].mean() > 0.9]
+        expected = sum((crop(buildings[number].pixels) for number in there), np.zeros((256, 256), np.bool_))
+        assert np.array_equal(pair.standing, expected)
+        seen.add(tuple(there))
+    assert seen == {(), (0,), (1,), (0, 1)}
+
+
+def test_captions_name_kinds_and_the_ground_that_the_bare_date_shows(library, monkeypatch):
+    place_of(monkeypatch, villa=(40, 40, 26, 30), large=(150, 150, 44, 40))
+    seen = set()
+    for seed, pair in enumerate(pairs_of(library, changed=True, count=60)):
+        kinds = {entry.kind: entry.count for entry in pair.change.objects}
+        areas = np.bincount(ndimage.label(pair.mask)[0].ravel())[1:]
+        sizes = {"villa" if area < 1000 else "large building" for area in areas}
+        assert kinds == dict.fromkeys(sizes, 1)
+        bare = np.asarray(pair.before if pair.change.appears else pair.after)[pair.mask > 0].mean(0)
+        ground = pair.change.ground
+        if ground:
+            assert ("grass" if bare[1] > bare[0] else "bareland") == ground, bare
+        for caption in describe(pair.change, np.random.default_rng(seed)):
+            assert {kind for _, kind in named_objects(caption)} == set(kinds), caption
+            assert all(word in ("", ground) for word in re.findall("grass|bareland|trees", caption)), caption
+        seen.add((*sorted(kinds), ground))
+    assert {one[-1] for one in seen} == {"", "grass", "bareland"}
+    assert {one[:-1] for one in seen} == {("villa",), ("large building",), ("large building", "villa")}
 
 
 @pytest.mark.parametrize("cut", ["by the border", "by what is unknown"])
