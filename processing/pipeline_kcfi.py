@@ -7,13 +7,19 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import GenerationConfig, Pipeline
+from transformers.utils import logging
 
 from .image_processing_kcfi import NO_LABEL, image_size, unstack
 from .processing_kcfi import INSTRUCTIONS, KCFIProcessor
 
+logger = logging.get_logger(__name__)
+LARGE = 2  # times the model's input: larger images lose too much when they are shrunk
+
 
 class ChangeCaptioningPipeline(Pipeline):
     """Describe what changed between two images of one place, and mark where.
+
+    Images are resized to the model's input, and much larger ones are warned of: `kcfi caption` cuts them into tiles.
 
     Example:
         >>> from transformers import pipeline
@@ -68,7 +74,14 @@ class ChangeCaptioningPipeline(Pipeline):
             input_ = [input_["image_before"], input_["image_after"]]
         pair = self.processor.image_processor.fetch_images(input_)
         inputs = self.processor(images=[pair], text=[self.processor.prompt(instruction)], return_tensors="pt")
-        return {**inputs.to(self.dtype), "target_size": [image_size(pair[0])]}
+        height, width = image_size(pair[0])
+        side = self.model.config.image_size
+        if max(height, width) > LARGE * side:
+            logger.warning_once(
+                f"Images of {width} x {height} px are shrunk to the model's {side} px, and small objects in them are "
+                "lost: crop them, or let `kcfi caption` (kcfi.captioning.Describer) cut them into tiles."
+            )
+        return {**inputs.to(self.dtype), "target_size": [(height, width)]}
 
     def _forward(self, input_tensors: dict[str, Any], **generate_kwargs: Any) -> Any:
         """Encode the pairs once, for the masks and for the captions."""

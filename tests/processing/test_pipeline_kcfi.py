@@ -194,3 +194,10 @@ def test_saved_it_is_loaded_by_its_folder(captioner, pair, tmp_path):
     assert "preprocessor_config.json" not in names
     reloaded = pipeline("change-captioning", model=str(tmp_path), device="cpu", trust_remote_code=True)
     assert same(reloaded(pair, **SHORT), captioner(pair, **SHORT))
+
+
+def test_images_that_lose_much_when_they_are_shrunk_are_warned_of(captioner, make_pair, caplog):
+    captioner(make_pair(64, 64), **SHORT)
+    assert "are shrunk" not in caplog.text
+    captioner(make_pair(72, 40), **SHORT)
+    assert "Images of 72 x 40 px are shrunk to the model's 32 px" in caplog.text
