@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_same_recipe(recipe, output_dir)
         print(f"{output_dir} is finished: there is nothing to resume.")
         return
-    train(recipe, options.resume)
+    # leaves the process group: a rank whose threads still wait for the others is aborted at its exit
+    train(recipe, options.resume).accelerator.end_training()
 
 
 def train(recipe: Recipe, resume: bool = False) -> KCFITrainer:

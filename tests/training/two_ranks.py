@@ -67,3 +67,4 @@ else:
 trainer.save_model()
 if trainer.is_world_process_zero():
     torch.save(results, folder / f"{name}.pt")
+trainer.accelerator.end_training()
