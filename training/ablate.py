@@ -92,8 +92,8 @@ def _evaluation(recipe: Recipe, folder: Path, meteor: bool) -> list[str]:
     data = recipe.data
     options = {"model": folder, "dataset": data.dataset, "split": "test", "output": folder / RESULTS}
     options |= {"seed": data.dataset_seed, "mask_classes": data.mask_classes, "materials": data.materials}
-    options |= {"feature_cache": recipe.training.feature_cache}
-    options |= {"max_new_tokens": recipe.training.generation_max_new_tokens}
+    args = recipe.training
+    options |= {"feature_cache": args.feature_cache, "max_new_tokens": args.generation_max_new_tokens}
     options |= {name: json.dumps(value) for name in ("columns", "pair_mix") if (value := getattr(data, name))}
     texts = [text for name, value in options.items() if value is not None for text in (f"--{name}", str(value))]
     return ["evaluate", *texts, *([] if meteor else ["--no-meteor"])]
@@ -102,9 +102,8 @@ def _evaluation(recipe: Recipe, folder: Path, meteor: bool) -> list[str]:
 def _call(command: Sequence[str], folder: Path, processes: int = 1, deepspeed: bool = False) -> str | None:
     """Run a `kcfi` command in processes of its own, its output in log.txt; what went wrong, or None.
 
-    DeepSpeed needs the launcher for one process too.
-
-    A crash, or a process that is killed for its memory, ends that run alone.
+    A crash, or a process that is killed for its memory, ends that run alone. DeepSpeed needs a launcher even for one
+    process.
     """
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 or deepspeed else []
     program = [sys.executable, *launcher, "-m", "kcfi.cli", *command]

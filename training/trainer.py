@@ -580,9 +580,10 @@ class KCFITrainer(Trainer):
         if checkpoint is None:
             return
         state = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
-        if state["order"] != self._order():
+        order = state.get("order", self._order())  # older checkpoints do not say
+        if order != self._order():
             raise ValueError(
-                f"{checkpoint} was written by a run with {state['order']}, this one has {self._order()}: pairs would "
+                f"{checkpoint} was written by a run with {order}, this one has {self._order()}: pairs would "
                 "be lost or visited twice. Resume with the same (torchrun --nproc_per_node, dataloader_num_workers, "
                 "per_device_train_batch_size)."
             )
