@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from kcfi.cli import main
+from kcfi_cli import main
 
 rasterio = pytest.importorskip("rasterio", reason="the extra `geo` is not installed")
 

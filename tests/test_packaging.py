@@ -18,7 +18,7 @@ FOLDERS = {  # of the repository -> in the wheel
     "training": "kcfi/training",
     "hub_configs": "kcfi/hub_configs",
 }
-FILES = ["setup.cfg", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"]
+FILES = ["kcfi_cli.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"]
 
 
 def own_files(folder: str) -> set[str]:
@@ -68,14 +68,14 @@ def metadata_and_contents(dist):
     return metadata, found - metadata
 
 
-def test_the_wheel_installs_no_other_name_than_kcfi(dist):
+def test_the_wheel_installs_no_other_names_than_kcfi_and_its_command(dist):
     _, contents = metadata_and_contents(dist)
-    assert {name.split("/")[0] for name in contents} == {"kcfi"}
+    assert {name.split("/")[0] for name in contents} == {"kcfi", "kcfi_cli.py"}
 
 
 def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(dist):
     _, contents = metadata_and_contents(dist)
-    assert contents == set().union(*map(own_files, FOLDERS))
+    assert contents == {"kcfi_cli.py"}.union(*map(own_files, FOLDERS))
     assert {"kcfi/py.typed", "kcfi/training/recipes/debug.yaml", "kcfi/hub_configs/__init__.py"} <= contents
 
 
@@ -85,7 +85,7 @@ def test_the_wheel_has_licence_and_command(dist):
     [wheel] = dist.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         [entry_points] = [name for name in metadata if name.endswith("entry_points.txt")]
-        assert "kcfi = kcfi.cli:main" in archive.read(entry_points).decode()
+        assert "kcfi = kcfi_cli:main" in archive.read(entry_points).decode()
 
 
 def test_the_sdist_builds_the_wheel_of_the_checkout_without_the_links(dist, checkout, tmp_path):

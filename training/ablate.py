@@ -106,7 +106,7 @@ def _call(command: Sequence[str], folder: Path, processes: int = 1, deepspeed: b
     process.
     """
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 or deepspeed else []
-    program = [sys.executable, *launcher, "-m", "kcfi.cli", *command]
+    program = [sys.executable, *launcher, "-m", "kcfi_cli", *command]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("a+b") as log:
         start = log.seek(0, 2)

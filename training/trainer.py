@@ -210,7 +210,7 @@ class KCFITrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process (DataParallel) would average the losses wrongly: start one process "
-                f"per GPU, `torchrun --nproc_per_node {args.n_gpu} -m kcfi.cli train ...`, or choose one GPU by "
+                f"per GPU, `torchrun --nproc_per_node {args.n_gpu} -m kcfi_cli train ...`, or choose one GPU by "
                 "CUDA_VISIBLE_DEVICES=0."
             )
         self.meteor = shutil.which("java") is not None

@@ -45,7 +45,7 @@ def require_deepspeed(use_cpu: bool) -> None:
         raise ValueError('DeepSpeed is not installed: `pip install "kcfi[deepspeed]"`, or train without `deepspeed`.')
     if "LOCAL_RANK" not in os.environ:
         raise ValueError(
-            "DeepSpeed needs a launcher, for a single process too: torchrun --nproc_per_node 1 -m kcfi.cli train ..."
+            "DeepSpeed needs a launcher, for a single process too: torchrun --nproc_per_node 1 -m kcfi_cli train ..."
         )
     if use_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it takes the GPU

@@ -5,11 +5,11 @@ import pytest
 import yaml
 from PIL import Image, ImageDraw
 
-from kcfi.cli import main
 from kcfi.training import materials
 from kcfi.training.material_library import LibraryMaterials
 from kcfi.training.material_sources import SURFACES, Picture
 from kcfi.training.materials import cut_roofs, cut_scene_textures, write_library
+from kcfi_cli import main
 
 LEGEND = {"building": [200, 0, 0], "land": [0, 200, 0], "road": [0, 0, 200], "water": [0, 200, 200]}
 COLOURS = {"building": (150, 60, 50), "land": (80, 110, 60), "road": (120, 120, 120), "water": (50, 80, 80)}

@@ -176,7 +176,7 @@ def test_accelerate_starts_one_process_per_device_of_its_launch_file(launched, r
     config = Path(train.__file__).parent / "launch" / "accelerate_1x4.yaml"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     options = ["--per_device_train_batch_size", "1", "--max_steps", "1", "--eval_strategy", "no"]
-    command = [*launcher, "-m", "kcfi.cli", "train", str(recipe), *options]
+    command = [*launcher, "-m", "kcfi_cli", "train", str(recipe), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=launched, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     state = json.loads((tmp_path / "run" / "checkpoint-1" / "kcfi_state.json").read_text())

@@ -19,4 +19,4 @@ resume=
 if compgen -G "$output/checkpoint-*/trainer_state.json" >/dev/null; then resume=--resume; fi
 srun --cpus-per-task "$SLURM_CPUS_PER_TASK" torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$SLURM_GPUS_ON_NODE" \
   --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "$first:$((20000 + SLURM_JOB_ID % 10000))" \
-  -m kcfi.cli train "$@" --output_dir "$output" $resume
+  -m kcfi_cli train "$@" --output_dir "$output" $resume

@@ -1,4 +1,7 @@
-"""The command `kcfi`. Everything heavy is imported by the sub-command that needs it."""
+"""The command `kcfi`. Everything heavy is imported by the sub-command that needs it.
+
+It stands outside of the package, whose import registers the Auto classes and so imports torch and transformers.
+"""
 
 import argparse
 import json
