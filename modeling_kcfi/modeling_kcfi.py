@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
@@ -23,6 +24,7 @@ from .change_detection_head import ChangeDetectionHead, mask_loss
 from .configuration_kcfi import KCFIConfig
 from .key_change_perceiver import KeyChangePerceiver, flatten_stages
 
+CHUNK = 1024  # positions scored at a time in training: 0.6 GB of logits in fp32 with the 152k tokens of Qwen2
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # config.json's entries for `trust_remote_code=True`: which class of which file each Auto class loads
@@ -73,7 +75,7 @@ class KCFICausalLMOutputWithPast(ModelOutput):
 
     Args:
         loss (`torch.Tensor` of shape `()`): sum of the losses below that could be computed, equal weights.
-        logits (`torch.Tensor` of shape `(B, T, vocabulary)`): next-token scores.
+        logits (`torch.Tensor` of shape `(B, T, vocabulary)`): next-token scores; None in training, given `labels`.
         past_key_values, hidden_states, attentions: of the language model.
         image_hidden_states (`torch.Tensor` of shape `(B, num_image_tokens * N, D)`): what replaced `<image>`.
         caption_loss (`torch.Tensor` of shape `()`): eq. 8, given `labels`.
@@ -363,6 +365,33 @@ def check_output_layer(name: str, language_model: PreTrainedModel) -> None:
         )
 
 
+def chunked_caption_loss(
+    lm_head: nn.Module, states: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Eq. 8 without the logits of all positions, the largest tensor of training: `CHUNK` of them at a time.
+
+    Args:
+        lm_head: states of width D -> logits.
+        states: (B, T, D), last states of the language model.
+        labels: (B, T) ids of the tokens at these positions, -100 where nothing is learned.
+        num_items: what the sum over the tokens is divided by; their number if None.
+
+    Returns:
+        The loss, in fp32. With several chunks the backward pass computes the logits again.
+    """
+    states, labels = states[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+
+    def score(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(lm_head(states).float(), labels, ignore_index=-100, reduction="sum")
+
+    chunks = list(zip(states.split(CHUNK), labels.split(CHUNK), strict=True))
+    if len(chunks) == 1:
+        total = score(states, labels)
+    else:
+        total = torch.stack([checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+    return total / ((labels != -100).sum() if num_items is None else num_items)
+
+
 @auto_docstring(
     custom_intro="""
     The KCFI model: captions of what changed between two dates, and masks of where.
@@ -501,13 +530,17 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
 
-        caption_loss = detection_loss = None
-        if labels is not None:  # eq. 8
-            caption_loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+        logits = caption_loss = detection_loss = None
+        if self.training and labels is not None:
+            caption_loss = chunked_caption_loss(self.lm_head, states, labels, kwargs.get("num_items_in_batch"))
+        else:
+            logits = self.lm_head(states)
+            if labels is not None:  # eq. 8
+                caption_loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+                )
         if mask_labels is not None and outputs.mask_logits is not None:
             detection_loss = mask_loss(outputs.mask_logits, mask_labels)
         losses = [loss for loss in (caption_loss, detection_loss) if loss is not None]

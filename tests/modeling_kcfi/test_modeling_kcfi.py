@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
-from kcfi.modeling_kcfi import KCFIForConditionalGeneration, KCFIModel
+from kcfi.modeling_kcfi import KCFIForConditionalGeneration, KCFIModel, modeling_kcfi
 
 TOWERS = ["vit", "clip", "siglip", "dinov2", "timm"]
 LANGUAGE_MODELS = ["qwen2", "qwen3", "llama", "gpt2", "opt"]
@@ -252,6 +252,36 @@ def test_losses_are_cross_entropies_and_add_up(make_model, make_inputs):
     torch.testing.assert_close(outputs.caption_loss, caption)
     torch.testing.assert_close(outputs.mask_loss, mask)
     torch.testing.assert_close(outputs.loss, caption + mask)
+
+
+@pytest.mark.parametrize(("chunk", "calls"), [(1024, 1), (7, 6)])
+@pytest.mark.parametrize("num_items", [None, 9])
+def test_training_scores_few_positions_at_a_time_with_equal_gradients(
+    make_model, make_inputs, monkeypatch, chunk, calls, num_items
+):
+    monkeypatch.setattr(modeling_kcfi, "CHUNK", chunk)
+    model, inputs = make_model().eval(), make_inputs()
+    labels = inputs["input_ids"].clone()
+    labels[:, :16] = -100
+    rows = []
+    model.lm_head.register_forward_hook(lambda _module, _args, logits: rows.append(logits.shape[:-1].numel()))
+
+    def loss_and_gradients():
+        model.zero_grad()
+        outputs = model(**inputs, labels=labels, num_items_in_batch=num_items)
+        in_forward = len(rows)
+        outputs.loss.backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        return outputs, in_forward, {name: value.clone() for name, value in gradients.items() if value is not None}
+
+    plain, _, plain_gradients = loss_and_gradients()
+    rows.clear()
+    model.train()
+    chunked, in_forward, gradients = loss_and_gradients()
+    assert chunked.logits is None and plain.logits is not None
+    assert in_forward == calls and max(rows) <= chunk
+    torch.testing.assert_close(chunked.loss, plain.loss)
+    torch.testing.assert_close(gradients, plain_gradients)
 
 
 def test_a_mixed_batch_has_the_mask_loss_of_its_labelled_pair(make_model, make_inputs):

@@ -201,11 +201,11 @@ def test_logged_losses_are_the_models_own_over_the_whole_step(make_trainer, make
     with torch.no_grad():
         expected = trainer.model(**batch)
 
-    widths = []
-    trainer.model.lm_head.register_forward_hook(lambda _, states, __: widths.append(states[0].shape[1]))
+    positions = []
+    trainer.model.lm_head.register_forward_hook(lambda _, states, __: positions.append(len(states[0])))
     trainer.train()
     prompt = int((batch["labels"] == -100).all(dim=0).int().argmin())  # columns before the first learned token
-    assert max(widths) <= batch["labels"].shape[1] - prompt + 1  # no logits for the prompt
+    assert max(positions) <= 4 * (batch["labels"].shape[1] - prompt)  # of four pairs; no logits for the prompt
     logged = losses(trainer)[0]
     assert logged["caption_loss"] == pytest.approx(expected.caption_loss.item(), rel=1e-5)
     assert logged["mask_loss"] == pytest.approx(expected.mask_loss.item(), rel=1e-5)
