@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 EXAMPLES = """examples:
   kcfi caption before.png after.png                        sentence, mask and overlay by the embedded model
+  kcfi caption images/A images/B --output report           every pair of two folders, into report/captions.csv
   kcfi caption before.tif after.tif --regions --json       also a sentence per changed region; all as JSON
   kcfi data synthesize --pairs 100 --output pairs          drawn pairs in the layout of LEVIR-MCI
   kcfi data check LEVIR-MCI                                every problem of a data set, and what its splits hold
@@ -29,8 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 0; 1 for a data set with problems (`kcfi data check`) or runs that failed (`kcfi ablate`); 2
-        behind one line on stderr, for bad input or losses that are not finite; 130 on Ctrl-C.
+        The exit code: 0; 1 for a data set with problems (`kcfi data check`), runs that failed (`kcfi ablate`) or pairs
+        of a list that could not be read (`kcfi caption`); 2 behind one line on stderr, for bad input or losses that
+        are not finite; 130 on Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -86,12 +88,28 @@ def build_parser() -> argparse.ArgumentParser:
 
     caption = commands.add_parser(
         "caption",
-        help="describe a pair of images",
-        description="Describe what changed between two co-registered images, and write a mask and an overlay.",
-        epilog="example: kcfi caption before.png after.png --heatmap --output report",
+        usage="kcfi caption BEFORE AFTER [options]\n       kcfi caption MANIFEST [options]",
+        help="describe a pair of images, or many",
+        description="Describe what changed between two co-registered images, and write a mask and an overlay.\n"
+        "Of two folders, or a manifest, write captions.csv too: a second call does what is missing, and the exit code "
+        "is 1 if\na pair could not be read.",
+        epilog="examples:\n  kcfi caption before.png after.png --heatmap --output report\n"
+        "  kcfi caption LEVIR-CC/images/test/A LEVIR-CC/images/test/B --output report",
     )
-    caption.add_argument("before", help="image of the earlier date")
-    caption.add_argument("after", help="image of the later date, of the same size")
+    caption.add_argument(
+        "before",
+        type=Path,
+        metavar="BEFORE",
+        help="image of the earlier date, a folder of them, or MANIFEST: a CSV "
+        "file with columns before, after (paths) and maybe name",
+    )
+    caption.add_argument(
+        "after",
+        type=Path,
+        nargs="?",
+        metavar="AFTER",
+        help="image of the later date, of the same size; or the folder of the images with the same names",
+    )
     caption.add_argument("--model", default="kcfi-tiny", help="folder or Hub id (default: the embedded kcfi-tiny)")
     caption.add_argument("--output", default="kcfi-output", type=Path, help="folder for the pictures (%(default)s)")
     caption.add_argument(
@@ -100,9 +118,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="side in px of the squares that larger images are cut into (default: the model's input size). Where the "
         "model was trained on images that it resized, their side: 256 for LEVIR-CC",
     )
+    caption.add_argument("--batch_size", type=int, default=8, help="pairs, or tiles, at a time (%(default)s)")
     caption.add_argument("--regions", action="store_true", help="also write a sentence per changed region")
     caption.add_argument("--heatmap", action="store_true", help="also draw the strength of the key change features")
-    caption.add_argument("--json", action="store_true", help="print one JSON object")
+    caption.add_argument("--json", action="store_true", help="print one JSON object (per pair)")
     caption.set_defaults(run=run_caption)
 
     commands.add_parser("train", help="train from a recipe: `kcfi train --help`")  # main() takes it before
@@ -273,29 +292,27 @@ def check_results_file(path: Path) -> None:
     check_writable(path.parent)
 
 
-def run_caption(options: argparse.Namespace) -> None:
-    """`kcfi caption`."""
+def run_caption(options: argparse.Namespace) -> int:
+    """`kcfi caption`; the exit code is 1 if pairs of a list could not be read."""
     from transformers.utils.logging import disable_progress_bar
 
-    from kcfi.captioning import Describer, load, mask_picture, read_pair
-    from kcfi.pictures import heat_map, overlay
+    from kcfi.captioning import Describer, load, read_pair
+    from kcfi.pair_list import save_pictures
 
     disable_progress_bar()  # of loading weights, which is over before it can be read
+    manifest = options.after is None and options.before.suffix.lower() == ".csv"
+    if options.after is None and not manifest:
+        raise ValueError(f"Give the later image too, or a manifest (.csv) in place of {options.before}.")
+    if manifest or options.before.is_dir():
+        return caption_list(options)
     before, after = read_pair(options.before, options.after)
     check_writable(options.output)
     model, processor = load(options.model)
-    report = Describer(model, processor, options.tile).describe(before, after, options.regions)
-
-    pictures = {}
-    if report.mask is not None:
-        pictures["mask"] = mask_picture(report.mask, model.config.num_change_classes)
-        pictures["overlay"] = overlay(after, report.mask)
-    if options.heatmap:
-        pictures["heatmap"] = heat_map(after, report.key_changes)
-    files = {kind: options.output / f"{Path(options.after).stem}_{kind}.png" for kind in pictures}
+    describer = Describer(model, processor, options.tile, options.batch_size)
+    report = describer.describe(before, after, options.regions)
     options.output.mkdir(parents=True, exist_ok=True)
-    for kind, picture in pictures.items():
-        picture.save(files[kind])
+    classes = model.config.num_change_classes
+    files = save_pictures(report, after, options.output, options.after.stem, classes, options.heatmap)
 
     if options.json:
         result = {
@@ -303,13 +320,13 @@ def run_caption(options: argparse.Namespace) -> None:
             "changed_fraction": report.changed_fraction,
             "mask": None,
             "overlay": None,
-            **{kind: str(path) for kind, path in files.items()},
+            **files,
             "model": options.model,
         }
         if options.regions:
             result["regions"] = [vars(region) for region in report.regions]
         print(json.dumps(result))
-        return
+        return 0
     print(report.caption)
     if report.changed_fraction is not None:
         print(f"changed: {report.changed_fraction:.1%} of the area")
@@ -318,6 +335,28 @@ def run_caption(options: argparse.Namespace) -> None:
         print(f"  x {left}-{right}, y {top}-{bottom} ({region.pixels} px): {region.caption}")
     for kind, path in files.items():
         print(f"{kind}: {path}")
+    return 0
+
+
+def caption_list(options: argparse.Namespace) -> int:
+    """`kcfi caption` for two folders or a manifest."""
+    from tqdm import tqdm
+
+    from kcfi.captioning import Describer, load
+    from kcfi.pair_list import TABLE, describe_list, find_pairs
+
+    pairs = find_pairs(options.before, options.after)
+    check_writable(options.output)
+    describer = Describer(*load(options.model), options.tile, options.batch_size)
+    failed = 0
+    for row in describe_list(describer, pairs, options.output, options.model, options.regions, options.heatmap):
+        failed += row["error"] is not None
+        changed = "" if row["changed_fraction"] is None else f" ({row['changed_fraction']:.1%})"
+        line = f"{row['name']}: {row['error'] or row['caption']}{changed}"
+        tqdm.write(json.dumps(row) if options.json else line)
+    if not options.json:
+        print(f"{len(pairs) - failed} of {len(pairs)} pairs: {options.output / TABLE}")
+    return 1 if failed else 0
 
 
 def run_evaluate(options: argparse.Namespace) -> None:

@@ -24,12 +24,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from kcfi.training.arguments import model_source
 from kcfi.training.levir_cc import MASK_BUILDING, MASK_ROAD, read_image
 
-BATCH = 8  # tiles encoded at a time
 OVERLAP = 0.25  # of a tile's side, at least, with each neighbour
 MERGE = 8  # px: gaps of up to twice this do not part a region
 MIN_REGION = 100  # px: smaller regions get no sentence (25 m2 at 0.5 m/px)
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+Pair = tuple[Image.Image, Image.Image]  # before and after, of one size
 
 
 @dataclass
@@ -80,7 +80,7 @@ def load(name: str) -> tuple[Any, Any]:
     return model.to(device).eval(), processor
 
 
-def read_pair(before: str | Path | Image.Image, after: str | Path | Image.Image) -> tuple[Image.Image, Image.Image]:
+def read_pair(before: str | Path | Image.Image, after: str | Path | Image.Image) -> Pair:
     """Open both dates as the model sees them: upright, 8-bit RGB.
 
     Args:
@@ -147,24 +147,27 @@ def changed_regions(mask: NDArray[np.uint8]) -> list[Region]:
 
 
 class Describer:
-    """Describes pairs with one model; `describe` is the entry point.
+    """Describes pairs with one model; `describe` and `describe_pairs` are the entry points.
 
     Args:
         model: KCFIForConditionalGeneration.
         processor: its KCFIProcessor.
         tile: side in pixels of the squares that larger images are cut into; each is resized to the model's input
             size, which is the default. The size of the training images where the model resizes them.
+        batch_size: tiles, or pairs that fit into one, that the model takes at a time.
 
     Raises:
-        ValueError: a tile smaller than a patch of the vision tower.
+        ValueError: a tile smaller than a patch of the vision tower, or an empty batch.
     """
 
-    def __init__(self, model: Any, processor: Any, tile: int | None = None) -> None:
-        self.model, self.processor = model, processor
+    def __init__(self, model: Any, processor: Any, tile: int | None = None, batch_size: int = 8) -> None:
+        self.model, self.processor, self.batch_size = model, processor, batch_size
         self.tile = model.config.image_size if tile is None else tile
         patch = model.config.patch_size
         if self.tile < patch:
             raise ValueError(f"A tile of {self.tile} px is smaller than a patch of the vision tower, {patch} px.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1.")
 
     def describe(
         self, before: str | Path | Image.Image, after: str | Path | Image.Image, regions: bool = False
@@ -180,26 +183,60 @@ class Describer:
             FileNotFoundError: no such file.
             ValueError: a pair that `read_pair` refuses, or regions without a head.
         """
-        before, after = read_pair(before, after)
-        width, height = before.size
-        has_head = self.model.model.change_detection_head is not None
-        if regions and not has_head:
+        [report] = self.describe_pairs([read_pair(before, after)], regions)
+        return report
+
+    @torch.no_grad()
+    def describe_pairs(self, pairs: Sequence[Pair], regions: bool = False) -> list[ChangeReport]:
+        """Caption and mask pairs; those that fit into a tile are encoded once and in batches.
+
+        Args:
+            pairs: of `read_pair`.
+            regions: also write a sentence for every changed region; needs a change detection head.
+
+        Raises:
+            ValueError: regions without a head.
+        """
+        if regions and self.model.model.change_detection_head is None:
             raise ValueError("This model has no change detection head: it cannot find regions.")
+        reports = self._describe_small([pair for pair in pairs if self.fits(pair[0])], regions)
+        return [next(reports) if self.fits(pair[0]) else self._describe_large(*pair, regions) for pair in pairs]
 
+    def fits(self, image: Image.Image) -> bool:
+        """Whether an image is encoded in one pass, resized to the model's input."""
+        return max(image.size) <= self.tile
+
+    def _describe_small(self, pairs: Sequence[Pair], regions: bool) -> Iterator[ChangeReport]:
+        """Pairs that fit into a tile: encoded once, for the masks and for the sentences."""
+        for first in range(0, len(pairs), self.batch_size):
+            batch = pairs[first : first + self.batch_size]
+            features = self._encode(batch)
+            sizes = [(before.height, before.width) for before, _ in batch]
+            for maps, sentence in zip(self._maps(features, sizes), self._sentences(features), strict=True):
+                report = _without_sentences(maps, regions)
+                report.caption = sentence
+                for region in report.regions:  # what is around it is the whole image
+                    region.caption = sentence
+                yield report
+
+    def _describe_large(self, before: Image.Image, after: Image.Image, regions: bool) -> ChangeReport:
+        """A pair that is cut into tiles: detected first, then described where it changed."""
+        width, height = before.size
         boxes = tile_boxes(width, height, self.tile)
-        channels = 1 + (self.model.config.num_change_classes if has_head else 0)
-        maps = blend(self._maps(before, after, boxes), boxes, (channels, height, width))
-        key_changes = maps[0].numpy()
-        mask = maps[1:].argmax(0).to(torch.uint8).numpy() if has_head else None
+        head = self.model.model.change_detection_head
+        channels = 1 if head is None else 1 + self.model.config.num_change_classes
+        maps = self._tile_maps(before, after, boxes)
+        report = _without_sentences(blend(maps, boxes, (channels, height, width)), regions)
 
-        evidence = key_changes if mask is None or not mask.any() else mask > 0
+        changed = report.mask is not None and bool(report.mask.any())
+        evidence = np.asarray(report.mask) > 0 if changed else report.key_changes
         most_changed = max(boxes, key=lambda box: evidence[box[1] : box[3], box[0] : box[2]].sum())
-        found = changed_regions(mask) if regions and mask is not None else []
-        windows = [most_changed, *(self._window(region.box, width, height) for region in found)]
-        caption, *sentences = self._captions(before, after, windows)
-        for region, sentence in zip(found, sentences, strict=True):
+        windows = [most_changed, *(self._window(region.box, width, height) for region in report.regions)]
+        batches = self._tiles(before, after, windows, "sentences")
+        report.caption, *sentences = (text for _, features in batches for text in self._sentences(features))
+        for region, sentence in zip(report.regions, sentences, strict=True):
             region.caption = sentence
-        return ChangeReport(caption, mask, None if mask is None else float((mask > 0).mean()), key_changes, found)
+        return report
 
     def _window(self, box: Box, width: int, height: int) -> Box:
         """The tile around the middle of a region, inside the image."""
@@ -207,62 +244,76 @@ class Describer:
         top = int(np.clip((box[1] + box[3] - self.tile) // 2, 0, max(0, height - self.tile)))
         return left, top, min(left + self.tile, width), min(top + self.tile, height)
 
-    def _batches(
-        self, before: Image.Image, after: Image.Image, boxes: Sequence[Box], what: str
-    ) -> Iterator[tuple[Sequence[Box], torch.Tensor]]:
-        """Boxes of an image, some at a time, and the model's input for them, `pixel_values` (B, 2, 3, H, W)."""
-        size = {"height": self.model.config.image_size, "width": self.model.config.image_size}
-        for first in tqdm(range(0, len(boxes), BATCH), what, unit="batch", disable=len(boxes) <= BATCH):
-            batch = boxes[first : first + BATCH]
-            pairs = [[self._view(image, box) for image in (before, after)] for box in batch]
-            inputs = self.processor.image_processor(
-                pairs, size=size, do_resize=True, do_center_crop=False, return_tensors="pt"
-            )
-            yield batch, inputs["pixel_values"].to(self.model.device, self.model.dtype)
-
-    def _fits(self, image: Image.Image) -> bool:
-        """Whether an image is encoded in one pass, resized to the model's input."""
-        return max(image.size) <= self.tile
-
     def _view(self, image: Image.Image, box: Box) -> Image.Image:
-        """A box of an image; where a large image is narrower than the tile, its reflection fills the tile."""
+        """A box of a large image; where the image is narrower than the tile, its reflection fills the tile."""
         view = image.crop(box)
-        if self._fits(image) or view.size == (self.tile, self.tile):
+        if view.size == (self.tile, self.tile):
             return view
         margins = [(0, self.tile - view.height), (0, self.tile - view.width), (0, 0)]
         return Image.fromarray(np.pad(np.asarray(view), margins, mode="symmetric"))
 
-    @torch.no_grad()
-    def _maps(self, before: Image.Image, after: Image.Image, boxes: Sequence[Box]) -> Iterator[torch.Tensor]:
-        """Per box (1 + classes, h, w): norm of the key change features, and the mask logits if there is a head."""
-        config = self.model.config
-        grid = (config.image_size // config.patch_size,) * 2
-        for batch, pixels in self._batches(before, after, boxes, "tiles"):
-            features = self.model.get_image_features(pixel_values=pixels)
-            norms = features.change_features[..., : config.stage_width].float().norm(dim=-1)  # (B,N), no context
-            maps = [norms[:, None].unflatten(2, grid)]
-            if features.mask_logits is not None:
-                maps.append(features.mask_logits.float())
-            size = (before.height, before.width) if self._fits(before) else (self.tile, self.tile)
-            views = torch.cat([F.interpolate(scores, size=size, mode="bilinear") for scores in maps], dim=1).cpu()
-            for values, (left, top, right, bottom) in zip(views, batch, strict=True):
+    def _tiles(
+        self, before: Image.Image, after: Image.Image, boxes: Sequence[Box], what: str
+    ) -> Iterator[tuple[Sequence[Box], Any]]:
+        """Boxes of a large image, some at a time, and what the model sees in them."""
+        size = self.batch_size
+        for first in tqdm(range(0, len(boxes), size), what, unit="batch", disable=len(boxes) <= size, leave=False):
+            batch = boxes[first : first + size]
+            yield batch, self._encode([(self._view(before, box), self._view(after, box)) for box in batch])
+
+    def _tile_maps(self, before: Image.Image, after: Image.Image, boxes: Sequence[Box]) -> Iterator[torch.Tensor]:
+        """`_maps` of every box of a large image, cut to the box where it is narrower than the tile."""
+        for batch, features in self._tiles(before, after, boxes, "tiles"):
+            maps = self._maps(features, [(self.tile, self.tile)] * len(batch))
+            for values, (left, top, right, bottom) in zip(maps, batch, strict=True):
                 yield values[:, : bottom - top, : right - left]
 
-    @torch.no_grad()
-    def _captions(self, before: Image.Image, after: Image.Image, boxes: Sequence[Box]) -> Iterator[str]:
-        """A sentence for each box."""
+    def _encode(self, pairs: Sequence[Pair]) -> Any:
+        """The output of `get_image_features` for pairs of at most a tile."""
+        side = self.model.config.image_size
+        inputs = self.processor.image_processor(
+            [list(pair) for pair in pairs],
+            size={"height": side, "width": side},
+            do_resize=True,
+            do_center_crop=False,
+            return_tensors="pt",
+        )
+        pixels = inputs["pixel_values"].to(self.model.device, self.model.dtype)
+        return self.model.get_image_features(pixel_values=pixels)
+
+    def _maps(self, features: Any, sizes: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
+        """Per pair (1 + classes, *size): norm of the key change features, and the mask logits if there is a head."""
+        config = self.model.config
+        grid = (config.image_size // config.patch_size,) * 2
+        norms = features.change_features[..., : config.stage_width].float().norm(dim=-1)  # (B,N), no context
+        maps = [norms[:, None].unflatten(2, grid)]
+        if features.mask_logits is not None:
+            maps.append(features.mask_logits.float())
+        for index, size in enumerate(sizes):
+            views = [F.interpolate(scores[index, None], size=size, mode="bilinear")[0] for scores in maps]
+            yield torch.cat(views).cpu()
+
+    def _sentences(self, features: Any) -> list[str]:
+        """A sentence for each pair that was encoded."""
         prompt = torch.tensor([self.processor.encode_prompt()], device=self.model.device)
-        for batch, pixels in self._batches(before, after, boxes, "sentences"):
-            input_ids = prompt.expand(len(batch), -1)
-            tokens = self.model.generate(
-                input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                pixel_values=pixels,
-                max_new_tokens=64,
-                do_sample=False,
-                **self.processor.generation_tokens,
-            )
-            yield from self.processor.post_process_image_text_to_text(tokens[:, input_ids.shape[1] :])
+        input_ids = prompt.expand(len(features.pooler_output), -1)
+        tokens = self.model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            mm_encoder_outputs={"image": features},
+            max_new_tokens=64,
+            do_sample=False,
+            **self.processor.generation_tokens,
+        )
+        return list(self.processor.post_process_image_text_to_text(tokens[:, input_ids.shape[1] :]))
+
+
+def _without_sentences(maps: torch.Tensor, regions: bool) -> ChangeReport:
+    """Maps (1 or 1 + classes, H, W) of `Describer._maps` -> a report that lacks its sentences yet."""
+    mask = maps[1:].argmax(0).to(torch.uint8).numpy() if len(maps) > 1 else None
+    changed = None if mask is None else float((mask > 0).mean())
+    found = changed_regions(mask) if regions and mask is not None else []
+    return ChangeReport("", mask, changed, maps[0].numpy(), found)
 
 
 def mask_picture(mask: NDArray[np.uint8], num_classes: int) -> Image.Image:

@@ -139,7 +139,8 @@ def test_an_output_without_rights_is_refused(capsys, pair, tmp_path):
 
 
 def test_wrong_options_are_one_line_too(capsys):
-    assert refusal(capsys, "caption", "a.png").endswith("required: after (see `kcfi caption --help`)")
+    assert refusal(capsys, "caption", "a.png").startswith("Give the later image too, or a manifest (.csv)")
+    assert refusal(capsys, "score", "a.json").endswith("required: --references (see `kcfi score --help`)")
     assert "invalid choice: 'capture'" in refusal(capsys, "capture")
     assert "unrecognized arguments: --jsn" in refusal(capsys, "caption", "a.png", "b.png", "--jsn")
     assert refusal(capsys).endswith("required: command (see `kcfi --help`)")

@@ -1,0 +1,227 @@
+"""Lists of pairs, as two folders or a manifest -> captions.csv and the pictures of each pair.
+
+A row of the table stands in the file once its pair is described, so a second call does what is missing; a pair that
+cannot be read becomes a row with its error, which a second call tries again.
+"""
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from kcfi.captioning import ChangeReport, Describer, Pair, mask_picture, read_pair
+from kcfi.pictures import heat_map, overlay
+
+TABLE = "captions.csv"
+COLUMNS = ["name", "caption", "changed_fraction", "mask", "overlay", "heatmap", "regions", "model", "error"]
+
+
+@dataclass(frozen=True)
+class PairFiles:
+    """The files of a pair, and the name that its row and its pictures get."""
+
+    name: str
+    before: Path
+    after: Path
+
+
+def find_pairs(before: str | Path, after: str | Path | None = None) -> list[PairFiles]:
+    """The pairs of two folders, or of a manifest.
+
+    Args:
+        before: folder of the earlier images, or the manifest: a CSV file with the columns `before` and `after` (paths,
+            relative to its own folder) and maybe `name`.
+        after: folder of the later images, whose files have the names of their partners; None with a manifest.
+
+    Returns:
+        The pairs, by name in folders and as they stand in a manifest. A name is the file name of the after image
+        without its extension, where the manifest gives none.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: images without a partner, no pairs, missing columns, or two pairs of one name.
+    """
+    before = Path(before)
+    pairs = _manifest_pairs(before) if after is None else _folder_pairs(before, Path(after))
+    if not pairs:
+        raise ValueError(f"{before}: no pairs in it.")
+    names = [pair.name for pair in pairs]
+    if len(set(names)) < len(names):
+        name = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{before}: two pairs are called {name!r}; give each its own name (column `name`).")
+    return pairs
+
+
+def _manifest_pairs(manifest: Path) -> list[PairFiles]:
+    with manifest.open(newline="", encoding="utf-8-sig") as file:  # as Excel writes it
+        reader = csv.DictReader(file)
+        rows, columns = list(reader), reader.fieldnames or []
+    if not {"before", "after"} <= set(columns):
+        raise ValueError(f"{manifest}: needs the columns before and after; it has {', '.join(columns) or 'none'}.")
+    pairs = []
+    for number, row in enumerate(rows, start=2):
+        name = row.get("name") or Path(row["after"] or "").stem
+        if not (row["before"] and row["after"]) or Path(name).name != name:
+            raise ValueError(f"{manifest}, line {number}: needs before and after, and a name without a slash.")
+        pairs.append(PairFiles(name, manifest.parent / row["before"], manifest.parent / row["after"]))
+    return pairs
+
+
+def _folder_pairs(before: Path, after: Path) -> list[PairFiles]:
+    known = Image.registered_extensions()
+    first, second = (
+        {path.name: path for path in folder.iterdir() if path.suffix.lower() in known} for folder in (before, after)
+    )
+    alone = [str(path) for name, path in sorted({**first, **second}.items()) if not (name in first and name in second)]
+    if alone:
+        more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
+        raise ValueError(f"Images without a partner of the same name: {', '.join(alone[:3])}{more}.")
+    return [PairFiles(path.stem, path, second[name]) for name, path in sorted(first.items())]
+
+
+def describe_list(
+    describer: Describer,
+    pairs: list[PairFiles],
+    output: Path,
+    model: str,
+    regions: bool = False,
+    heatmap: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Describe pairs into OUTPUT/captions.csv, pictures beside it; images are decoded by other processes meanwhile.
+
+    Args:
+        describer: of the model.
+        pairs: of `find_pairs`.
+        output: folder; what an earlier call described there is not done again.
+        model: name of the model, for the table.
+        regions: also write a sentence for every changed region.
+        heatmap: also draw the strength of the key change features.
+
+    Yields:
+        Rows of the table (`COLUMNS`; None where there is nothing), each once it stands in the file.
+
+    Raises:
+        ValueError: the table of another model is there, or regions without a change detection head.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    done = _described(output / TABLE, model)
+    todo = [pair for pair in pairs if pair.name not in done]
+    loader: Any = DataLoader(_Opened(todo), batch_size=None, num_workers=min(4, (os.cpu_count() or 1) - 1, len(todo)))
+    progress = tqdm(total=len(pairs), initial=len(pairs) - len(todo), desc="pairs", unit="pair")
+    with (output / TABLE).open("a", newline="", encoding="utf-8") as file, progress:
+        table = csv.DictWriter(file, COLUMNS)
+        if not file.tell():
+            table.writeheader()
+        for batch in _batches(loader, describer):
+            readable = [images for _, images in batch if not isinstance(images, str)]
+            reports = iter(describer.describe_pairs(readable, regions))
+            for files, images in batch:
+                row: dict[str, Any] = {**dict.fromkeys(COLUMNS), "name": files.name, "model": model}
+                if isinstance(images, str):
+                    row["error"] = images
+                else:
+                    report = next(reports)
+                    classes = describer.model.config.num_change_classes
+                    paths = save_pictures(report, images[1], output, files.name, classes, heatmap)
+                    row |= {"caption": report.caption, "changed_fraction": report.changed_fraction, **paths}
+                    if regions:
+                        row["regions"] = [vars(region) for region in report.regions]
+                table.writerow({**row, "regions": json.dumps(row["regions"]) if row["regions"] else None})
+                file.flush()
+                progress.update()
+                yield row
+
+
+class _Opened(Dataset[tuple[PairFiles, Pair | str]]):
+    """Pairs with their images, or with what is wrong with them."""
+
+    def __init__(self, pairs: list[PairFiles]) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[PairFiles, Pair | str]:
+        files = self.pairs[index]
+        try:
+            return files, read_pair(files.before, files.after)
+        except (OSError, ValueError) as error:
+            return files, " ".join(str(error).split())
+
+
+def _batches(
+    opened: Iterable[tuple[PairFiles, Pair | str]], describer: Describer
+) -> Iterator[list[tuple[PairFiles, Pair | str]]]:
+    """Pairs that fit into a tile, as many as the model takes at a time; larger ones alone."""
+    batch: list[tuple[PairFiles, Pair | str]] = []
+    for files, images in opened:
+        alone = not isinstance(images, str) and not describer.fits(images[0])
+        if batch and (alone or len(batch) == describer.batch_size):
+            yield batch
+            batch = []
+        if alone:
+            yield [(files, images)]
+        else:
+            batch.append((files, images))
+    if batch:
+        yield batch
+
+
+def _described(table: Path, model: str) -> set[str]:
+    """Names that a table has a sentence for; its other rows, and a last one that was cut off, are taken out.
+
+    Raises:
+        ValueError: the table of another model, or no table of this kind.
+    """
+    if not table.exists():
+        return set()
+    text = table.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    reader = csv.DictReader(whole.splitlines())
+    rows = [row for row in reader if not row.get("error")]
+    if whole and reader.fieldnames != COLUMNS:
+        raise ValueError(f"{table} is not a table of kcfi caption: choose another --output.")
+    if others := {row["model"] for row in rows} - {model}:
+        raise ValueError(f"{table} was written by the model {others.pop()}: choose another --output.")
+    part = table.with_suffix(".part")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    part.rename(table)
+    return {row["name"] for row in rows}
+
+
+def save_pictures(
+    report: ChangeReport, after: Image.Image, output: Path, name: str, num_classes: int, heatmap: bool = False
+) -> dict[str, str]:
+    """Write what there is to see of a pair as OUTPUT/NAME_mask.png, NAME_overlay.png and NAME_heatmap.png.
+
+    Args:
+        report: of the pair.
+        after: its later image.
+        output: folder, which exists.
+        name: of the pair.
+        num_classes: of the model's mask.
+        heatmap: also draw the strength of the key change features.
+
+    Returns:
+        The paths, by kind; no mask and no overlay without a change detection head.
+    """
+    pictures = {}
+    if report.mask is not None:
+        pictures["mask"] = mask_picture(report.mask, num_classes)
+        pictures["overlay"] = overlay(after, report.mask)
+    if heatmap:
+        pictures["heatmap"] = heat_map(after, report.key_changes)
+    paths = {kind: output / f"{name}_{kind}.png" for kind in pictures}
+    for kind, picture in pictures.items():
+        picture.save(paths[kind])
+    return {kind: str(path) for kind, path in paths.items()}
