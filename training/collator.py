@@ -1,7 +1,7 @@
 """KCFICollator: examples of a data set -> a batch, for training or for evaluation."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -186,6 +186,25 @@ def packed_attention_mask(segment_ids: torch.Tensor, implementation: str, dtype:
     batch = torch.arange(rows, device=segment_ids.device)[:, None, None, None]
     allowed = visible(batch, None, place[:, None], place)  # (B,1,T,T)
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def training_inputs(batch: Mapping[str, Any], language_model: Any) -> dict[str, Any]:
+    """A training batch of `KCFICollator` -> arguments of the model.
+
+    Logits are asked for from the first learned token on: before it stand hundreds of others, times the vocabulary.
+
+    Args:
+        batch: with `segment_ids` and `labels` (B, T).
+        language_model: whose attention the mask is made for.
+    """
+    inputs = {name: value for name, value in batch.items() if name not in ("filenames", "segment_ids")}
+    inputs["attention_mask"] = packed_attention_mask(
+        batch["segment_ids"], language_model.config._attn_implementation, language_model.dtype
+    )
+    learned = (batch["labels"] != IGNORED).any(dim=0).nonzero()
+    inputs["logits_to_keep"] = batch["labels"].shape[1] - int(learned[0]) + 1
+    inputs["labels"] = batch["labels"][:, -inputs["logits_to_keep"] :]
+    return inputs
 
 
 def check_packing(language_model: Any, longest: int) -> None:

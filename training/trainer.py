@@ -26,7 +26,7 @@ from transformers.utils import logging
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import KCFIProcessor
 from kcfi.training.arguments import KCFITrainingArguments
-from kcfi.training.collator import IGNORED, KCFICollator, check_packing, packed_attention_mask
+from kcfi.training.collator import IGNORED, KCFICollator, check_packing, training_inputs
 from kcfi.training.dwa import TASKS, DynamicWeightAverage
 from kcfi.training.evaluate import Scores, encode, predict, sample_sheet
 from kcfi.training.feature_cache import FeatureCache, check_cacheable
@@ -342,16 +342,8 @@ class KCFITrainer(Trainer):
         Raises:
             FloatingPointError: the loss is not finite; names step, losses and pairs. The weights are not changed.
         """
-        inputs = dict(inputs)
-        filenames = inputs.pop("filenames")
-        language_model = self.model.model.language_model
-        inputs["attention_mask"] = packed_attention_mask(
-            inputs.pop("segment_ids"), language_model.config._attn_implementation, language_model.dtype
-        )
-        # logits only from the first learned token on: before it stand hundreds of others, times the vocabulary
-        learned = (inputs["labels"] != IGNORED).any(dim=0).nonzero()
-        inputs["logits_to_keep"] = inputs["labels"].shape[1] - int(learned[0]) + 1
-        inputs["labels"] = inputs["labels"][:, -inputs["logits_to_keep"] :]
+        filenames = inputs["filenames"]
+        inputs = training_inputs(inputs, self.model.model.language_model)
         for module in self.evaluated:
             module.eval()
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False)

@@ -1,0 +1,116 @@
+"""What the benchmarks share: sides that take turns in one process, peak memory of each, the machine, the report."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def options_of(description: str) -> argparse.ArgumentParser:
+    """The parser of a benchmark: `--repeats`, `--json`, `--side` (for `peak_memory`)."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds, after a warm-up (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--side", help=argparse.SUPPRESS)  # this process measures the memory of one side
+    return parser
+
+
+Row = dict[str, Any]
+
+
+def take_turns(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each side in every round; the sides alternate, so that both meet the same disturbances."""
+    for side in sides.values():
+        side()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            side()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def comparison(case: str, seconds: Mapping[str, Sequence[float]], work: float, unit: str, bar: float) -> Row:
+    """A row of the report: the medians of both sides as work per second, their ratio, its spread over the rounds."""
+    plain, ours = seconds["plain"], seconds["ours"]
+    ratios = [slow / fast for slow, fast in zip(plain, ours, strict=True)]
+    return {
+        "case": case,
+        "unit": unit,
+        "plain": work / statistics.median(plain),
+        "ours": work / statistics.median(ours),
+        "ratio": statistics.median(plain) / statistics.median(ours),
+        "spread": [min(ratios), max(ratios)],
+        "bar": bar,
+    }
+
+
+def print_peak(side: Callable[[], Any]) -> None:
+    """Run a side once and print by how many MiB it raised the memory of this process at most (Linux)."""
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak of loading
+    side()
+    print(_status("VmHWM") - before)
+
+
+def peak_memory(script: str, side: str, *arguments: str) -> float | None:
+    """What `print_peak` says of a side, in a process of its own; None where there is no /proc."""
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    command = [sys.executable, script, "--side", side, *arguments]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def _status(field: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads, versions, and how busy the machine is with other things."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def report(name: str, rows: list[dict[str, Any]], as_json: bool, **more: Any) -> None:
+    """Print the rows, as a table or as one JSON object, with the machine."""
+    about = machine()
+    if as_json:
+        print(json.dumps({"benchmark": name, "machine": about, "rows": rows, **more}))
+        return
+    print(f"{name}: {about['threads']} of {about['cores']} cores of {about['cpu']}, load {about['load']}")
+    print(table(rows))
+    for key, value in more.items():
+        print(f"{key}: {value}")
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as Markdown."""
+    heads = ["case", "plain", "ours", "ratio", "bar", "peak memory, plain / ours", "equal results"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in rows:
+        low, high = row["spread"]
+        memory = " / ".join(f"{value:,.0f}" for value in row.get("peak_mib", []))
+        lines.append(
+            f"| {row['case']} | {row['plain']:.3g} {row['unit']} | {row['ours']:.3g} | **{row['ratio']:.1f}** "
+            f"({low:.1f} to {high:.1f}) | {row['bar']} | {memory and memory + ' MiB'} | {row['equal']} |"
+        )
+    return "\n".join(lines)

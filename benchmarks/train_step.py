@@ -1,0 +1,136 @@
+"""A training step: five captions behind one prefix, against one row per caption.
+
+```
+python benchmarks/train_step.py
+```
+
+The plain side is what a careful user of transformers writes: a row for each caption with its own images and prompt,
+logits at every position. Both sides have the same weights, pairs, captions, instruction, precision and optimizer; the
+language model is frozen, all else is trained. The gradients are compared in fp32. Two sizes: the embedded model in
+fp32, and DINOv2-S with SmolLM2-135M (their sizes with random weights, which cost the same) in bf16.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from measure import comparison, options_of, peak_memory, print_peak, report, take_turns
+from torch.nn import functional as F
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import kcfi
+from kcfi.modeling_kcfi.change_detection_head import mask_loss
+from kcfi.training.collator import IGNORED, KCFICollator, training_inputs
+from kcfi.training.synthetic import SyntheticDataset
+
+CASES = {"kcfi-tiny": 6.0, "kcfi-dinov2s-smollm2-135m": 4.5}  # folder of hub_configs, and the bar
+
+
+def build(case: str) -> tuple[Any, Any]:
+    """Model in training mode and processor of a case; the processor is kcfi-tiny's, with the words of its captions."""
+    folder = kcfi.embedded_model()
+    processor = AutoProcessor.from_pretrained(folder)
+    torch.manual_seed(0)
+    if case == "kcfi-tiny":
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    else:
+        config = kcfi.KCFIConfig.from_pretrained(folder.replace("kcfi-tiny", case))
+        config.image_token_id = processor.image_token_id
+        model = kcfi.KCFIForConditionalGeneration(config)
+        processor.image_processor.size = {"height": config.image_size, "width": config.image_size}
+        processor.patch_size = config.visual_token_size
+    model.train().model.language_model.requires_grad_(False)
+    model.lm_head.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    return model, processor
+
+
+def plain_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Caption and mask loss of one row per caption, from the logits of all positions."""
+    inputs = {name: batch[name] for name in ("input_ids", "pixel_values", "position_ids")}
+    outputs = model(**inputs, attention_mask=(batch["segment_ids"] >= 0).long(), use_cache=False)
+    logits = outputs.logits[:, :-1].float().flatten(0, 1)
+    caption = F.cross_entropy(logits, batch["labels"][:, 1:].flatten(), ignore_index=IGNORED)
+    return caption + mask_loss(outputs.mask_logits, batch["mask_labels"])
+
+
+def packed_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """The same of packed rows, as `KCFITrainer` computes it."""
+    loss: torch.Tensor = model(**training_inputs(batch, model.model.language_model), use_cache=False).loss
+    return loss
+
+
+def make_sides(case: str, num_pairs: int, model: Any, processor: Any) -> dict[str, Callable[[bool], None]]:
+    """The sides "plain" and "ours": functions that do a step on the same pairs, in bf16 or not."""
+    pairs = SyntheticDataset(num_pairs, seed=5)
+    examples = [pairs[index] for index in range(num_pairs)]
+    rows = [{**example, "captions": [caption]} for example in examples for caption in example["captions"]]
+    classes: Any = {2: "change", 3: "road_building"}[model.config.num_change_classes]
+    batches = {
+        "plain": KCFICollator(processor, classes, 1)(rows),
+        "ours": KCFICollator(processor, classes, 5)(examples),
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0)  # its cost without its effect: every round has the same weights
+
+    def step(name: str, loss_of: Callable[..., torch.Tensor], bf16: bool) -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = loss_of(model, batches[name])
+        loss.backward()
+        optimizer.step()
+
+    return {
+        "plain": lambda bf16: step("plain", plain_loss, bf16),
+        "ours": lambda bf16: step("ours", packed_loss, bf16),
+    }
+
+
+def gradient_difference(sides: dict[str, Callable[[bool], None]], model: Any) -> float:
+    """How far the sides' gradients are apart in fp32: the worst parameter, relative to the norm of its gradient."""
+    gradients = []
+    for side in sides.values():
+        side(False)
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    first, second = gradients
+    assert first.keys() == second.keys()
+    norms = {name: float(first[name].norm()) for name in first}
+    small = 1e-6 * max(norms.values())  # biases in front of a softmax or a norm have none but rounding
+    return max(float((first[name] - second[name]).norm()) / norms[name] for name in first if norms[name] > small)
+
+
+def main() -> None:
+    """Print captions per second of both sides."""
+    parser = options_of(__doc__)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="models (all)")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[2, 4], help="pairs of a step (%(default)s)")
+    options = parser.parse_args()
+    if options.side:
+        [case], [num_pairs] = options.cases, options.pairs
+        side = make_sides(case, num_pairs, *build(case))[options.side]
+        print_peak(lambda: side(case != "kcfi-tiny"))
+        return
+    rows = []
+    for case in options.cases:
+        model, processor = build(case)
+        bf16 = case != "kcfi-tiny"
+        for num_pairs in options.pairs:
+            sides = make_sides(case, num_pairs, model, processor)
+            difference = gradient_difference(sides, model)
+            assert difference < 1e-4, f"the gradients differ by {difference:.1e}"
+            timed = {name: lambda side=side, bf16=bf16: side(bf16) for name, side in sides.items()}
+            title = f"{case}, {'bf16' if bf16 else 'fp32'}, {num_pairs} pairs x 5 captions"
+            seconds = take_turns(timed, options.repeats)
+            row = comparison(title, seconds, 5 * num_pairs, "captions/s", CASES[case])
+            arguments = ("--cases", case, "--pairs", str(num_pairs))
+            peaks = [peak_memory(__file__, name, *arguments) for name in sides]
+            row["peak_mib"] = [peak for peak in peaks if peak is not None]
+            row["equal"] = f"gradients to {difference:.0e}"
+            rows.append(row)
+    report("train_step", rows, options.json)
+
+
+if __name__ == "__main__":
+    main()
