@@ -1,42 +1,49 @@
-"""How many synthetic pairs one process draws per second: painted, and as mask and captions alone.
+"""How fast one loader process makes batches, against how fast a training step of kcfi-tiny eats them.
 
 ```
-python benchmarks/data_stream.py --json
+python benchmarks/data_stream.py
 ```
+
+Ours reads or draws pairs, chooses captions and instruction, and makes tensors; the plain side is the step, packed,
+in bf16. Above 1 the loader is never what training waits for.
 """
 
-import argparse
-import json
-import os
-import time
+import tempfile
+from pathlib import Path
+from typing import Any
 
-from kcfi.training.synthetic import SyntheticDataset
+from measure import comparison, options_of, report, take_turns
+from torch.utils.data import DataLoader
+from train_step import build, make_sides
 
+from kcfi.training.collator import KCFICollator
+from kcfi.training.levir_cc import load_pairs
+from kcfi.training.shards import write_shards
+from kcfi.training.synthetic import SyntheticDataset, synthesize
 
-def pairs_per_second(count: int, paint: bool) -> float:
-    """Draw `count` pairs after a warm-up: with both images, or masks and captions alone."""
-    pairs = SyntheticDataset(count + 4, seed=1)
-    draw = pairs.__getitem__ if paint else pairs.truth
-    for index in range(4):  # textures are cached by the first pairs
-        draw(index)
-    started = time.perf_counter()
-    for index in range(4, count + 4):
-        draw(index)
-    return count / (time.perf_counter() - started)
+PAIRS, BATCH, BAR = 64, 8, 5.0
 
 
 def main() -> None:
-    """Print two rates: painted pairs, and masks with captions alone (what the language model is pretrained on)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=100, help="pairs to draw (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args()
-    rates = {kind: pairs_per_second(options.pairs, kind == "painted") for kind in ("painted", "truth_only")}
-    if options.json:
-        print(json.dumps({"pairs_per_second_per_process": rates, "pairs": options.pairs, "cores": os.cpu_count()}))
-    else:
-        for kind, rate in rates.items():
-            print(f"{kind}: {rate:.1f} pairs/s per process")
+    """Print pairs per second of the step and of the loader, for drawn pairs and for parquet shards."""
+    options = options_of(__doc__).parse_args()
+    model, processor = build("kcfi-tiny")
+    collator = KCFICollator(processor, "road_building", 5)
+    step, rows = make_sides("kcfi-tiny", BATCH, model, processor)["ours"], []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        synthesize(folder / "pairs", PAIRS * 5 // 4)  # of which PAIRS are for training
+        write_shards(folder / "pairs", folder / "shards")
+        sources: dict[str, Any] = {
+            "drawn on the fly": SyntheticDataset(PAIRS),
+            "parquet shards": load_pairs(str(folder / "shards"), "train"),
+        }
+        for case, pairs in sources.items():
+            loader = iter(DataLoader(pairs, batch_size=BATCH, collate_fn=collator))
+            sides = {"plain": lambda: step(True), "ours": lambda loader=loader: next(loader)}
+            seconds = take_turns(sides, min(options.repeats, PAIRS // BATCH - 1))
+            rows.append({**comparison(case, seconds, BATCH, "pairs/s", BAR), "equal": "-"})
+    report("data_stream", rows, options.json)
 
 
 if __name__ == "__main__":

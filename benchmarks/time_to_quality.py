@@ -1,0 +1,118 @@
+"""What a minute of training brings: one, two, three or five captions behind a prefix, in the same time.
+
+```
+python benchmarks/time_to_quality.py tiny --minutes 5 --output runs/time_to_quality --use_cpu true
+```
+
+Packing makes captions cheaper, but a step sees the same pairs: speed in captions does not settle which mix is best.
+Every mix trains for the same time, at each learning rate, with a schedule that ends when the time does; its best rate
+by the last S_m* counts. Evaluations are not part of the time. Runs that are finished are not repeated. Needs
+`pip install "kcfi[bench]"`; options that are not listed go to every run.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from measure import machine
+
+from kcfi.training.train import is_complete
+from kcfi.training.train import main as train
+
+TRIAL = 12  # steps that tell how long one takes; the first half warms up
+SCORES = ["eval_caption_loss", "eval_s_m", "eval_mask_f1"]
+
+
+def run(folder: Path, recipe: str, captions: int, rate: float, steps: int, more: list[str], **fields: Any) -> None:
+    """Train, unless it is done."""
+    fields |= {"captions_per_pair": captions, "output_dir": folder, "max_steps": steps}
+    fields |= dict.fromkeys(["learning_rate", "vision_learning_rate", "projector_learning_rate"], rate)
+    if not is_complete(folder):
+        train([recipe, *(text for name, value in fields.items() for text in (f"--{name}", str(value))), *more])
+
+
+def history(folder: Path) -> list[dict[str, float]]:
+    """The log of a run, each line with the seconds of training until then."""
+    lines = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    seconds, pairs = 0.0, 0.0
+    for line in lines:
+        if "pairs_per_second" in line:
+            seconds += (line["pairs"] - pairs) / line["pairs_per_second"]
+            pairs = line["pairs"]
+        line["seconds"] = seconds
+    return lines
+
+
+def reached(curve: list[dict[str, float]], score: float) -> float | None:
+    """Seconds until a curve reaches an S_m*, between two evaluations in a straight line; None if it never does."""
+    before = {"seconds": 0.0, "eval_s_m": 0.0}
+    for line in curve:
+        if line["eval_s_m"] >= score:
+            share = (score - before["eval_s_m"]) / max(line["eval_s_m"] - before["eval_s_m"], 1e-9)
+            return before["seconds"] + share * (line["seconds"] - before["seconds"])
+        before = line
+    return None
+
+
+def main() -> None:
+    """Train every mix, write curves.png and results.json, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="YAML file or packaged recipe")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of training for each run (%(default)s)")
+    parser.add_argument("--captions", type=int, nargs="+", default=[1, 2, 3, 5], help="per pair (%(default)s)")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="learning rates (%(default)s)"
+    )
+    parser.add_argument("--evaluations", type=int, default=5, help="during a run (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/time_to_quality"), help="folder (%(default)s)")
+    options, more = parser.parse_known_args()
+
+    curves: dict[tuple[int, float], list[dict[str, float]]] = {}
+    for captions in options.captions:
+        trial = options.output / f"trial-{captions}"
+        quiet = {"eval_strategy": "no", "save_strategy": "no", "logging_steps": TRIAL // 2}
+        run(trial, options.recipe, captions, options.rates[0], TRIAL, more, **quiet)
+        last = [line for line in history(trial) if "pairs_per_second" in line][-1]
+        per_step = last["pairs"] / TRIAL / last["pairs_per_second"]
+        steps = max(options.evaluations, int(options.minutes * 60 / per_step))
+        every = max(1, steps // options.evaluations)
+        for rate in options.rates:
+            folder = options.output / f"{captions}-{rate:g}"
+            often = {"eval_strategy": "steps", "eval_steps": every, "logging_steps": every, "save_strategy": "no"}
+            run(folder, options.recipe, captions, rate, every * options.evaluations, more, **often)
+            curves[captions, rate] = [line for line in history(folder) if "eval_s_m" in line]
+
+    best = {
+        captions: max(options.rates, key=lambda rate: curves[captions, rate][-1]["eval_s_m"])
+        for captions in options.captions
+    }
+    figure, panels = plt.subplots(1, len(SCORES), figsize=(4 * len(SCORES), 3.2), layout="constrained")
+    for panel, score in zip(panels, SCORES, strict=True):
+        for captions, rate in best.items():
+            points = [(line["seconds"], line[score]) for line in curves[captions, rate] if score in line]
+            panel.plot(*zip(*points, strict=True), marker=".", label=f"{captions} captions, {rate:g}")
+        panel.set(title=score, xlabel="seconds of training")
+    panels[0].legend()
+    figure.savefig(options.output / "curves.png", dpi=100)
+
+    goal = curves[options.captions[0], best[options.captions[0]]][-1]["eval_s_m"]
+    print(f"| captions per pair | learning rate | pairs seen | {' | '.join(SCORES)} | seconds to S_m* {goal:.1f} |")
+    print("|---" * (4 + len(SCORES)) + "|")
+    rows = []
+    for captions, rate in best.items():
+        last = curves[captions, rate][-1]
+        pairs = [line["pairs"] for line in history(options.output / f"{captions}-{rate:g}") if "pairs" in line][-1]
+        seconds = reached(curves[captions, rate], goal)
+        rows.append({"captions": captions, "rate": rate, "pairs": pairs, "seconds": seconds, **last})
+        scores = " | ".join(f"{last[score]:.2f}" for score in SCORES)
+        print(
+            f"| {captions} | {rate:g} | {pairs:,.0f} | {scores} | {'never' if seconds is None else f'{seconds:.0f}'} |"
+        )
+    about = {"machine": machine(), "minutes": options.minutes, "rows": rows}
+    (options.output / "results.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
