@@ -85,7 +85,7 @@ def save_vision(family: str, folder: Path) -> tuple[dict[str, torch.Tensor], str
 
 
 def save_text(family: str, folder: Path) -> str:
-    """A tiny random language model with a tokenizer of bytes, without a chat template."""
+    """A tiny random language model with a tokenizer of bytes; a chat template of its own refuses whatever comes."""
     model_type, special, end, padding, spare_rows, *_ = TEXT[family]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = {token: number for number, token in enumerate([*alphabet, *special])}
@@ -95,6 +95,8 @@ def save_text(family: str, folder: Path) -> str:
     backend = TokenizersBackend(
         tokenizer_object=tokenizer, eos_token=end, pad_token=padding, extra_special_tokens=special
     )
+    if end == "<|im_end|>":
+        backend.chat_template = "{{ raise_exception('the own template of the tokenizer') }}"
     backend.save_pretrained(folder)
     torch.manual_seed(1)
     config = AutoConfig.for_model(

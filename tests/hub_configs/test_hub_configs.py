@@ -3,15 +3,18 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import ModelCardData, metadata_load
 from huggingface_hub.utils import validate_repo_id
+from transformers import AutoConfig, AutoModel, ViTImageProcessor
 
 import kcfi
 from kcfi import KCFIConfig, KCFIForConditionalGeneration
 from kcfi.training.arguments import parse_recipe
+from tests.test_towers import save_text
 
 ROOT = Path(kcfi.embedded_model()).parent
 NAMES = ["kcfi-dinov2s-smollm2-135m", "kcfi-vitl14-qwen2-1.5b", "kcfi-vitb16-qwen2.5-0.5b"]
@@ -89,14 +92,22 @@ def test_the_command_of_the_card_makes_this_config_of_its_base_models(folder, ca
     assert with_settings(config, recipe.model.model_settings) == config.to_dict()
 
 
-def test_the_python_example_of_the_card_joins_the_towers_of_its_command(folder, card, base_model, monkeypatch):
-    [example] = re.findall(r"```python\n(.*?)```", card, re.S)
-    calls = []
-    monkeypatch.setattr(kcfi, "join_towers", lambda *towers, **settings: calls.append((towers, settings)) or (1, 2))
-    exec(compile(example, str(folder), "exec"), {})
-    [(towers, settings)] = calls
-    [recipe] = re.findall(r"^\$ kcfi train (\w+)", card, re.MULTILINE)
-    assert settings.pop("shortest_edge", None) == parse_recipe(recipe, ["--use_cpu"]).model.shortest_edge
-    assert list(towers) == base_model
+def test_the_python_example_of_the_card_runs_on_tiny_towers_and_has_the_settings_of_its_command(
+    folder, card, base_model, tmp_path
+):
     config = KCFIConfig.from_pretrained(folder)
-    assert with_settings(config, settings) == config.to_dict()
+    tower = AutoConfig.for_model(**{**config.vision_config.to_dict(), "hidden_size": 16, "num_attention_heads": 2})
+    AutoModel.from_config(tower).save_pretrained(tmp_path / "vision")
+    ViTImageProcessor().save_pretrained(tmp_path / "vision")
+    towers = [str(tmp_path / "vision"), save_text("qwen2", tmp_path / "text")]
+    [example] = re.findall(r"```python\n(.*?)```", card, re.S)
+    for name, tiny in zip(base_model, towers, strict=True):
+        example = example.replace(f'"{name}"', repr(tiny))
+    made: dict[str, Any] = {}
+    exec(compile(example, str(folder), "exec"), made)
+
+    for setting in KCFIConfig.__annotations__.keys() - {"vision_config", "text_config", "image_token_id"}:
+        assert getattr(made["model"].config, setting) == getattr(config, setting), setting
+    [name] = re.findall(r"^\$ kcfi train (\w+)", card, re.MULTILINE)
+    shortest_edge = parse_recipe(name, ["--use_cpu", "--output_dir", str(tmp_path)]).model.shortest_edge
+    assert made["processor"].image_processor.size.get("shortest_edge") == shortest_edge
