@@ -1,1 +1,1 @@
-"""The models that are installed with the package."""
+"""`kcfi-tiny`, which is installed with its weights, and the settings and cards of models of pretrained towers."""

@@ -10,6 +10,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from kcfi.modeling_kcfi import KCFIConfig, KCFIForConditionalGeneration, KCFIModel
 from kcfi.processing import ChangeCaptioningPipeline, KCFIImageProcessor, KCFIImageProcessorPil, KCFIProcessor
+from kcfi.towers import join_towers
 
 AutoConfig.register("kcfi", KCFIConfig)
 AutoModel.register(KCFIConfig, KCFIModel)
@@ -39,4 +40,5 @@ __all__ = [
     "KCFIModel",
     "KCFIProcessor",
     "embedded_model",
+    "join_towers",
 ]

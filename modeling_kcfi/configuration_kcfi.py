@@ -147,7 +147,9 @@ class KCFIConfig(PreTrainedConfig):
             if getattr(vision, name, 0):
                 setattr(vision, name, 0.0)
         if getattr(vision, "model_args", None):
-            vision.model_args = {k: v for k, v in vision.model_args.items() if k not in TIMM_DROPOUT}
+            # timm writes the number of classes there too, where TimmWrapperModel of transformers 5.23 stumbles over it
+            dropped = (*TIMM_DROPOUT, "num_classes")
+            vision.model_args = {k: v for k, v in vision.model_args.items() if k not in dropped}
         if self.image_size is None:
             self.image_size = self.tower.image_size
         if self.vision_feature_layers is None:

@@ -421,6 +421,8 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
     ) -> "KCFIForConditionalGeneration":
         """Join two pretrained towers; perceiver, projector and head start from random weights.
 
+        `kcfi.join_towers` makes the matching processor too.
+
         Args:
             vision: Hub id or folder of a ViT (of a CLIP or SigLIP model the vision half is taken), or a dict, the
                 config of a tower that starts from random weights.

@@ -21,21 +21,12 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    GenerationConfig,
-    TimmWrapperImageProcessor,
-    set_seed,
-)
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from kcfi.modeling_kcfi import KCFIConfig, KCFIForConditionalGeneration
 from kcfi.processing import KCFIProcessor
+from kcfi.towers import join_towers
 from kcfi.training.arguments import (
     ModelArguments,
     Recipe,
@@ -142,7 +133,7 @@ def build_model(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCF
     """
     new = {name: value for name, value in vars(args).items() if name not in ("model", "lora") and value}
     if args.model is None:
-        return join_towers(args)
+        return new_model(args)
     if new:
         raise ValueError(f"`model` is a finished model: leave out {', '.join(new)}.")
     source = model_source(args.model)
@@ -150,45 +141,19 @@ def build_model(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCF
     return merge_lora(model), AutoProcessor.from_pretrained(source)
 
 
-def join_towers(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCFIProcessor]:
+def new_model(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCFIProcessor]:
     """A new model of a vision tower and a language model, and its processor; see `build_model`."""
     settings, vision_config = as_dict(args.model_settings), as_dict(args.vision_config)
     if args.text_model is None or bool(args.vision_model) == bool(vision_config):
         raise ValueError("Give `model`, or `text_model` and one of `vision_model` and `vision_config`.")
     check_names(settings, [field.name for field in dataclasses.fields(KCFIConfig)], "entry of model_settings")
-    vision: Any = vision_config
-    tower: Any = vision_config
-    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    if args.vision_model:
-        vision = model_source(args.vision_model)
-        tower = AutoConfig.from_pretrained(vision)
-        tower = getattr(tower, "vision_config", tower)  # CLIP and SigLIP have two halves
-        pixels: Any = AutoImageProcessor.from_pretrained(vision)
-        if isinstance(pixels, TimmWrapperImageProcessor):
-            mean, std = pixels.data_config["mean"], pixels.data_config["std"]
-        else:
-            mean, std = pixels.image_mean, pixels.image_std
-    config: Any = KCFIConfig(vision_config=tower, **settings)
-    text = model_source(args.text_model)
-    processor = KCFIProcessor.from_towers(
-        AutoTokenizer.from_pretrained(text),
-        image_mean=mean,
-        image_std=std,
-        image_size=config.image_size,
-        patch_size=config.visual_token_size,
-        visual_inputs=config.visual_inputs,
-        shortest_edge=args.shortest_edge,
-    )
-    model = KCFIForConditionalGeneration.from_vision_text_pretrained(
-        vision, text, image_token_id=processor.image_token_id, **settings
-    )
+    vision = model_source(args.vision_model) if args.vision_model else vision_config
+    model, processor = join_towers(vision, model_source(args.text_model), args.shortest_edge, **settings)
     if not args.vision_model and any(isinstance(part, nn.BatchNorm2d) for part in model.model.vision_tower.modules()):
         raise ValueError(
             "The vision tower has batch norms, which keep the statistics they come with: it needs pretrained weights, "
             "`vision_model` instead of `vision_config`."
         )
-    # greedy decoding, and none of the penalties that instruct models ship for long answers
-    model.generation_config = GenerationConfig(do_sample=False, **processor.generation_tokens)
     return model, processor
 
 

@@ -1,0 +1,74 @@
+"""Two pretrained towers -> a KCFI model and the processor that matches it."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from kcfi.modeling_kcfi import KCFIConfig, KCFIForConditionalGeneration
+from kcfi.processing import KCFIProcessor
+
+
+def join_towers(
+    vision: str | dict[str, Any],
+    text: str,
+    shortest_edge: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> tuple[KCFIForConditionalGeneration, KCFIProcessor]:
+    """Join a ViT and a causal language model; perceiver, projector and head start from random weights.
+
+    The processor normalises as the vision tower was trained, cuts images and prompts as the model reads them, and
+    chooses the `<image>` token, a spare one of the tokenizer where there is one.
+
+    Args:
+        vision: Hub id or folder of a ViT with its image processor (ViT, DINOv2, CLIP, SigLIP, or timm's
+            "timm/vit_base_patch16_224.augreg_in21k"); or a dict, the config of a tower that starts from random weights
+            and gets ImageNet's normalisation.
+        text: Hub id or folder of a causal language model with its tokenizer.
+        shortest_edge: resize the shorter side of images to so many pixels and crop the centre (the `released` recipe);
+            None = resize whole images.
+        dtype: of the whole model.
+        **settings: fields of `KCFIConfig` but the towers and `image_token_id`.
+
+    Returns:
+        The model, in evaluation mode and decoding greedily, and its processor.
+
+    Raises:
+        ValueError: settings that do not fit the towers, a tokenizer without an end token, or a language model whose
+            logits are not a plain linear map of its last state.
+        OSError: a tower, its image processor or its tokenizer is not there.
+
+    Example:
+        >>> towers = "facebook/dinov2-small", "HuggingFaceTB/SmolLM2-135M-Instruct"
+        >>> model, processor = join_towers(*towers, image_size=252, visual_token_pooling=2)
+        >>> model.config.num_patches, processor.num_patches, processor.image_token
+        (324, 81, '<image>')
+    """
+    tower: Any = vision
+    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    if isinstance(vision, str):
+        tower = AutoConfig.from_pretrained(vision)
+        tower = getattr(tower, "vision_config", tower)  # CLIP and SigLIP have two halves
+        pixels: Any = AutoImageProcessor.from_pretrained(vision)
+        if tower.model_type == "timm_wrapper":
+            mean, std = pixels.data_config["mean"], pixels.data_config["std"]
+        else:
+            mean, std = pixels.image_mean, pixels.image_std
+    config: Any = KCFIConfig(vision_config=tower, **settings)
+    processor = KCFIProcessor.from_towers(
+        AutoTokenizer.from_pretrained(text),
+        image_mean=mean,
+        image_std=std,
+        image_size=config.image_size,
+        patch_size=config.visual_token_size,
+        visual_inputs=config.visual_inputs,
+        shortest_edge=shortest_edge,
+    )
+    model = KCFIForConditionalGeneration.from_vision_text_pretrained(
+        vision, text, dtype=dtype, image_token_id=processor.image_token_id, **settings
+    )
+    # greedy decoding, and none of the penalties that instruct models ship for long answers
+    model.generation_config = GenerationConfig(do_sample=False, **processor.generation_tokens)
+    return model, processor
