@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXAMPLE := kcfi/example
 
-.PHONY: demo test test-all lint tiny clean
+.PHONY: demo test test-all lint bench bench-quality tiny clean
 
 demo: $(VENV)/installed
 	$(BIN)/kcfi caption $(EXAMPLE)/before.png $(EXAMPLE)/after.png --heatmap --output demo-output
@@ -19,6 +19,13 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# ratios to plain baselines, into docs/performance.md; nothing else should run meanwhile
+bench: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/run_all.py
+
+bench-quality: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/time_to_quality.py tiny --output runs/time_to_quality
 
 # kcfi-tiny from nothing. AERIAL: folder with the three sources that the card of kcfi-tiny names
 AERIAL ?= open_aerial

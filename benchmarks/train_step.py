@@ -2,6 +2,7 @@
 
 ```
 python benchmarks/train_step.py
+python benchmarks/train_step.py --cases kcfi-tiny --pairs 2 --profile     # where the time goes
 ```
 
 The plain side is what a careful user of transformers writes: a row for each caption with its own images and prompt,
@@ -101,16 +102,31 @@ def gradient_difference(sides: dict[str, Callable[[bool], None]], model: Any) ->
     return max(float((first[name] - second[name]).norm()) / norms[name] for name in first if norms[name] > small)
 
 
+def print_profile(name: str, side: Callable[[], None]) -> None:
+    """Print what a warm step of a side spends its time on."""
+    side()
+    with torch.profiler.profile() as profile:
+        side()
+    averages = profile.key_averages()
+    print(f"{name}: {sum(event.self_cpu_time_total for event in averages) / 1e6:.2f} s")
+    print(averages.table(sort_by="self_cpu_time_total", row_limit=10, max_name_column_width=50))
+
+
 def main() -> None:
     """Print captions per second of both sides."""
     parser = options_of(__doc__)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="models (all)")
     parser.add_argument("--pairs", type=int, nargs="+", default=[2, 4], help="pairs of a step (%(default)s)")
+    parser.add_argument("--profile", action="store_true", help="print the costliest operations of both sides")
     options = parser.parse_args()
-    if options.side:
+    if options.side or options.profile:
         [case], [num_pairs] = options.cases, options.pairs
-        side = make_sides(case, num_pairs, *build(case))[options.side]
-        print_peak(lambda: side(case != "kcfi-tiny"))
+        sides = make_sides(case, num_pairs, *build(case))
+        if options.side:
+            print_peak(lambda: sides[options.side](case != "kcfi-tiny"))
+        else:
+            for name, side in sides.items():
+                print_profile(name, lambda side=side, case=case: side(case != "kcfi-tiny"))
         return
     rows = []
     for case in options.cases:
