@@ -104,6 +104,8 @@ def trim_tower(tower: PreTrainedModel, last_block: int) -> PreTrainedModel:
     if hasattr(backbone, "cls_attn_blocks"):  # XCiT: the class token comes in behind the blocks
         del backbone.cls_attn_blocks[:]
         class_token = backbone.cls_token.detach()
+        if class_token.is_meta:  # not so buffers of a model that vLLM builds, which stay where they are made
+            class_token = torch.zeros(class_token.shape)
         del backbone.cls_token
         backbone.register_buffer("cls_token", class_token)
     for name in ("layernorm", "post_layernorm", "norm", "fc_norm", "pooler", "attn_pool", "head"):
