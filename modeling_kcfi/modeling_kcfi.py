@@ -132,7 +132,7 @@ class KCFIProjector(nn.Module):
         if self.pooling > 1:
             maps = features.transpose(1, 2).unflatten(2, grid)
             features = F.avg_pool2d(maps, self.pooling).flatten(2).transpose(1, 2)
-        hidden = self.linear_1(features)
+        hidden = self.linear_1(features.contiguous())  # rows, as the kernels want them that vLLM has for CPUs
         if self.linear_2 is not None:
             hidden = self.linear_2(F.gelu(hidden))
         return hidden

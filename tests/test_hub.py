@@ -45,7 +45,8 @@ sys.modules["kcfi"] = None  # import kcfi fails
 import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import pipeline
 
 folder, work = sys.argv[1:]
 trust = {"trust_remote_code": True}
