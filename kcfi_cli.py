@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   kcfi score predictions.json --references LevirCCcaptions.json --split test --output scores.json
   kcfi ablate ablations --dataset LEVIR-MCI                the paper's tables, trained, scored and set beside the paper
   kcfi push runs/paper me/kcfi-levir --dry-run card        what would go to the Hub, with a card of the run
+  kcfi serve --model runs/paper --port 8001                captions over HTTP, as OpenAI's chat completions
 """
 
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             parser = build_parser()
             options, more = parser.parse_known_args(arguments)
-            if more and options.run is not run_ablate:  # whose further options are fields of the recipes
+            if more and options.run not in (run_ablate, run_serve):  # who hand further options on
                 parser.error(f"unrecognized arguments: {' '.join(more)}")
             options.fields = more
             return options.run(options) or 0
@@ -255,6 +256,17 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("--license", default="apache-2.0", help="licence of the weights (%(default)s)")
     push.add_argument("--dry-run", type=Path, metavar="DIR", help="write what would be uploaded into a new folder")
     push.set_defaults(run=run_push)
+
+    serve = commands.add_parser(
+        "serve",
+        usage="kcfi serve [--model MODEL] [--option value ...]",
+        help="answer requests over HTTP",
+        description="Serve the captions of a model by `transformers serve`, which speaks OpenAI's chat completions.\n"
+        "Further options go to it: --host, --port, --device, --dtype ... (`transformers serve --help`).",
+        epilog="example: kcfi serve --model runs/paper --port 8001",
+    )
+    serve.add_argument("--model", default="kcfi-tiny", help="folder or Hub id (default: the embedded kcfi-tiny)")
+    serve.set_defaults(run=run_serve)
     return parser
 
 
@@ -478,6 +490,13 @@ def run_push(options: argparse.Namespace) -> None:
     from kcfi.training.export import push
 
     print(push(options.folder, options.repo_id, options.results, options.private, options.license, options.dry_run))
+
+
+def run_serve(options: argparse.Namespace) -> None:
+    """`kcfi serve`."""
+    from kcfi.serving import serve
+
+    serve(options.model, options.fields)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.pipelines import PIPELINE_REGISTRY
 
 # Section III.B removes dropout from the vision tower; these are the names its probabilities have in transformers, and
 # in timm's `model_args`.
@@ -262,6 +263,18 @@ class KCFIConfig(PreTrainedConfig):
     def change_width(self) -> int:
         """Channels of the change features as projector and head read them, context included."""
         return self.stage_width * {"none": 1, "after": 2, "bitemporal": 3}[self.change_context]
+
+    @property
+    def custom_pipelines(self) -> dict[str, Any]:
+        """Where `pipeline(..., trust_remote_code=True)` finds the code of the `change-captioning` pipeline.
+
+        Empty after `import kcfi`, which has registered it: `pipeline` would insist on the code beside the weights.
+        """
+        task = "change-captioning"
+        if task in PIPELINE_REGISTRY.get_supported_tasks():
+            return {}
+        implementation = "pipeline_kcfi.ChangeCaptioningPipeline"
+        return {task: {"impl": implementation, "pt": ["AutoModelForImageTextToText"], "type": "multimodal"}}
 
 
 __all__ = ["KCFIConfig"]

@@ -106,6 +106,8 @@ def trim_tower(tower: PreTrainedModel, last_block: int) -> PreTrainedModel:
     if hasattr(backbone, "cls_attn_blocks"):  # XCiT: the class token comes in behind the blocks
         del backbone.cls_attn_blocks[:]
         class_token = backbone.cls_token.detach()
+        if class_token.is_meta:  # not so buffers of a model that vLLM builds, which stay where they are made
+            class_token = torch.zeros(class_token.shape)
         del backbone.cls_token
         backbone.register_buffer("cls_token", class_token)
     for name in ("layernorm", "post_layernorm", "norm", "fc_norm", "pooler", "attn_pool", "head"):
@@ -132,7 +134,7 @@ class KCFIProjector(nn.Module):
         if self.pooling > 1:
             maps = features.transpose(1, 2).unflatten(2, grid)
             features = F.avg_pool2d(maps, self.pooling).flatten(2).transpose(1, 2)
-        hidden = self.linear_1(features)
+        hidden = self.linear_1(features.contiguous())  # rows, as the kernels want them that vLLM has for CPUs
         if self.linear_2 is not None:
             hidden = self.linear_2(F.gelu(hidden))
         return hidden

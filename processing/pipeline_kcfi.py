@@ -119,11 +119,8 @@ class ChangeCaptioningPipeline(Pipeline):
         }
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Save model, processor and the code of this class (the base class would save parts of the processor)."""
-        parts = self.tokenizer, self.image_processor
-        self.tokenizer = self.image_processor = None
-        super().save_pretrained(save_directory, **kwargs)
-        self.tokenizer, self.image_processor = parts
+        """Save model and processor, with their code and this (the base class would save parts of the processor)."""
+        self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
 
 

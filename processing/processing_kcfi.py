@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import AddedToken, PreTrainedTokenizerBase
@@ -11,6 +11,9 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .image_processing_kcfi import KCFIImageProcessor, unstack
+
+if TYPE_CHECKING:  # transformers saves the files named in such lines: the pipeline travels with the processor
+    from .pipeline_kcfi import ChangeCaptioningPipeline  # noqa: F401
 
 # Table I, without the <image> token in front. Training draws one per sample, evaluation takes the first.
 INSTRUCTIONS = (
@@ -212,7 +215,10 @@ class KCFIProcessor(ProcessorMixin):
         )
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, and the code beside the settings: the folder loads where kcfi is not installed."""
+        """As in transformers, and the code beside the settings: the folder loads where kcfi is not installed.
+
+        The code of the `change-captioning` pipeline is among it.
+        """
         self.register_for_auto_class()
         self.image_processor.register_for_auto_class()
         files = super().save_pretrained(*args, **kwargs)
@@ -322,9 +328,13 @@ class KCFIProcessor(ProcessorMixin):
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[str]:
-        """Generated token ids (B, T), without the prompt -> captions."""
+        """Generated token ids (B, T), without the prompt -> captions.
+
+        Only spaces in front are cut: with this method the `image-text-to-text` pipeline decodes the prompt, which ends
+        in a line break, and the prompt with its answer, to take the one from the other.
+        """
         texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
-        return [text.strip() for text in texts]
+        return [text.lstrip() for text in texts]
 
     def post_process_masks(
         self, mask_logits: torch.Tensor, target_sizes: Sequence[Sequence[int]]

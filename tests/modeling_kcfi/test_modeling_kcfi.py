@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration, KCFIModel, modeling_kcfi
 
@@ -362,6 +363,49 @@ def test_eager_and_sdpa_attention_agree(make_model, make_inputs):
         fast = model(**inputs).logits
         model.set_attn_implementation("eager")
         torch.testing.assert_close(model(**inputs).logits, fast, atol=1e-3, rtol=1e-3)
+
+
+# ---- what vLLM's Transformers backend builds on ----
+
+
+@pytest.mark.parametrize("tower", [*TOWERS, "xcit"])
+def test_only_parameters_begin_on_meta_where_only_they_are_put_there(make_config, monkeypatch, tower):
+    """vLLM loads the parameters, and leaves the buffers as they were made."""
+    register = torch.nn.Module.register_parameter
+
+    def register_on_meta(module, name, parameter):
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = torch.nn.Parameter(parameter.to("meta"))
+
+    monkeypatch.setattr(torch.nn.Module, "register_parameter", register_on_meta)
+    model = KCFIModel(make_config(tower))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert [name for name, buffer in model.named_buffers() if buffer.is_meta] == []
+
+
+def test_the_language_model_s_attention_is_the_one_that_is_registered(make_config, make_inputs, monkeypatch):
+    calls = []
+
+    def attention(module, *args, **kwargs):
+        calls.append(module.layer_idx)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "counted", attention)
+    config, inputs = make_config(), make_inputs()
+    config.text_config._attn_implementation = "counted"
+    model = AutoModel.from_config(config)  # the base model: the server has an output layer of its own
+    assert type(model) is KCFIModel and model._supports_attention_backend
+    with torch.no_grad():
+        image = model.get_image_features(inputs["pixel_values"], return_dict=True)
+        assert [tuple(features.shape) for features in image.pooler_output] == [(16, 32)] * 2  # one item per pair
+        words = model.get_input_embeddings()(inputs["input_ids"])
+        words[inputs["input_ids"] == config.image_token_id] = torch.cat(image.pooler_output)
+        positions = torch.arange(words.shape[1]).expand(2, -1)
+        states = model(inputs_embeds=words, position_ids=positions, use_cache=False, return_dict=False)[0]
+    assert calls == [0, 1]
+    with torch.no_grad():
+        torch.testing.assert_close(states, model(**inputs).last_hidden_state)
 
 
 # ---- joining pretrained towers ----

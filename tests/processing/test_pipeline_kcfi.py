@@ -133,6 +133,17 @@ def test_padding_behind_a_short_caption_does_not_change_its_score(captioner, mak
     assert all(map(same, captioner(pairs, batch_size=4, **SHORT), expected))
 
 
+def test_a_chat_message_with_two_images_gives_the_same_caption(captioner, pair, caplog):
+    chat = pipeline("image-text-to-text", model=captioner.model, processor=captioner.processor)
+    assert "not supported" not in caplog.text
+    content = [*({"type": "image", "image": image} for image in pair), {"type": "text", "text": INSTRUCTIONS[0]}]
+    messages = [{"role": "user", "content": content}]
+    caption = captioner(pair, **SHORT)["caption"]
+    ((answer,), (whole,)) = (chat(text=messages, return_full_text=full, **SHORT) for full in (False, True))
+    assert answer["generated_text"] == caption
+    assert whole["generated_text"] == [*messages, {"role": "assistant", "content": caption}]
+
+
 def test_beam_search_is_an_argument(captioner, pair):
     greedy, beams = captioner(pair, **SHORT), captioner(pair, num_beams=3, **SHORT)
     assert 0 < beams["score"] < 1
@@ -192,7 +203,7 @@ def test_saved_it_is_loaded_by_its_folder(captioner, pair, tmp_path):
     names = {file.name for file in tmp_path.iterdir()}
     assert {"model.safetensors", "processor_config.json", "chat_template.jinja", "pipeline_kcfi.py"} <= names
     assert "preprocessor_config.json" not in names
-    reloaded = pipeline("change-captioning", model=str(tmp_path), device="cpu", trust_remote_code=True)
+    reloaded = pipeline("change-captioning", model=str(tmp_path), device="cpu")
     assert same(reloaded(pair, **SHORT), captioner(pair, **SHORT))
 
 

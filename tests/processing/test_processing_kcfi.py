@@ -113,6 +113,17 @@ class TestCall:
         sizes = processor._get_num_multimodal_tokens(image_sizes=[(40, 50), (7, 9)])
         assert sizes["num_image_tokens"] == placeholders.tolist()
 
+    def test_a_pair_is_one_item_of_an_inference_server(self, make_processor, pair):
+        """vLLM gives the items and as many `<image>` tokens, and asks what became of each token."""
+        processor, item = make_processor(), np.stack([np.asarray(image) for image in pair])
+        inputs = processor(
+            images=[item] * 3, text="<image>" * 3, return_text_replacement_offsets=True, return_tensors="pt"
+        )
+        (replacements,) = inputs["text_replacement_offsets"]
+        assert [(one["type"], one["replacement"]) for one in replacements] == [("image", "<image>" * 16)] * 3
+        patches = processor._get_num_multimodal_tokens(image_sizes=[item.shape[1:3]] * 3)["num_image_patches"]
+        assert sum(patches) == len(inputs["pixel_values"]) == 3
+
     def test_placeholders_follow_a_size_given_in_the_call(self, make_processor, pair):
         processor = make_processor()
         inputs = processor(images=[pair], text=[processor.prompt()], size={"height": 64, "width": 16})
@@ -274,7 +285,7 @@ class TestSettings:
         reloaded = AutoProcessor.from_pretrained(tmp_path)
         assert {file.name for file in tmp_path.iterdir()} == {
             "processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
-            "processing_kcfi.py", "image_processing_kcfi.py",
+            "processing_kcfi.py", "image_processing_kcfi.py", "pipeline_kcfi.py",
         }  # fmt: skip
         assert type(reloaded) is KCFIProcessor
         assert reloaded.to_dict() == processor.to_dict()
