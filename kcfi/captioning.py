@@ -305,7 +305,8 @@ class Describer:
             do_sample=False,
             **self.processor.generation_tokens,
         )
-        return list(self.processor.post_process_image_text_to_text(tokens[:, input_ids.shape[1] :]))
+        texts = self.processor.post_process_image_text_to_text(tokens[:, input_ids.shape[1] :])
+        return [text.rstrip() for text in texts]
 
 
 def _without_sentences(maps: torch.Tensor, regions: bool) -> ChangeReport:

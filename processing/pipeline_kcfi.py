@@ -112,7 +112,7 @@ class ChangeCaptioningPipeline(Pipeline):
             mask = Image.fromarray(ids.numpy())
             changed_fraction = (ids[ids != NO_LABEL] > 0).float().mean().item()
         return {
-            "caption": self.processor.post_process_image_text_to_text(model_outputs["tokens"])[0],
+            "caption": self.processor.post_process_image_text_to_text(model_outputs["tokens"])[0].rstrip(),
             "mask": mask,
             "changed_fraction": changed_fraction,
             "score": model_outputs["score"].item(),

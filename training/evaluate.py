@@ -105,7 +105,7 @@ def predict(
         batch["filenames"], batch["changed"], batch["references"], captions, masks, batch["true_masks"], strict=True
     )
     return [
-        PairPrediction(name, changed, references, caption, None if mask is None else mask.cpu().numpy(), true)
+        PairPrediction(name, changed, references, caption.rstrip(), None if mask is None else mask.cpu().numpy(), true)
         for name, changed, references, caption, mask, true in rows
     ]
 
