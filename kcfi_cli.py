@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   kcfi ablate ablations --dataset LEVIR-MCI                the paper's tables, trained, scored and set beside the paper
   kcfi push runs/paper me/kcfi-levir --dry-run card        what would go to the Hub, with a card of the run
   kcfi serve --model runs/paper --port 8001                captions over HTTP, as OpenAI's chat completions
+  kcfi export --model runs/paper --output detector.onnx    the mask alone, for onnxruntime
 """
 
 
@@ -267,6 +268,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--model", default="kcfi-tiny", help="folder or Hub id (default: the embedded kcfi-tiny)")
     serve.set_defaults(run=run_serve)
+
+    export = commands.add_parser(
+        "export",
+        help="write the mask detector as ONNX",
+        description="Write vision tower, perceiver and change detection head as one ONNX file: masks in onnxruntime, "
+        'without the language model and without torch. Needs `pip install "kcfi[onnx]"`.',
+        epilog="example: kcfi export --output detector.onnx",
+    )
+    export.add_argument("--model", default="kcfi-tiny", help="folder or Hub id (default: the embedded kcfi-tiny)")
+    export.add_argument("--output", required=True, type=Path, help="ONNX file")
+    export.set_defaults(run=run_export)
     return parser
 
 
@@ -293,14 +305,14 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"--output: {existing} is not writable; choose another folder.")
 
 
-def check_results_file(path: Path) -> None:
-    """Refuse a results file that cannot be written.
+def check_results_file(path: Path, example: str = "results.json") -> None:
+    """Refuse a file of results that cannot be written; `example` is a name for the message.
 
     Raises:
         ValueError: it is a folder, or `check_writable` refuses its folder.
     """
     if path.is_dir():
-        raise ValueError(f"--output: {path} is a folder; give a file, for example {path / 'results.json'}.")
+        raise ValueError(f"--output: {path} is a folder; give a file, for example {path / example}.")
     check_writable(path.parent)
 
 
@@ -497,6 +509,20 @@ def run_serve(options: argparse.Namespace) -> None:
     from kcfi.serving import serve
 
     serve(options.model, options.fields)
+
+
+def run_export(options: argparse.Namespace) -> None:
+    """`kcfi export`."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from kcfi.captioning import load
+    from kcfi.onnx import export_detector
+
+    disable_progress_bar()  # of loading weights, which is over before it can be read
+    check_results_file(options.output, "detector.onnx")
+    model, _ = load(options.model)
+    export_detector(model.float().cpu(), options.output)
+    print(f"{options.output}: pixel_values -> mask_logits, key_changes")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, torch_compilable_check
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .change_detection_head import ChangeDetectionHead, mask_loss
 from .configuration_kcfi import KCFIConfig
@@ -113,6 +114,7 @@ def trim_tower(tower: PreTrainedModel, last_block: int) -> PreTrainedModel:
     for name in ("layernorm", "post_layernorm", "norm", "fc_norm", "pooler", "attn_pool", "head"):
         if isinstance(getattr(backbone, name, None), nn.Module):
             setattr(backbone, name, nn.Identity())
+    maybe_install_capturing_hooks(tower)  # of hidden states; left to the first forward, that could not be compiled
     return tower
 
 

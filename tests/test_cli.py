@@ -358,6 +358,7 @@ def test_push_without_a_connection_is_one_line(run, environment):
         ["evaluate"],
         ["score"],
         ["push"],
+        ["export"],
         ["data", "synthesize"],
         ["data", "check"],
         ["data", "convert"],
