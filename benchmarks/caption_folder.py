@@ -5,7 +5,8 @@ python benchmarks/caption_folder.py
 ```
 
 The plain side opens a pair, prepares it, lets the model write and mask it, and saves the mask, one pair at a time; it
-encodes each pair once. Ours reads, batches, and writes a table, a mask and an overlay. Sentences must be the same.
+encodes each pair once. Ours reads in other processes (their memory is not counted), batches, and writes a table, a
+mask and an overlay. Sentences must be the same.
 """
 
 import shutil
@@ -51,7 +52,8 @@ def plain(folder: Path, model: Any, processor: Any) -> dict[str, str]:
             tokens = model.generate(
                 **inputs, mm_encoder_outputs={"image": features}, max_new_tokens=64, **processor.generation_tokens
             )
-        [sentences[path.stem]] = processor.post_process_image_text_to_text(tokens[:, inputs["input_ids"].shape[1] :])
+        [text] = processor.post_process_image_text_to_text(tokens[:, inputs["input_ids"].shape[1] :])
+        sentences[path.stem] = text.rstrip()
         [mask] = processor.post_process_masks(features.mask_logits, [(pair[0].height, pair[0].width)])
         Image.fromarray(mask.numpy().astype(np.uint8)).save(output / path.name)
     return sentences

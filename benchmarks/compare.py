@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("new", type=Path)
     options = parser.parse_args()
     old, new = rows_of(options.old), rows_of(options.new)
-    for key in old.keys() | new.keys():
+    for key in {**old, **new}:
         name = ", ".join(key)
         if key not in old or key not in new:
             print(f"{name}: only in {options.old if key in old else options.new}")

@@ -5,8 +5,8 @@ python benchmarks/flops.py hub_configs/kcfi-vitl14-qwen2-1.5b --pairs 32
 ```
 
 PyTorch's own counter watches the model run on the meta device: matrix products, attention and convolutions count (a
-multiplication and an addition are two), all else is left out, as usual. With the machine's measured peak of a matrix
-product it gives the fraction that a benchmark reaches.
+multiplication and an addition are two), all else is left out, as usual. Beside it stands the peak of a matrix product
+on this machine.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import kcfi
 
 PROMPT, CAPTION = 60, 12  # tokens, about: the instruction with the chat template, a caption of LEVIR-CC with its end
-IMAGE_TOKENS = {"change": 1, "bitemporal": 2, "bitemporal_change": 3}
 
 
 def build(config: Any) -> Any:
@@ -65,7 +64,7 @@ def training_flops(config: Any, pairs: int = 1, captions: int = 5, packed: bool 
         packed: behind one prefix, with logits from the prompt's end on; or a row for each, with logits everywhere.
     """
     model = build(config)
-    image_tokens = (config.image_size // config.visual_token_size) ** 2 * IMAGE_TOKENS[config.visual_inputs]
+    image_tokens = (config.image_size // config.visual_token_size) ** 2 * config.num_image_tokens
     with FlopCounterMode(display=False) as counter:
         if packed:
             answers = captions * (1 + CAPTION)

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+LOAD = os.getloadavg()[0]  # before the benchmark itself adds to it
+
 
 def options_of(description: str) -> argparse.ArgumentParser:
     """The parser of a benchmark: `--repeats`, `--json`, `--side` (for `peak_memory`)."""
@@ -56,7 +58,7 @@ def comparison(case: str, seconds: Mapping[str, Sequence[float]], work: float, u
 
 
 def print_peak(side: Callable[[], Any]) -> None:
-    """Run a side once and print by how many MiB it raised the memory of this process at most (Linux)."""
+    """Run a side once and print by how many MiB it raised the memory of this process, without children (Linux)."""
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak of loading
     side()
@@ -68,7 +70,7 @@ def peak_memory(script: str, side: str, *arguments: str) -> float | None:
     if not Path("/proc/self/clear_refs").exists():
         return None
     command = [sys.executable, script, "--side", side, *arguments]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
 
 
 def _status(field: str) -> float:
@@ -77,7 +79,7 @@ def _status(field: str) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, threads, versions, and how busy the machine is with other things."""
+    """Processor, threads, versions, and how busy the machine was with other things at the start."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -86,20 +88,18 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "load": round(os.getloadavg()[0], 1),
+        "load": round(LOAD, 1),
     }
 
 
-def report(name: str, rows: list[dict[str, Any]], as_json: bool, **more: Any) -> None:
+def report(name: str, rows: list[Row], as_json: bool) -> None:
     """Print the rows, as a table or as one JSON object, with the machine."""
     about = machine()
     if as_json:
-        print(json.dumps({"benchmark": name, "machine": about, "rows": rows, **more}))
+        print(json.dumps({"benchmark": name, "machine": about, "rows": rows}))
         return
     print(f"{name}: {about['threads']} of {about['cores']} cores of {about['cpu']}, load {about['load']}")
     print(table(rows))
-    for key, value in more.items():
-        print(f"{key}: {value}")
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -4,7 +4,9 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from measure import table
 from tqdm import tqdm
@@ -15,26 +17,29 @@ BEGIN, END = "<!-- make bench writes what stands below -->\n", "<!-- up to here 
 NAMES = ["start_up", "train_step", "caption_folder", "scene", "data_stream"]
 
 
+def with_tables(page: str, reports: Sequence[Mapping[str, Any]]) -> str:
+    """The page with the tables of these reports in place of what stands between its two marks."""
+    machine = reports[0]["machine"]
+    text = f"{machine['threads']} threads of {machine['cpu']}, torch {machine['torch']}, load {machine['load']}.\n"
+    for report in reports:
+        text += f"\n`python benchmarks/{report['benchmark']}.py`:\n\n{table(report['rows'])}\n"
+    before, rest = page.split(BEGIN)
+    return before + BEGIN + text + END + rest.split(END)[1]
+
+
 def main() -> None:
     """Run one benchmark after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/bench.json"), help="results (%(default)s)")
     options = parser.parse_args()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     reports = []
     for name in tqdm(NAMES, "benchmarks"):
         command = [sys.executable, str(FOLDER / f"{name}.py"), "--json"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         reports.append(json.loads(done.stdout.splitlines()[-1]))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
-
-    machine = reports[0]["machine"]
-    text = f"{machine['threads']} threads of {machine['cpu']}, torch {machine['torch']}, load {machine['load']}.\n"
-    for report in reports:
-        text += f"\n`python benchmarks/{report['benchmark']}.py`:\n\n{table(report['rows'])}\n"
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    PAGE.write_text(before + BEGIN + text + END + rest.split(END)[1], encoding="utf-8")
-    print(text)
+        options.output.write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), reports), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ python benchmarks/time_to_quality.py tiny --minutes 5 --output runs/time_to_qual
 
 Packing makes captions cheaper, but a step sees the same pairs: speed in captions does not settle which mix is best.
 Every mix trains for the same time, at each learning rate, with a schedule that ends when the time does; its best rate
-by the last S_m* counts. Evaluations are not part of the time. Runs that are finished are not repeated. Needs
-`pip install "kcfi[bench]"`; options that are not listed go to every run.
+by the last S_m* counts. Evaluations are not part of the time. A second call does what is missing. Needs Java, `pip
+install "kcfi[bench]"`, and the towers of the recipe (those of `tiny` come from `make tiny`); options that are not
+listed go to every run.
 """
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,14 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=5, help="during a run (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/time_to_quality"), help="folder (%(default)s)")
     options, more = parser.parse_known_args()
+    if shutil.which("java") is None:
+        parser.error("S_m* needs Java, which is not on the PATH.")
+    plan = json.dumps([options.recipe, options.minutes, options.evaluations, more])
+    options.output.mkdir(parents=True, exist_ok=True)
+    noted = options.output / "plan.json"
+    if noted.exists() and noted.read_text(encoding="utf-8") != plan:
+        parser.error(f"{options.output} holds runs of another recipe or length ({noted}): choose another --output.")
+    noted.write_text(plan, encoding="utf-8")
 
     curves: dict[tuple[int, float], list[dict[str, float]]] = {}
     for captions in options.captions:
@@ -105,7 +115,7 @@ def main() -> None:
         last = curves[captions, rate][-1]
         pairs = [line["pairs"] for line in history(options.output / f"{captions}-{rate:g}") if "pairs" in line][-1]
         seconds = reached(curves[captions, rate], goal)
-        rows.append({"captions": captions, "rate": rate, "pairs": pairs, "seconds": seconds, **last})
+        rows.append({**last, "captions": captions, "rate": rate, "pairs": pairs, "seconds_to_goal": seconds})
         scores = " | ".join(f"{last[score]:.2f}" for score in SCORES)
         print(
             f"| {captions} | {rate:g} | {pairs:,.0f} | {scores} | {'never' if seconds is None else f'{seconds:.0f}'} |"

@@ -12,6 +12,7 @@ fp32, and DINOv2-S with SmolLM2-135M (their sizes with random weights, which cos
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def build(case: str) -> tuple[Any, Any]:
     if case == "kcfi-tiny":
         model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     else:
-        config = kcfi.KCFIConfig.from_pretrained(folder.replace("kcfi-tiny", case))
+        config = kcfi.KCFIConfig.from_pretrained(Path(folder).parent / case)
         config.image_token_id = processor.image_token_id
         model = kcfi.KCFIForConditionalGeneration(config)
         processor.image_processor.size = {"height": config.image_size, "width": config.image_size}

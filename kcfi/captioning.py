@@ -1,4 +1,4 @@
-"""Caption and mask one pair of any size: the work of `kcfi caption`.
+"""Caption and mask pairs of any size: the work of `kcfi caption`.
 
 Images up to the tile, the side that the model reads, are encoded in one pass. Larger ones are never squeezed, because
 a model knows objects at the ground sampling distance it was trained at: they are cut into overlapping tiles, the

@@ -1,10 +1,12 @@
 """Lists of pairs, as two folders or a manifest -> captions.csv and the pictures of each pair.
 
-A row of the table stands in the file once its pair is described, so a second call does what is missing; a pair that
-cannot be read becomes a row with its error, which a second call tries again.
+A row of the table, a line of the file, stands there once its pair is described, so a second call does what is missing;
+a pair that cannot be read becomes a row with its error, which a second call tries again. Calls that write into one
+folder must come one after the other.
 """
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -20,7 +22,9 @@ from kcfi.captioning import ChangeReport, Describer, Pair, mask_picture, read_pa
 from kcfi.pictures import heat_map, overlay
 
 TABLE = "captions.csv"
-COLUMNS = ["name", "caption", "changed_fraction", "mask", "overlay", "heatmap", "regions", "model", "error"]
+COLUMNS = ["name", "before", "after", "caption", "changed_fraction", "mask", "overlay", "heatmap", "regions"]
+COLUMNS += ["model", "error"]
+IMAGES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def find_pairs(before: str | Path, after: str | Path | None = None) -> list[Pair
     names = [pair.name for pair in pairs]
     if len(set(names)) < len(names):
         name = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{before}: two pairs are called {name!r}; give each its own name (column `name`).")
+        raise ValueError(f"{before}: two pairs are called {name!r}; name them in a manifest (column `name`).")
     return pairs
 
 
@@ -75,9 +79,8 @@ def _manifest_pairs(manifest: Path) -> list[PairFiles]:
 
 
 def _folder_pairs(before: Path, after: Path) -> list[PairFiles]:
-    known = Image.registered_extensions()
     first, second = (
-        {path.name: path for path in folder.iterdir() if path.suffix.lower() in known} for folder in (before, after)
+        {path.name: path for path in folder.iterdir() if path.suffix.lower() in IMAGES} for folder in (before, after)
     )
     alone = [str(path) for name, path in sorted({**first, **second}.items()) if not (name in first and name in second)]
     if alone:
@@ -108,12 +111,17 @@ def describe_list(
         Rows of the table (`COLUMNS`; None where there is nothing), each once it stands in the file.
 
     Raises:
-        ValueError: the table of another model is there, or regions without a change detection head.
+        ValueError: the table of another model or of other images is there, or regions without a change detection head.
     """
+    describer.describe_pairs([], regions)  # refuses regions without a head before anything is written
     output.mkdir(parents=True, exist_ok=True)
-    done = _described(output / TABLE, model)
+    done = _described(output / TABLE, pairs, model, regions, heatmap)
     todo = [pair for pair in pairs if pair.name not in done]
-    loader: Any = DataLoader(_Opened(todo), batch_size=None, num_workers=min(4, (os.cpu_count() or 1) - 1, len(todo)))
+    workers = 0 if len(todo) <= describer.batch_size else min(4, (os.cpu_count() or 1) - 1)
+    # each worker holds one opened pair more than it hands over: pairs may be large
+    loader: Any = DataLoader(
+        _Opened(todo), batch_size=None, num_workers=workers, prefetch_factor=1 if workers else None
+    )
     progress = tqdm(total=len(pairs), initial=len(pairs) - len(todo), desc="pairs", unit="pair")
     with (output / TABLE).open("a", newline="", encoding="utf-8") as file, progress:
         table = csv.DictWriter(file, COLUMNS)
@@ -123,17 +131,18 @@ def describe_list(
             readable = [images for _, images in batch if not isinstance(images, str)]
             reports = iter(describer.describe_pairs(readable, regions))
             for files, images in batch:
-                row: dict[str, Any] = {**dict.fromkeys(COLUMNS), "name": files.name, "model": model}
+                row: dict[str, Any] = {**dict.fromkeys(COLUMNS), **_identity(files), "model": model}
                 if isinstance(images, str):
                     row["error"] = images
                 else:
                     report = next(reports)
                     classes = describer.model.config.num_change_classes
                     paths = save_pictures(report, images[1], output, files.name, classes, heatmap)
-                    row |= {"caption": report.caption, "changed_fraction": report.changed_fraction, **paths}
+                    caption = " ".join(report.caption.split())  # a row is a line
+                    row |= {"caption": caption, "changed_fraction": report.changed_fraction, **paths}
                     if regions:
                         row["regions"] = [vars(region) for region in report.regions]
-                table.writerow({**row, "regions": json.dumps(row["regions"]) if row["regions"] else None})
+                table.writerow({**row, "regions": None if row["regions"] is None else json.dumps(row["regions"])})
                 file.flush()
                 progress.update()
                 yield row
@@ -174,29 +183,42 @@ def _batches(
         yield batch
 
 
-def _described(table: Path, model: str) -> set[str]:
-    """Names that a table has a sentence for; its other rows, and a last one that was cut off, are taken out.
+def _identity(files: PairFiles) -> dict[str, str]:
+    """The columns that say which pair a row describes."""
+    return {"name": files.name, "before": os.path.abspath(files.before), "after": os.path.abspath(files.after)}
+
+
+def _described(table: Path, pairs: list[PairFiles], model: str, regions: bool, heatmap: bool) -> set[str]:
+    """Names that a table has all that is asked for; its other rows, and a last one that was cut off, are taken out.
 
     Raises:
-        ValueError: the table of another model, or no table of this kind.
+        ValueError: the table of another model or of other images, or no table of this kind.
     """
     if not table.exists():
         return set()
-    text = table.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    reader = csv.DictReader(whole.splitlines())
-    rows = [row for row in reader if not row.get("error")]
+    data = table.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1].decode("utf-8")
+    reader = csv.DictReader(io.StringIO(whole, newline=""))
+    rows = list(reader)
     if whole and reader.fieldnames != COLUMNS:
         raise ValueError(f"{table} is not a table of kcfi caption: choose another --output.")
-    if others := {row["model"] for row in rows} - {model}:
-        raise ValueError(f"{table} was written by the model {others.pop()}: choose another --output.")
-    part = table.with_suffix(".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    part.rename(table)
-    return {row["name"] for row in rows}
+    expected = {files.name: _identity(files) for files in pairs}
+    for row in rows:
+        if row["model"] != model:
+            raise ValueError(f"{table} was written by the model {row['model']}: choose another --output.")
+        if expected.get(row["name"], row).items() - row.items():
+            raise ValueError(f"{table} describes other images as {row['name']!r}: choose another --output.")
+    kept = [
+        row for row in rows if not row["error"] and (row["regions"] or not regions) and (row["heatmap"] or not heatmap)
+    ]
+    if len(kept) < len(rows) or len(whole.encode()) < len(data):
+        part = table.with_suffix(".part")
+        with part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept)
+        part.replace(table)
+    return {row["name"] for row in kept}
 
 
 def save_pictures(

@@ -1,5 +1,6 @@
 """Two pretrained towers -> a KCFI model and the processor that matches it."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ def join_towers(
         The model, in evaluation mode and decoding greedily, and its processor.
 
     Raises:
-        ValueError: settings that do not fit the towers, a tokenizer without an end token, or a language model whose
-            logits are not a plain linear map of its last state.
+        ValueError: an unknown setting, or settings that do not fit the towers; a tokenizer without an end token, or a
+            language model whose logits are not a plain linear map of its last state.
         OSError: a tower, its image processor or its tokenizer is not there.
 
     Example:
@@ -46,6 +47,9 @@ def join_towers(
         >>> model.config.num_patches, processor.num_patches, processor.image_token
         (324, 81, '<image>')
     """
+    from kcfi.training.arguments import check_names  # imports the trainer: not needed to load a model
+
+    check_names(settings, [field.name for field in dataclasses.fields(KCFIConfig)], "entry of model_settings")
     tower: Any = vision
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     if isinstance(vision, str):

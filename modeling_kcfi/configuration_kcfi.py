@@ -9,7 +9,6 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
-from transformers.pipelines import PIPELINE_REGISTRY
 
 # Section III.B removes dropout from the vision tower; these are the names its probabilities have in transformers, and
 # in timm's `model_args`.
@@ -270,11 +269,17 @@ class KCFIConfig(PreTrainedConfig):
 
         Empty after `import kcfi`, which has registered it: `pipeline` would insist on the code beside the weights.
         """
+        from transformers.pipelines import PIPELINE_REGISTRY  # all pipelines: not needed to read a config
+
         task = "change-captioning"
         if task in PIPELINE_REGISTRY.get_supported_tasks():
             return {}
         implementation = "pipeline_kcfi.ChangeCaptioningPipeline"
         return {task: {"impl": implementation, "pt": ["AutoModelForImageTextToText"], "type": "multimodal"}}
+
+    @custom_pipelines.setter
+    def custom_pipelines(self, value: Any) -> None:
+        """Nothing: `Pipeline.save_pretrained` sets it, and files that it wrote hold it."""
 
 
 __all__ = ["KCFIConfig"]

@@ -386,14 +386,16 @@ def chunked_caption_loss(
     states, labels = states[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
 
     def score(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(lm_head(states).float(), labels, ignore_index=-100, reduction="sum")
+        logits = lm_head(states).float()
+        return F.cross_entropy(logits, labels.to(logits.device), ignore_index=-100, reduction="sum")
 
     chunks = list(zip(states.split(CHUNK), labels.split(CHUNK), strict=True))
     if len(chunks) == 1:
         total = score(states, labels)
     else:
         total = torch.stack([checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]).sum()
-    return total / ((labels != -100).sum() if num_items is None else num_items)
+    items = (labels != -100).sum() if num_items is None else num_items
+    return total / (items.to(total.device) if torch.is_tensor(items) else items)
 
 
 @auto_docstring(

@@ -55,6 +55,12 @@ def test_images_without_a_partner_are_named(folders):
     (folders / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: no pairs in it"):
         find_pairs(folders / "empty", folders / "empty")
+    for folder in ("C", "D"):
+        (folders / folder).mkdir()
+        for suffix in ("png", "jpg"):
+            Image.new("RGB", (8, 8)).save(folders / folder / f"one.{suffix}")
+    with pytest.raises(ValueError, match=r"two pairs are called 'one'; name them in a manifest"):
+        find_pairs(folders / "C", folders / "D")
 
 
 def test_a_manifest_of_excel_names_pairs_anywhere(folders):
@@ -101,6 +107,39 @@ def test_a_list_gets_what_single_pairs_get(describer, folders):
     assert json.loads(written[3]["regions"]) == [
         {**region, "box": list(region["box"])} for region in rows[3]["regions"]
     ]
+
+
+def test_a_second_call_adds_what_it_asks_for_and_refuses_other_images_of_the_same_names(describer, folders):
+    pairs, output = find_pairs(folders / "A", folders / "B")[:3], folders / "out"
+    list(describe_list(describer, pairs, output, "tiny"))
+    assert [row["regions"] for row in table(output)] == [""] * 3
+    rows = list(describe_list(describer, pairs, output, "tiny", regions=True, heatmap=True))
+    assert len(rows) == 3 and all(row["regions"] and row["heatmap"] for row in table(output))
+    assert list(describe_list(describer, pairs, output, "tiny", regions=True)) == []
+    before = (output / "captions.csv").read_bytes()
+    with pytest.raises(ValueError, match="describes other images as 'pair_0': choose another --output"):
+        next(describe_list(describer, find_pairs(folders / "B", folders / "A")[:3], output, "tiny"))
+    assert (output / "captions.csv").read_bytes() == before
+
+
+def test_a_sentence_of_two_lines_is_one_row_and_a_cut_within_a_character_is_survived(describer, folders, monkeypatch):
+    monkeypatch.setattr(
+        describer, "_sentences", lambda features: ["ein Haus\n fällt weg"] * len(features.pooler_output)
+    )
+    pairs, output = find_pairs(folders / "A", folders / "B")[:3], folders / "out"
+    assert [row["caption"] for row in describe_list(describer, pairs, output, "tiny")] == ["ein Haus fällt weg"] * 3
+    data = (output / "captions.csv").read_bytes()
+    (output / "captions.csv").write_bytes(data[: data.rindex("ä".encode()) + 1])  # in the middle of the letter
+    assert [row["name"] for row in describe_list(describer, pairs, output, "tiny")] == ["pair_2"]
+    assert (output / "captions.csv").read_bytes() == data
+
+
+def test_regions_without_a_head_are_refused_before_anything_is_written(make_detector, folders, tmp_path):
+    model = make_detector(tmp_path / "model", use_change_detection_head=False)
+    pairs = find_pairs(folders / "A", folders / "B")
+    with pytest.raises(ValueError, match="no change detection head"):
+        next(describe_list(Describer(*load(str(model))), pairs, folders / "out", "tiny", regions=True))
+    assert not (folders / "out").exists()
 
 
 def test_small_pairs_are_encoded_together_and_once(describer, folders, monkeypatch):

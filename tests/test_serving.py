@@ -10,8 +10,11 @@ import urllib.error
 import urllib.request
 
 import pytest
+from transformers import AutoModelForMultimodalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils.import_utils import is_serve_available
 
+from kcfi import KCFIConfig
 from kcfi.captioning import Describer, load
 from kcfi.processing import INSTRUCTIONS
 from kcfi_cli import main
@@ -19,8 +22,14 @@ from kcfi_cli import main
 SECONDS = 120  # that a server may take to start
 
 
+def forget():
+    """Take the model out of the list again: users have it there in the server's process only."""
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.pop(KCFIConfig.model_type, None)
+    AutoModelForMultimodalLM._model_mapping._extra_content.pop(KCFIConfig, None)
+
+
 @pytest.fixture(scope="module")
-def server(detector):
+def server(detector, request):
     """Address of a server of the detector, which ends with the tests."""
     if not is_serve_available():
         pytest.skip("the extra `serve` is not installed")
@@ -31,6 +40,7 @@ def server(detector):
     thread = threading.Thread(target=main, args=[command], daemon=True)
     thread.start()
     address = f"http://localhost:{port}"
+    request.addfinalizer(forget)
     for _ in range(10 * SECONDS):
         assert thread.is_alive(), "the server ended"
         try:

@@ -212,6 +212,8 @@ class KCFITrainingArguments(TrainingArguments):
             raise ValueError(f"dwa_temperature={self.dwa_temperature} must be above 0 (0.2 in the paper).")
         if not 0 <= self.max_unreadable < 1:
             raise ValueError(f"max_unreadable={self.max_unreadable} must be at least 0 and below 1.")
+        if self.use_liger_kernel:
+            raise ValueError("use_liger_kernel: Liger does not know KCFI models, so it would change nothing.")
         if self.dwa_window < 1:
             raise ValueError(f"dwa_window={self.dwa_window} must be at least 1 optimizer step.")
 

@@ -8,7 +8,6 @@ kcfi train my_recipe.yaml --resume
 """
 
 import argparse
-import dataclasses
 import json
 import platform
 import shutil
@@ -24,14 +23,13 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from kcfi.modeling_kcfi import KCFIConfig, KCFIForConditionalGeneration
+from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import KCFIProcessor
 from kcfi.towers import join_towers
 from kcfi.training.arguments import (
     ModelArguments,
     Recipe,
     as_dict,
-    check_names,
     field_defaults,
     field_help,
     model_source,
@@ -146,7 +144,6 @@ def new_model(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCFIP
     settings, vision_config = as_dict(args.model_settings), as_dict(args.vision_config)
     if args.text_model is None or bool(args.vision_model) == bool(vision_config):
         raise ValueError("Give `model`, or `text_model` and one of `vision_model` and `vision_config`.")
-    check_names(settings, [field.name for field in dataclasses.fields(KCFIConfig)], "entry of model_settings")
     vision = model_source(args.vision_model) if args.vision_model else vision_config
     model, processor = join_towers(vision, model_source(args.text_model), args.shortest_edge, **settings)
     if not args.vision_model and any(isinstance(part, nn.BatchNorm2d) for part in model.model.vision_tower.modules()):

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import measure
 import pytest
@@ -19,11 +20,12 @@ def test_a_row_has_the_ratio_of_the_medians_and_its_spread():
 
 
 def test_the_report_as_json_names_the_machine(capsys):
-    measure.report("nothing", [], as_json=True, note="more")
+    measure.report("nothing", [], as_json=True)
     report = json.loads(capsys.readouterr().out)
-    assert report["benchmark"] == "nothing" and report["note"] == "more" and report["machine"]["cores"] >= 1
+    assert report["benchmark"] == "nothing" and report["rows"] == [] and report["machine"]["cores"] >= 1
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
 def test_the_peak_is_what_a_side_adds(capsys):
     ballast = bytearray(200 * 2**20)  # the process has had a larger peak before
     ballast[::4096] = b"x" * len(ballast[::4096])
