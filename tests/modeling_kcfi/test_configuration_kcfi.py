@@ -109,12 +109,12 @@ def test_config_survives_a_round_trip(make_config, tower, tmp_path):
     assert KCFIConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
-@pytest.mark.parametrize("tie", [True, False])
 def test_a_file_that_a_pipeline_wrote_is_read(make_config):
     settings = make_config().to_dict()
     assert KCFIConfig.from_dict({**settings, "custom_pipelines": {"change-captioning": {}}}).to_dict() == settings
 
 
+@pytest.mark.parametrize("tie", [True, False])
 def test_tied_embeddings_follow_the_language_model(vision, text, tie):
     language = text["qwen2"] | {"tie_word_embeddings": tie}
     assert KCFIConfig(vision_config=vision["vit"], text_config=language, image_token_id=4).tie_word_embeddings is tie
