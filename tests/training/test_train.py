@@ -110,10 +110,13 @@ def test_a_killed_run_resumes_in_a_new_process_with_the_same_losses(recipe, tmp_
 @pytest.fixture
 def submit(launched, tmp_path):
     """Run slurm.sh as SLURM would on one machine with two devices; `srun` and `scontrol` are stand-ins."""
-    for name, command in (("srun", 'exec "$@"'), ("scontrol", "echo localhost")):
+    for name, command in (
+        ("srun", '[ "$1 $2" = "--cpus-per-task 4" ] && shift 2 && exec "$@"'),
+        ("scontrol", "echo localhost"),
+    ):
         (tmp_path / name).write_text(f"#!/bin/sh\n{command}\n")
         (tmp_path / name).chmod(0o755)
-    job = {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": "n1"}
+    job = {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": "n1", "SLURM_CPUS_PER_TASK": "4"}
     job |= {"SLURM_JOB_ID": str(os.getpid()), "PATH": f"{tmp_path}:{launched['PATH']}"}
     script = Path(train.__file__).parent / "launch" / "slurm.sh"
 
