@@ -28,8 +28,13 @@ from kcfi.training.synthetic import SyntheticDataset
 CASES = {"kcfi-tiny": 6.0, "kcfi-dinov2s-smollm2-135m": 4.5}  # folder of hub_configs, and the bar
 
 
-def build(case: str) -> tuple[Any, Any]:
-    """Model in training mode and processor of a case; the processor is kcfi-tiny's, with the words of its captions."""
+def build(case: str, words: bool = False) -> tuple[Any, Any]:
+    """Model in training mode and processor of a case; the processor is kcfi-tiny's, with the words of its captions.
+
+    Args:
+        case: folder of hub_configs; random weights but for kcfi-tiny.
+        words: give the model no more tokens than the processor can decode.
+    """
     folder = kcfi.embedded_model()
     processor = AutoProcessor.from_pretrained(folder)
     torch.manual_seed(0)
@@ -38,6 +43,8 @@ def build(case: str) -> tuple[Any, Any]:
     else:
         config = kcfi.KCFIConfig.from_pretrained(Path(folder).parent / case)
         config.image_token_id = processor.image_token_id
+        if words:
+            config.text_config.vocab_size = len(processor.tokenizer)
         model = kcfi.KCFIForConditionalGeneration(config)
         processor.image_processor.size = {"height": config.image_size, "width": config.image_size}
         processor.patch_size = config.visual_token_size

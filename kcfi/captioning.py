@@ -26,6 +26,7 @@ from kcfi.training.levir_cc import MASK_BUILDING, MASK_ROAD, read_image
 
 OVERLAP = 0.25  # of a tile's side, at least, with each neighbour
 MERGE = 8  # px: gaps of up to twice this do not part a region
+LONGEST = 64  # tokens of a sentence; LEVIR-CC has at most 39 words
 MIN_REGION = 100  # px: smaller regions get no sentence (25 m2 at 0.5 m/px)
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
@@ -301,7 +302,7 @@ class Describer:
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             mm_encoder_outputs={"image": features},
-            max_new_tokens=64,
+            max_new_tokens=LONGEST,
             do_sample=False,
             **self.processor.generation_tokens,
         )

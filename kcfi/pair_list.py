@@ -97,7 +97,7 @@ def describe_list(
     regions: bool = False,
     heatmap: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Describe pairs into OUTPUT/captions.csv, pictures beside it; images are decoded by other processes meanwhile.
+    """Describe pairs into OUTPUT/captions.csv, pictures beside it; other processes decode images where a GPU works.
 
     Args:
         describer: of the model.
@@ -117,8 +117,9 @@ def describe_list(
     output.mkdir(parents=True, exist_ok=True)
     done = _described(output / TABLE, pairs, model, regions, heatmap)
     todo = [pair for pair in pairs if pair.name not in done]
-    workers = 0 if len(todo) <= describer.batch_size else min(4, (os.cpu_count() or 1) - 1)
-    # each worker holds one opened pair more than it hands over: pairs may be large
+    # on a CPU the model has all cores at work; each worker holds an opened pair, which may be large
+    idle = describer.model.device.type != "cpu" and len(todo) > describer.batch_size
+    workers = min(4, (os.cpu_count() or 1) - 1) if idle else 0
     loader: Any = DataLoader(
         _Opened(todo), batch_size=None, num_workers=workers, prefetch_factor=1 if workers else None
     )
