@@ -320,8 +320,7 @@ def run_caption(options: argparse.Namespace) -> int:
     """`kcfi caption`; the exit code is 1 if pairs of a list could not be read."""
     from transformers.utils.logging import disable_progress_bar
 
-    from kcfi.captioning import Describer, load, read_pair
-    from kcfi.pair_list import save_pictures
+    from kcfi.captioning import Describer, load, read_pair, save_pictures
 
     disable_progress_bar()  # of loading weights, which is over before it can be read
     manifest = options.after is None and options.before.suffix.lower() == ".csv"

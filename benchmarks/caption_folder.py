@@ -108,11 +108,10 @@ def main() -> None:
                     print_peak(sides[options.side])
                     return
                 assert sides["plain"]() == sides["ours"](), "the sentences differ"
-                row = comparison(f"{case}, {count} pairs", take_turns(sides, options.repeats), count, "pairs/s", BAR)
-                peaks = [peak_memory(__file__, side, "--cases", case, "--pairs", str(count)) for side in sides]
-            row["peak_mib"] = [peak for peak in peaks if peak is not None]
-            row["equal"] = "the same sentences"
-            rows.append(row)
+                seconds = take_turns(sides, options.repeats)
+            peaks = peak_memory(__file__, sides, "--cases", case, "--pairs", str(count))
+            title = f"{case}, {count} pairs"
+            rows.append(comparison(title, seconds, count, "pairs/s", BAR, "the same sentences", peaks))
     report("caption_folder", rows, options.json)
 
 

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,26 @@ def take_turns(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str
     return seconds
 
 
-def comparison(case: str, seconds: Mapping[str, Sequence[float]], work: float, unit: str, bar: float) -> Row:
-    """A row of the report: the medians of both sides as work per second, their ratio, its spread over the rounds."""
+def comparison(
+    case: str,
+    seconds: Mapping[str, Sequence[float]],
+    work: float,
+    unit: str,
+    bar: float,
+    equal: str = "-",
+    peaks: Sequence[float] = (),
+) -> Row:
+    """A row of the report.
+
+    Args:
+        case: what both sides did.
+        seconds: of `take_turns`, for the sides "plain" and "ours".
+        work: units that a round does; the row has the medians as work per second, their ratio and its spread.
+        unit: of the work, per second.
+        bar: ratio that is wanted.
+        equal: what was found equal, "-" where there is nothing to compare.
+        peaks: of `peak_memory`.
+    """
     plain, ours = seconds["plain"], seconds["ours"]
     ratios = [slow / fast for slow, fast in zip(plain, ours, strict=True)]
     return {
@@ -54,6 +72,8 @@ def comparison(case: str, seconds: Mapping[str, Sequence[float]], work: float, u
         "ratio": statistics.median(plain) / statistics.median(ours),
         "spread": [min(ratios), max(ratios)],
         "bar": bar,
+        "equal": equal,
+        "peak_mib": list(peaks),
     }
 
 
@@ -65,12 +85,13 @@ def print_peak(side: Callable[[], Any]) -> None:
     print(_status("VmHWM") - before)
 
 
-def peak_memory(script: str, side: str, *arguments: str) -> float | None:
-    """What `print_peak` says of a side, in a process of its own; None where there is no /proc."""
+def peak_memory(script: str, sides: Iterable[str], *arguments: str) -> list[float]:
+    """What `print_peak` says of each side, in a process of its own; nothing where there is no /proc."""
     if not Path("/proc/self/clear_refs").exists():
-        return None
-    command = [sys.executable, script, "--side", side, *arguments]
-    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+        return []
+    commands = [[sys.executable, script, "--side", side, *arguments] for side in sides]
+    printed = [subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout for command in commands]
+    return [float(text.splitlines()[-1]) for text in printed]
 
 
 def _status(field: str) -> float:
@@ -108,7 +129,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         low, high = row["spread"]
-        memory = " / ".join(f"{value:,.0f}" for value in row.get("peak_mib", []))
+        memory = " / ".join(f"{value:,.0f}" for value in row["peak_mib"])
         lines.append(
             f"| {row['case']} | {row['plain']:.3g} {row['unit']} | {row['ours']:.3g} | **{row['ratio']:.1f}** "
             f"({low:.1f} to {high:.1f}) | {row['bar']} | {memory and memory + ' MiB'} | {row['equal']} |"

@@ -65,11 +65,8 @@ def main() -> None:
             return
         assert np.array_equal(sides["plain"](), sides["ours"]()), "the masks differ"
         area = (side * 0.5 / 1000) ** 2 * 3600
-        row = comparison(f"{side} x {side} px", take_turns(sides, options.repeats), area, "km2/h", BAR)
-        peaks = [peak_memory(__file__, name, "--sides", str(side)) for name in sides]
-        row["peak_mib"] = [peak for peak in peaks if peak is not None]
-        row["equal"] = "the same mask"
-        rows.append(row)
+        seconds, peaks = take_turns(sides, options.repeats), peak_memory(__file__, sides, "--sides", str(side))
+        rows.append(comparison(f"{side} x {side} px", seconds, area, "km2/h", BAR, "the same mask", peaks))
     report("scene", rows, options.json)
 
 

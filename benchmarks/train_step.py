@@ -147,12 +147,9 @@ def main() -> None:
             timed = {name: lambda side=side, bf16=bf16: side(bf16) for name, side in sides.items()}
             title = f"{case}, {'bf16' if bf16 else 'fp32'}, {num_pairs} pairs x 5 captions"
             seconds = take_turns(timed, options.repeats)
-            row = comparison(title, seconds, 5 * num_pairs, "captions/s", CASES[case])
-            arguments = ("--cases", case, "--pairs", str(num_pairs))
-            peaks = [peak_memory(__file__, name, *arguments) for name in sides]
-            row["peak_mib"] = [peak for peak in peaks if peak is not None]
-            row["equal"] = f"gradients to {difference:.0e}"
-            rows.append(row)
+            peaks = peak_memory(__file__, sides, "--cases", case, "--pairs", str(num_pairs))
+            equal = f"gradients to {difference:.0e}"
+            rows.append(comparison(title, seconds, 5 * num_pairs, "captions/s", CASES[case], equal, peaks))
     report("train_step", rows, options.json)
 
 

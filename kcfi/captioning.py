@@ -21,13 +21,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from kcfi.pictures import heat_map, overlay
 from kcfi.training.arguments import model_source
 from kcfi.training.levir_cc import MASK_BUILDING, MASK_ROAD, read_image
 
 OVERLAP = 0.25  # of a tile's side, at least, with each neighbour
 MERGE = 8  # px: gaps of up to twice this do not part a region
-LONGEST = 64  # tokens of a sentence; LEVIR-CC has at most 39 words
 MIN_REGION = 100  # px: smaller regions get no sentence (25 m2 at 0.5 m/px)
+LONGEST = 64  # tokens of a sentence; LEVIR-CC has at most 39 words
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 Pair = tuple[Image.Image, Image.Image]  # before and after, of one size
@@ -322,3 +323,31 @@ def mask_picture(mask: NDArray[np.uint8], num_classes: int) -> Image.Image:
     """Class ids (H, W) -> grey values of LEVIR-MCI's masks: 0, 128 road, 255 building (or change)."""
     values = [0, MASK_BUILDING] if num_classes == 2 else [0, MASK_ROAD, MASK_BUILDING]
     return Image.fromarray(np.array(values, np.uint8)[mask])
+
+
+def save_pictures(
+    report: ChangeReport, after: Image.Image, output: Path, name: str, num_classes: int, heatmap: bool = False
+) -> dict[str, str]:
+    """Write what there is to see of a pair as OUTPUT/NAME_mask.png, NAME_overlay.png and NAME_heatmap.png.
+
+    Args:
+        report: of the pair.
+        after: its later image.
+        output: folder, which exists.
+        name: of the pair.
+        num_classes: of the model's mask.
+        heatmap: also draw the strength of the key change features.
+
+    Returns:
+        The paths, by kind; no mask and no overlay without a change detection head.
+    """
+    pictures = {}
+    if report.mask is not None:
+        pictures["mask"] = mask_picture(report.mask, num_classes)
+        pictures["overlay"] = overlay(after, report.mask)
+    if heatmap:
+        pictures["heatmap"] = heat_map(after, report.key_changes)
+    paths = {kind: output / f"{name}_{kind}.png" for kind in pictures}
+    for kind, picture in pictures.items():
+        picture.save(paths[kind])
+    return {kind: str(path) for kind, path in paths.items()}

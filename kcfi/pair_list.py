@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from kcfi.captioning import ChangeReport, Describer, Pair, mask_picture, read_pair
-from kcfi.pictures import heat_map, overlay
+from kcfi.captioning import Describer, Pair, read_pair, save_pictures
 
 TABLE = "captions.csv"
 COLUMNS = ["name", "before", "after", "caption", "changed_fraction", "mask", "overlay", "heatmap", "regions"]
@@ -220,31 +218,3 @@ def _described(table: Path, pairs: list[PairFiles], model: str, regions: bool, h
             writer.writerows(kept)
         part.replace(table)
     return {row["name"] for row in kept}
-
-
-def save_pictures(
-    report: ChangeReport, after: Image.Image, output: Path, name: str, num_classes: int, heatmap: bool = False
-) -> dict[str, str]:
-    """Write what there is to see of a pair as OUTPUT/NAME_mask.png, NAME_overlay.png and NAME_heatmap.png.
-
-    Args:
-        report: of the pair.
-        after: its later image.
-        output: folder, which exists.
-        name: of the pair.
-        num_classes: of the model's mask.
-        heatmap: also draw the strength of the key change features.
-
-    Returns:
-        The paths, by kind; no mask and no overlay without a change detection head.
-    """
-    pictures = {}
-    if report.mask is not None:
-        pictures["mask"] = mask_picture(report.mask, num_classes)
-        pictures["overlay"] = overlay(after, report.mask)
-    if heatmap:
-        pictures["heatmap"] = heat_map(after, report.key_changes)
-    paths = {kind: output / f"{name}_{kind}.png" for kind in pictures}
-    for kind, picture in pictures.items():
-        picture.save(paths[kind])
-    return {kind: str(path) for kind, path in paths.items()}

@@ -49,7 +49,7 @@ def join_towers(
     """
     from kcfi.training.arguments import check_names  # imports the trainer: not needed to load a model
 
-    check_names(settings, [field.name for field in dataclasses.fields(KCFIConfig)], "entry of model_settings")
+    check_names(settings, [field.name for field in dataclasses.fields(KCFIConfig)], "model setting")
     tower: Any = vision
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     if isinstance(vision, str):

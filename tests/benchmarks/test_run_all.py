@@ -11,6 +11,7 @@ def test_the_tables_replace_what_stood_between_the_marks():
         "spread": [1, 3],
         "bar": 1,
         "equal": "-",
+        "peak_mib": [],
     }
     machine = {"threads": 1, "cpu": "abacus", "torch": "2", "load": 0.0}
     report = {"benchmark": "one", "machine": machine, "rows": [row]}
