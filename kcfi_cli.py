@@ -256,6 +256,12 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("--private", action="store_true", help="make a new repository private")
     push.add_argument("--license", default="apache-2.0", help="licence of the weights (%(default)s)")
     push.add_argument("--dry-run", type=Path, metavar="DIR", help="write what would be uploaded into a new folder")
+    push.add_argument(
+        "--text-model",
+        metavar="ID",
+        help="Hub id of the language model, if it was kept frozen: its weights are left out, and fetched from there "
+        "whenever the model is loaded (default: they are uploaded)",
+    )
     push.set_defaults(run=run_push)
 
     serve = commands.add_parser(
@@ -500,7 +506,8 @@ def run_push(options: argparse.Namespace) -> None:
     """`kcfi push`."""
     from kcfi.training.export import push
 
-    print(push(options.folder, options.repo_id, options.results, options.private, options.license, options.dry_run))
+    what = (options.folder, options.repo_id, options.results)
+    print(push(*what, options.private, options.license, options.dry_run, options.text_model))
 
 
 def run_serve(options: argparse.Namespace) -> None:

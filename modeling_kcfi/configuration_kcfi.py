@@ -83,6 +83,9 @@ class KCFIConfig(PreTrainedConfig):
         num_change_classes: 2 (background, change) or 3 (background, road, building).
         head_hidden_size: width of the head between its two linear maps (eq. 5; 256 in the authors' code).
         tie_word_embeddings: output embeddings are the input embeddings; follows `text_config` when that ties them.
+        text_model: Hub id or folder of the language model, where the weights beside this config leave it out (`kcfi
+            push --text-model`): `from_pretrained` fetches it.
+        text_model_revision: its commit.
 
     Raises:
         ValueError: a combination of settings that cannot work, with the reason.
@@ -139,6 +142,8 @@ class KCFIConfig(PreTrainedConfig):
     num_change_classes: Literal[2, 3] = 2
     head_hidden_size: int = 256
     tie_word_embeddings: bool = False
+    text_model: str | None = None
+    text_model_revision: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

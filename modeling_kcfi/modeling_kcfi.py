@@ -6,7 +6,7 @@ model, T tokens, H x W pixels. Where shapes of image tokens say N, it is N / p^2
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -157,12 +157,41 @@ class KCFIPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     auto_class = "AutoModel"  # the one that loads this class
 
+    def __init__(self, config: KCFIConfig) -> None:
+        super().__init__(config)
+        if config.text_model:  # fetched by from_pretrained
+            self._keys_to_ignore_on_load_missing = [r"language_model\.", r"lm_head\."]
+
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, *args: Any, use_safetensors: bool = True, **kwargs: Any
     ) -> Self:
-        """As in transformers, but weights in a pickle are refused."""
-        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+        """As in transformers, but weights in a pickle are refused; a language model left out is fetched.
+
+        Raises:
+            ValueError: it cannot be put where the language model is to lie: on disk, or quantised.
+        """
+        loaded: Any = super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
+        if model.config.text_model:
+            model._fetch_text_model(model.config.text_model)
+        return cast(Self, loaded)
+
+    def _fetch_text_model(self, source: str) -> None:
+        """Copy the weights of a language model; from then on the model is whole, and saved as a whole."""
+        base: Any = self.base_model
+        if getattr(self, "is_quantized", False) or any(weight.is_meta for weight in base.language_model.parameters()):
+            raise ValueError(
+                f"This checkpoint leaves out its language model ({source}), which can be loaded neither quantised nor "
+                "onto the disk: load it without, `save_pretrained` it, and load that folder."
+            )
+        fetched: Any = AutoModelForCausalLM.from_pretrained(
+            source, revision=self.config.text_model_revision, dtype=self.dtype
+        )
+        base.language_model.load_state_dict(fetched.base_model.state_dict())
+        if self is not base:
+            self.get_output_embeddings().load_state_dict(fetched.get_output_embeddings().state_dict())
+        self.config.text_model = self.config.text_model_revision = None
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(enable, *args, **kwargs)

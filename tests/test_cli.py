@@ -329,6 +329,8 @@ def test_push_refuses_what_is_no_finished_run(capsys, run, tmp_path, detector):
     assert "nowhere.json: no such file" in refused(run, "--results", tmp_path / "nowhere.json")
     assert "'kcfi-own' names no owner" in refused(run, repo_id="kcfi-own")
     assert "Repo id must" in refused(run, repo_id="me/kcfi own")
+    folder = ("--text-model", tmp_path)
+    assert "where nobody else finds it: give its Hub id" in refusal(capsys, "push", run, "me/kcfi-own", *folder)
     (run / "config.json").write_text('{"model_type": "bert"}')
     assert refused(run) == f"{run} holds a model of type 'bert', not 'kcfi'."
     (tmp_path / "pushed").mkdir()

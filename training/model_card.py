@@ -3,6 +3,7 @@
 `model_card` is a pure function of what a run left; `card_of_run` reads that from its folder.
 """
 
+import csv
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from kcfi.training.levir_cc import CLASS_NAMES, read_json
 
 LICENSE = "apache-2.0"
 RECIPE_FILE, RESULTS_FILE = "recipe.yaml", "results.json"
+ENERGY_FILE = "emissions.csv"  # of `report_to: codecarbon`, a line per start
 ORIGINS = ("model", "vision_model", "text_model")  # fields of a recipe: what a run starts from
 TAGS = ("kcfi", "remote-sensing", "change-captioning", "change-detection")
 TASK = "image-text-to-text"
@@ -181,7 +183,39 @@ def card_of_run(
     scores = None if results is None else read_results(results)
     if scores is not None:
         named.append(scores["dataset"])
-    return model_card(repo_id, config, recipe, state, scores, list(filter(is_hub_id, named)), license, tags)
+    energy = read_energy(folder / ENERGY_FILE)
+    return model_card(repo_id, config, recipe, state, scores, list(filter(is_hub_id, named)), license, tags, energy)
+
+
+class Energy(NamedTuple):
+    """What a run used, by CodeCarbon; `grams` of CO2 equivalents, with the electricity of `place`."""
+
+    hours: float
+    kwh: float
+    grams: float
+    place: str
+    hardware: str
+
+
+def read_energy(path: Path) -> Energy | None:
+    """The sum over all starts of a run, from CodeCarbon's file; None where nothing was tracked.
+
+    Raises:
+        ValueError: it is no such file; names the column that is missing.
+    """
+    if not path.is_file():
+        return None
+    with path.open(newline="", encoding="utf-8") as file:
+        starts = list(csv.DictReader(file))
+    try:
+        hours, kwh, kilograms = (
+            sum(float(start[column]) for start in starts) for column in ("duration", "energy_consumed", "emissions")
+        )
+        places = dict.fromkeys(", ".join(filter(None, (start["region"], start["country_name"]))) for start in starts)
+        devices = dict.fromkeys(start["gpu_model"] or start["cpu_model"] for start in starts)
+    except KeyError as error:
+        raise ValueError(f"{path} is no file of CodeCarbon: it has no column {error}.") from error
+    return Energy(hours / 3600, kwh, 1000 * kilograms, " and ".join(places), " and ".join(devices))
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -217,6 +251,7 @@ def model_card(
     hub_ids: Collection[str] = (),
     license: str = LICENSE,
     tags: Sequence[str] = (),
+    energy: Energy | None = None,
 ) -> str:
     """The text of a model card: YAML metadata, and what a user has to know.
 
@@ -229,6 +264,7 @@ def model_card(
         hub_ids: which names in recipe and results are repositories on the Hub; all others are folders of a machine.
         license: the Hub's name of a licence.
         tags: further ones than `TAGS`.
+        energy: None = it was not tracked.
     """
     settings = _without_folders(yaml.safe_load(recipe) or {})
     data_set = find_data_set(settings["dataset"], hub_ids) if settings else None
@@ -247,8 +283,22 @@ def model_card(
         tags=[*TAGS, *tags],
         model_name=name if scores else None,
         eval_results=scores,
+        co2_eq_emissions={
+            "emissions": energy.grams,
+            "source": "codecarbon",
+            "training_type": "fine-tuning",
+            "geographical_location": energy.place,
+            "hardware_used": energy.hardware,
+        }
+        if energy
+        else None,
     )
     environment = [f"- {line.removeprefix('#').strip()}" for line in recipe.splitlines() if line.startswith("#")]
+    if energy:
+        environment.append(
+            f"- energy, estimated by CodeCarbon: {energy.kwh:.3g} kWh in {energy.hours:.3g} hours on "
+            f"{energy.hardware}, {energy.grams:.3g} g of CO2 equivalents with the electricity of {energy.place}"
+        )
     card = ModelCard.from_template(
         metadata,
         template_str=TEMPLATE,
@@ -346,9 +396,18 @@ def _architecture(config: KCFIConfig, settings: dict[str, Any]) -> str:
             f"{config.projector}`.",
             f"- Change detection head: {_classes(config, settings)}.",
             f"- Language model: `{config.text_config.model_type}`, width {config.text_config.hidden_size}"
-            f"{made('language_model', 'text_model')}.",
+            f"{made('language_model', 'text_model')}.{_left_out(config)}",
         ]
     )
+
+
+def _left_out(config: KCFIConfig) -> str:
+    """What has to be fetched to load a model without its language model."""
+    if not config.text_model:
+        return ""
+    name, revision = _without_folders(config.text_model), config.text_model_revision
+    at = f" at commit `{revision}`" if revision else ""
+    return f" Its weights are not here: loading fetches those of `{name}`{at}, from which they do not differ."
 
 
 def _classes(config: KCFIConfig, settings: dict[str, Any]) -> str:

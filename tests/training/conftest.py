@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -134,6 +136,17 @@ def text_model(tmp_path_factory) -> Path:
     Olmo2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def hub_text_model(text_model, tmp_path, monkeypatch) -> tuple[str, str]:
+    """Hub id and commit of the same language model, in the Hub's cache."""
+    commit, cache = "0123456789abcdef0123456789abcdef01234567", tmp_path / "hub"
+    shutil.copytree(text_model, cache / "models--me--lm" / "snapshots" / commit)
+    (cache / "models--me--lm" / "refs").mkdir()
+    (cache / "models--me--lm" / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    return "me/lm", commit
 
 
 @pytest.fixture(scope="session")

@@ -146,6 +146,27 @@ def test_adapters_of_the_language_model_are_told(tmp_path, model, processor):
     assert "kept frozen but for LoRA adapters (`r: 8, lora_alpha: 16`), from `Qwen/Qwen2" in text
 
 
+def test_a_language_model_left_out_is_named_with_its_commit(run, model):
+    config = copy.deepcopy(model.config)
+    config.text_model, config.text_model_revision = "Qwen/Qwen2-1.5B-Instruct", "0123abc"
+    text = body(card_of_run(run, "me/kcfi-levir", config, STATE))
+    assert "not here: loading fetches those of `Qwen/Qwen2-1.5B-Instruct` at commit `0123abc`" in text
+    assert "not here" not in body(card_of_run(run, "me/kcfi-levir", model.config, STATE))
+
+
+def test_the_energy_of_all_starts_of_a_run_is_told(run, model):
+    columns = "run_id,duration,emissions,energy_consumed,country_name,region,cpu_model,gpu_model"  # of CodeCarbon 3.3
+    starts = ["a,3600,0.05,0.25,France,,AMD EPYC,4 x A100", "b,1800,0.025,0.15,France,,AMD EPYC,4 x A100"]
+    (run / "emissions.csv").write_text("\n".join([columns, *starts]))
+    card = ModelCard(card_of_run(run, "me/kcfi-levir", model.config, STATE))
+    assert "0.4 kWh in 1.5 hours on 4 x A100, 75 g of CO2 equivalents with the electricity of France" in card.text
+    emissions = card.data.to_dict()["co2_eq_emissions"]
+    assert emissions["emissions"] == pytest.approx(75) and emissions["source"] == "codecarbon"
+    (run / "emissions.csv").write_text("run_id,duration\na,1")
+    with pytest.raises(ValueError, match=r"emissions.csv is no file of CodeCarbon: it has no column 'energy"):
+        card_of_run(run, "me/kcfi-levir", model.config, STATE)
+
+
 def test_no_folder_of_a_machine_is_published(tmp_path, model, processor, scores):
     towers = [tmp_path / "my-vit", tmp_path / "my-lm"]
     for tower in towers:
