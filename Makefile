@@ -25,7 +25,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/run_all.py
 
 bench-quality: $(VENV)/installed-dev
-	$(BIN)/python benchmarks/time_to_quality.py tiny --output runs/time_to_quality
+	$(BIN)/python benchmarks/time_to_quality.py synthetic/fine_tuned_128px --num_eval_pairs 64
 
 # kcfi-tiny from nothing. AERIAL: folder with the three sources that the card of kcfi-tiny names
 AERIAL ?= open_aerial

@@ -1,14 +1,13 @@
 """What a minute of training brings: one, two, three or five captions behind a prefix, in the same time.
 
 ```
-python benchmarks/time_to_quality.py tiny --minutes 5 --output runs/time_to_quality --use_cpu true
+python benchmarks/time_to_quality.py synthetic/fine_tuned_128px --minutes 5 --num_eval_pairs 64
 ```
 
 Packing makes captions cheaper, but a step sees the same pairs: speed in captions does not settle which mix is best.
-Every mix trains for the same time, at each learning rate, with a schedule that ends when the time does; its best rate
-by the last S_m* counts. Evaluations are not part of the time. A second call does what is missing. Needs Java, `pip
-install "kcfi[bench]"`, and the towers of the recipe (those of `tiny` come from `make tiny`); options that are not
-listed go to every run.
+Every mix trains for the same time, with the recipe's learning rates times each factor, on a schedule that ends when
+the time does; its best factor by the last S_m* counts. Evaluations are not part of the time. A second call does what is
+missing. Needs Java, `pip install "kcfi[bench]"`, and what the recipe names; options that are not listed go to every run.
 """
 
 import argparse
@@ -20,17 +19,20 @@ from typing import Any
 import matplotlib.pyplot as plt
 from measure import machine
 
+from kcfi.training.arguments import parse_recipe
 from kcfi.training.train import is_complete
 from kcfi.training.train import main as train
 
 TRIAL = 12  # steps that tell how long one takes; the first half warms up
+RATES = ["learning_rate", "vision_learning_rate", "projector_learning_rate"]
 SCORES = ["eval_caption_loss", "eval_s_m", "eval_mask_f1"]
 
 
-def run(folder: Path, recipe: str, captions: int, rate: float, steps: int, more: list[str], **fields: Any) -> None:
+def run(folder: Path, recipe: str, captions: int, factor: float, steps: int, more: list[str], **fields: Any) -> None:
     """Train, unless it is done."""
+    rates = parse_recipe(recipe, more).training
+    fields |= {name: factor * getattr(rates, name) for name in RATES}
     fields |= {"captions_per_pair": captions, "output_dir": folder, "max_steps": steps}
-    fields |= dict.fromkeys(["learning_rate", "vision_learning_rate", "projector_learning_rate"], rate)
     if not is_complete(folder):
         train([recipe, *(text for name, value in fields.items() for text in (f"--{name}", str(value))), *more])
 
@@ -65,7 +67,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0, help="of training for each run (%(default)s)")
     parser.add_argument("--captions", type=int, nargs="+", default=[1, 2, 3, 5], help="per pair (%(default)s)")
     parser.add_argument(
-        "--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="learning rates (%(default)s)"
+        "--factors", type=float, nargs="+", default=[0.5, 1, 2], help="of the learning rates (%(default)s)"
     )
     parser.add_argument("--evaluations", type=int, default=5, help="during a run (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/time_to_quality"), help="folder (%(default)s)")
@@ -83,43 +85,42 @@ def main() -> None:
     for captions in options.captions:
         trial = options.output / f"trial-{captions}"
         quiet = {"eval_strategy": "no", "save_strategy": "no", "logging_steps": TRIAL // 2}
-        run(trial, options.recipe, captions, options.rates[0], TRIAL, more, **quiet)
+        run(trial, options.recipe, captions, options.factors[0], TRIAL, more, **quiet)
         last = [line for line in history(trial) if "pairs_per_second" in line][-1]
         per_step = last["pairs"] / TRIAL / last["pairs_per_second"]
         steps = max(options.evaluations, int(options.minutes * 60 / per_step))
         every = max(1, steps // options.evaluations)
-        for rate in options.rates:
-            folder = options.output / f"{captions}-{rate:g}"
+        for factor in options.factors:
+            folder = options.output / f"{captions}-{factor:g}"
             often = {"eval_strategy": "steps", "eval_steps": every, "logging_steps": every, "save_strategy": "no"}
-            run(folder, options.recipe, captions, rate, every * options.evaluations, more, **often)
-            curves[captions, rate] = [line for line in history(folder) if "eval_s_m" in line]
+            run(folder, options.recipe, captions, factor, every * options.evaluations, more, **often)
+            curves[captions, factor] = [line for line in history(folder) if "eval_s_m" in line]
 
     best = {
-        captions: max(options.rates, key=lambda rate: curves[captions, rate][-1]["eval_s_m"])
+        captions: max(options.factors, key=lambda factor: curves[captions, factor][-1]["eval_s_m"])
         for captions in options.captions
     }
     figure, panels = plt.subplots(1, len(SCORES), figsize=(4 * len(SCORES), 3.2), layout="constrained")
     for panel, score in zip(panels, SCORES, strict=True):
-        for captions, rate in best.items():
-            points = [(line["seconds"], line[score]) for line in curves[captions, rate] if score in line]
-            panel.plot(*zip(*points, strict=True), marker=".", label=f"{captions} captions, {rate:g}")
+        for captions, factor in best.items():
+            points = [(line["seconds"], line[score]) for line in curves[captions, factor] if score in line]
+            panel.plot(*zip(*points, strict=True), marker=".", label=f"{captions} captions, x {factor:g}")
         panel.set(title=score, xlabel="seconds of training")
     panels[0].legend()
     figure.savefig(options.output / "curves.png", dpi=100)
 
     goal = curves[options.captions[0], best[options.captions[0]]][-1]["eval_s_m"]
-    print(f"| captions per pair | learning rate | pairs seen | {' | '.join(SCORES)} | seconds to S_m* {goal:.1f} |")
+    print(f"| captions per pair | learning rates x | pairs seen | {' | '.join(SCORES)} | seconds to S_m* {goal:.1f} |")
     print("|---" * (4 + len(SCORES)) + "|")
     rows = []
-    for captions, rate in best.items():
-        last = curves[captions, rate][-1]
-        pairs = [line["pairs"] for line in history(options.output / f"{captions}-{rate:g}") if "pairs" in line][-1]
-        seconds = reached(curves[captions, rate], goal)
-        rows.append({**last, "captions": captions, "rate": rate, "pairs": pairs, "seconds_to_goal": seconds})
+    for captions, factor in best.items():
+        last = curves[captions, factor][-1]
+        pairs = [line["pairs"] for line in history(options.output / f"{captions}-{factor:g}") if "pairs" in line][-1]
+        seconds = reached(curves[captions, factor], goal)
+        rows.append({**last, "captions": captions, "factor": factor, "pairs": pairs, "seconds_to_goal": seconds})
         scores = " | ".join(f"{last[score]:.2f}" for score in SCORES)
-        print(
-            f"| {captions} | {rate:g} | {pairs:,.0f} | {scores} | {'never' if seconds is None else f'{seconds:.0f}'} |"
-        )
+        when = "never" if seconds is None else f"{seconds:.0f}"
+        print(f"| {captions} | {factor:g} | {pairs:,.0f} | {scores} | {when} |")
     about = {"machine": machine(), "minutes": options.minutes, "rows": rows}
     (options.output / "results.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
