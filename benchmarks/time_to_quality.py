@@ -6,8 +6,9 @@ python benchmarks/time_to_quality.py synthetic/fine_tuned_128px --minutes 5 --nu
 
 Packing makes captions cheaper, but a step sees the same pairs: speed in captions does not settle which mix is best.
 Every mix trains for the same time, with the recipe's learning rates times each factor, on a schedule that ends when
-the time does; its best factor by the last S_m* counts. Evaluations are not part of the time. A second call does what is
-missing. Needs Java, `pip install "kcfi[bench]"`, and what the recipe names; options that are not listed go to every run.
+the time does; its best factor by the last S_m* counts. Evaluations are not part of the time. A second call does
+what is missing. Needs Java, `pip install "kcfi[bench]"`, and what the recipe names; options that are not listed go
+to every run.
 """
 
 import argparse
