@@ -98,7 +98,10 @@ class DataArguments:
         metadata={"help": "Classes made of the masks: change (road or building), building, or road and building."},
     )
     captions_per_pair: int = field(
-        default=1, metadata={"help": "Captions drawn per pair and visit, 1 to 5; they share the pair and the prompt."}
+        default=5,
+        metadata={
+            "help": "Captions drawn per pair and visit, 1 to 5; they share the pair and the prompt (the paper: 1)."
+        },
     )
     augment: bool = field(
         default=False,

@@ -27,6 +27,11 @@ def test_defaults_are_the_papers(recipe):
     assert training.get_warmup_steps(1000) == 30
 
 
+def test_all_captions_of_a_pair_stand_behind_one_prefix_unless_a_recipe_says_otherwise(recipe):
+    assert parse_recipe(recipe).data.captions_per_pair == 5
+    assert parse_recipe(recipe, ["--captions_per_pair", "1"]).data.captions_per_pair == 1
+
+
 def test_options_of_the_command_line_replace_those_of_the_file(recipe):
     assert parse_recipe(recipe).training.learning_rate == 1e-3
     assert parse_recipe(recipe, ["--learning-rate=2e-5"]).training.learning_rate == 2e-5
