@@ -56,6 +56,11 @@ def test_one_entry_of_a_dictionary_is_replaced_and_the_others_stay(recipe):
         (["--dwa", "always"], "invalid choice: 'always'"),
         (["--dwa_temperature", "0"], "dwa_temperature=0.0 must be above 0"),
         (["--dwa_window", "0"], "dwa_window=0 must be at least 1"),
+        (
+            ["--bf16_language_model", "--train_language_model"],
+            "bf16_language_model: .* leave out train_language_model",
+        ),
+        (["--activation_checkpointing_towers", "vision"], "changes nothing without `activation_checkpointing: true`"),
         (["learning_rate", "1"], "Unexpected 'learning_rate'"),
     ],
 )
