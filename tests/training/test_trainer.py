@@ -250,32 +250,25 @@ def test_captions_alone_are_trained_with_weight_one_and_said_once(make_trainer, 
     assert sum("captions are trained alone" in record.getMessage() for record in caplog.records) == 1
 
 
-def test_activation_checkpointing_changes_no_gradient(make_trainer, make_pairs):
+@pytest.mark.parametrize(("towers", "twice"), [("both", [2, 2]), ("vision", [2, 1]), ("language", [1, 2])])
+def test_activation_checkpointing_runs_the_tower_named_twice_and_changes_no_gradient(
+    make_trainer, make_pairs, towers, twice
+):
     gradients, passes = [], []
-    for checkpointing in (False, True):
-        keep, calls = Gradients(), []
-        trainer = make_trainer(make_pairs(4), callbacks=[keep], max_steps=1, activation_checkpointing=checkpointing)
-        norm = trainer.model.model.vision_tower.layers[0].layernorm_before
-        norm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+    for settings in ({}, {"activation_checkpointing": True, "activation_checkpointing_towers": towers}):
+        keep, calls = Gradients(), ([], [])
+        trainer = make_trainer(make_pairs(4), callbacks=[keep], max_steps=1, **settings)
+        parts = trainer.model.model
+        first = parts.vision_tower.layers[0].layernorm_before, parts.language_model.layers[0].self_attn
+        for part, times in zip(first, calls, strict=True):
+            part.register_forward_hook(lambda *_, times=times: times.append(1))
         trainer.train()
         gradients.append(keep.first)
-        passes.append(len(calls))
-    assert passes == [1, 2]  # the second time in the backward pass
+        passes.append([len(times) for times in calls])
+    assert passes == [[1, 1], twice]  # the second time in the backward pass
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize(("towers", "passes"), [("both", [2, 2]), ("vision", [2, 1]), ("language", [1, 2])])
-def test_activations_are_computed_again_in_the_tower_named_alone(make_trainer, make_pairs, towers, passes):
-    settings = {"activation_checkpointing": True, "activation_checkpointing_towers": towers, "max_steps": 1}
-    trainer = make_trainer(make_pairs(4), **settings)
-    parts, calls = trainer.model.model, ([], [])
-    first_layers = parts.vision_tower.layers[0].layernorm_before, parts.language_model.layers[0].self_attn
-    for layer, times in zip(first_layers, calls, strict=True):
-        layer.register_forward_hook(lambda *_, times=times: times.append(1))
-    trainer.train()
-    assert [len(times) for times in calls] == passes
 
 
 def test_both_losses_fall(make_trainer, make_pairs):
