@@ -121,6 +121,12 @@ def build_parser() -> argparse.ArgumentParser:
         "model was trained on images that it resized, their side: 256 for LEVIR-CC",
     )
     caption.add_argument("--batch_size", type=int, default=8, help="pairs, or tiles, at a time (%(default)s)")
+    caption.add_argument(
+        "--compile",
+        action="store_true",
+        help="let torch.compile translate the writing of sentences, which stay the same: for large language models "
+        "beside a GPU (kcfi-tiny gains nothing on a CPU)",
+    )
     caption.add_argument("--regions", action="store_true", help="also write a sentence per changed region")
     caption.add_argument("--heatmap", action="store_true", help="also draw the strength of the key change features")
     caption.add_argument("--json", action="store_true", help="print one JSON object (per pair)")
@@ -337,7 +343,7 @@ def run_caption(options: argparse.Namespace) -> int:
     before, after = read_pair(options.before, options.after)
     check_writable(options.output)
     model, processor = load(options.model)
-    describer = Describer(model, processor, options.tile, options.batch_size)
+    describer = Describer(model, processor, options.tile, options.batch_size, options.compile)
     report = describer.describe(before, after, options.regions)
     options.output.mkdir(parents=True, exist_ok=True)
     classes = model.config.num_change_classes
@@ -376,7 +382,7 @@ def caption_list(options: argparse.Namespace) -> int:
 
     pairs = find_pairs(options.before, options.after)
     check_writable(options.output)
-    describer = Describer(*load(options.model), options.tile, options.batch_size)
+    describer = Describer(*load(options.model), options.tile, options.batch_size, options.compile)
     failed = 0
     for row in describe_list(describer, pairs, options.output, options.model, options.regions, options.heatmap):
         failed += row["error"] is not None

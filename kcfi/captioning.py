@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from scipy import ndimage
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CompileConfig
 
 from kcfi.pictures import heat_map, overlay
 from kcfi.training.arguments import model_source
@@ -157,12 +157,16 @@ class Describer:
         tile: side in pixels of the squares that larger images are cut into; each is resized to the model's input
             size, which is the default. The size of the training images where the model resizes them.
         batch_size: tiles, or pairs that fit into one, that the model takes at a time.
+        compile: let `torch.compile` translate the steps that write a sentence, with a cache of fixed size. The
+            sentences stay the same; each number of pairs at a time costs a translation.
 
     Raises:
         ValueError: a tile smaller than a patch of the vision tower, or an empty batch.
     """
 
-    def __init__(self, model: Any, processor: Any, tile: int | None = None, batch_size: int = 8) -> None:
+    def __init__(
+        self, model: Any, processor: Any, tile: int | None = None, batch_size: int = 8, compile: bool = False
+    ) -> None:
         self.model, self.processor, self.batch_size = model, processor, batch_size
         self.tile = model.config.image_size if tile is None else tile
         patch = model.config.patch_size
@@ -170,6 +174,11 @@ class Describer:
             raise ValueError(f"A tile of {self.tile} px is smaller than a patch of the vision tower, {patch} px.")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1.")
+        self.generation: dict[str, Any] = {}  # further arguments of `generate`
+        if compile:
+            settings = CompileConfig()
+            settings._compile_all_devices = True  # type: ignore[assignment]  # else `generate` does it on a GPU alone
+            self.generation = {"cache_implementation": "static", "compile_config": settings}
 
     def describe(
         self, before: str | Path | Image.Image, after: str | Path | Image.Image, regions: bool = False
@@ -306,6 +315,7 @@ class Describer:
             max_new_tokens=LONGEST,
             do_sample=False,
             **self.processor.generation_tokens,
+            **self.generation,
         )
         texts = self.processor.post_process_image_text_to_text(tokens[:, input_ids.shape[1] :])
         return [text.rstrip() for text in texts]

@@ -1,5 +1,6 @@
 """Pairs of any size: tiles, blending, regions, and the sentences of the right places."""
 
+import shutil
 from itertools import pairwise
 
 import numpy as np
@@ -234,6 +235,26 @@ def test_without_a_head_there_is_a_sentence_and_no_mask(make_detector, tmp_path,
     assert report.caption == describer.describe(before.crop(box), after.crop(box)).caption
     with pytest.raises(ValueError, match="no change detection head: it cannot find regions"):
         describer.describe(before, after, regions=True)
+
+
+INDUCTOR = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="on a CPU inductor needs a C++ compiler"),
+]
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=INDUCTOR)])
+def test_compiled_steps_write_the_same_sentences(describer, detector, make_pair, monkeypatch, backend):
+    monkeypatch.setattr("kcfi.captioning.LONGEST", 12)
+    pairs = [tuple(make_pair(32, 32, square=(number, 2, 8 + 3 * number, 18))) for number in range(5)]
+    torch.compiler.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    compiled = Describer(*load(str(detector)), batch_size=3, compile=True)
+    compiled.generation["compile_config"].backend = backend
+    sentences, expected = ([report.caption for report in each.describe_pairs(pairs)] for each in (compiled, describer))
+    assert graphs["unique_graphs"] >= 1
+    assert sentences == expected and len(set(sentences)) > 1
 
 
 @pytest.mark.parametrize("context", ["after", "bitemporal"])

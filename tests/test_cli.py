@@ -5,11 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import metadata_load
 from PIL import Image
+from transformers import CompileConfig
 
 from kcfi.training.arguments import parse_recipe
 from kcfi.training.train import save_recipe
@@ -84,6 +87,24 @@ def test_a_model_without_a_head_writes_no_mask(capsys, pair, make_detector, tmp_
     report = json.loads(capsys.readouterr().out)
     assert report["changed_fraction"] is report["mask"] is report["overlay"] is None
     assert [path.name for path in (tmp_path / "kcfi-output").iterdir()] == ["after_heatmap.png"]
+
+
+def test_compile_reaches_a_pair_and_a_list_and_changes_no_sentence(capsys, pair, detector, tmp_path, monkeypatch):
+    monkeypatch.setattr("kcfi.captioning.LONGEST", 8)
+    monkeypatch.setattr(
+        "kcfi.captioning.CompileConfig", partial(CompileConfig, backend="eager")
+    )  # seconds, not minutes
+    (tmp_path / "list.csv").write_text("before,after\nbefore.png,after.png\n")
+    sentences, graphs = set(), torch._dynamo.utils.counters["stats"]
+    for inputs in (pair, ["list.csv"]):
+        for options in ([], ["--compile"]):
+            torch.compiler.reset()
+            graphs.clear()
+            output = ["--output", f"{len(inputs)}{len(options)}"]
+            assert main(["caption", *inputs, "--model", str(detector), "--json", *options, *output]) == 0
+            sentences.add(json.loads(capsys.readouterr().out)["caption"])
+            assert bool(graphs["unique_graphs"]) == bool(options)
+    assert len(sentences) == 1
 
 
 # What caption refuses

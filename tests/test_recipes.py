@@ -179,6 +179,7 @@ def test_the_paper_recipe_is_what_the_defaults_are(read):
     assert (config.num_patches, config.stage_width) == (256, 4096)
     args = recipe.training
     assert (args.dwa, args.dwa_temperature) == ("step", 0.2)
+    assert recipe.data.captions_per_pair == 1  # not the default, which packs all five
     assert (args.learning_rate, args.vision_learning_rate, args.projector_learning_rate) == (1e-4, 1e-5, 1e-5)
 
 
@@ -189,7 +190,7 @@ def test_the_released_recipe_is_the_authors_code(read):
     assert config.vision_feature_layers == [4, 10, 16, 22]
     assert (config.flow_residual, config.flow_scope, config.projector) == ("cross", "stage_and_global", "mlp2x_gelu")
     assert (recipe.training.dwa_temperature, recipe.training.num_train_epochs) == (2.0, 5)
-    assert recipe.model.shortest_edge == 256
+    assert (recipe.model.shortest_edge, recipe.data.captions_per_pair) == (256, 1)
 
 
 @pytest.mark.parametrize("name", NAMES)

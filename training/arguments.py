@@ -98,7 +98,10 @@ class DataArguments:
         metadata={"help": "Classes made of the masks: change (road or building), building, or road and building."},
     )
     captions_per_pair: int = field(
-        default=1, metadata={"help": "Captions drawn per pair and visit, 1 to 5; they share the pair and the prompt."}
+        default=5,
+        metadata={
+            "help": "Captions drawn per pair and visit, 1 to 5; they share the pair and the prompt (the paper: 1)."
+        },
     )
     augment: bool = field(
         default=False,
@@ -132,6 +135,17 @@ class KCFITrainingArguments(TrainingArguments):
     train_language_model: bool = field(default=False, metadata={"help": "Train the language model too."})
     train_vision_tower: bool = field(
         default=True, metadata={"help": "Fine-tune the vision tower (Table III: w/ ft); false = keep it frozen."}
+    )
+    bf16_language_model: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the weights of a frozen language model in bf16, half the memory; all that trains stays in "
+            "fp32, LoRA adapters too."
+        },
+    )
+    activation_checkpointing_towers: Literal["both", "vision", "language"] = field(
+        default="both",
+        metadata={"help": "Where `activation_checkpointing` computes blocks twice instead of keeping activations."},
     )
     feature_cache: str | None = field(
         default=None,
@@ -214,6 +228,15 @@ class KCFITrainingArguments(TrainingArguments):
             raise ValueError(f"max_unreadable={self.max_unreadable} must be at least 0 and below 1.")
         if self.use_liger_kernel:
             raise ValueError("use_liger_kernel: Liger does not know KCFI models, so it would change nothing.")
+        if self.bf16_language_model and self.train_language_model:
+            raise ValueError("bf16_language_model: small updates are lost in bf16; leave out train_language_model.")
+        if self.bf16_language_model and self.deepspeed:
+            raise ValueError("bf16_language_model: DeepSpeed keeps all weights in bf16 by `bf16: true`, or none.")
+        if self.activation_checkpointing_towers != "both" and not self.activation_checkpointing:
+            raise ValueError(
+                f"activation_checkpointing_towers={self.activation_checkpointing_towers} changes nothing without "
+                "`activation_checkpointing: true`."
+            )
         if self.dwa_window < 1:
             raise ValueError(f"dwa_window={self.dwa_window} must be at least 1 optimizer step.")
 

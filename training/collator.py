@@ -42,7 +42,7 @@ class KCFICollator:
 
     processor: KCFIProcessor
     mask_classes: MaskClasses = "change"
-    captions_per_pair: int = 1
+    captions_per_pair: int = 5
     train: bool = True
     seed: int = 0
     augment: bool = False

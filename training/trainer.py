@@ -44,9 +44,10 @@ STATE_FILE = "kcfi_state.json"  # in a checkpoint: dynamic weight average, pairs
 
 
 def freeze(model: KCFIForConditionalGeneration, args: KCFITrainingArguments) -> list[nn.Module]:
-    """Switch gradients off where `args` say so; after loading, since loading switches them on.
+    """Switch gradients off where `args` say so, after loading, since loading switches them on.
 
     A language model with adapters stays in training mode: all but them is frozen already, and they may have dropout.
+    With `args.bf16_language_model` its frozen weights become bf16; not its buffers, for rotary frequencies need fp32.
 
     Returns:
         What must run in evaluation mode: frozen modules that have dropout, and batch norms, whose statistics would
@@ -60,6 +61,10 @@ def freeze(model: KCFIForConditionalGeneration, args: KCFITrainingArguments) -> 
         frozen.append(model.model.vision_tower)
     for module in frozen:
         module.requires_grad_(False)
+    if args.bf16_language_model:
+        for weight in [*model.model.language_model.parameters(), *model.lm_head.parameters()]:
+            if not weight.requires_grad:
+                weight.data = weight.data.to(torch.bfloat16)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     return [module for module in frozen if _has_dropout(module)] + norms
 
@@ -586,13 +591,21 @@ class KCFITrainer(Trainer):
 
 
 class _EpochCallback(TrainerCallback):
-    """Tells the sampler and the collator the epoch, and the dynamic weight average the steps of one."""
+    """Tells the sampler and the collator the epoch, the dynamic weight average the steps of one.
+
+    It also takes activation checkpointing, which Trainer has just switched on in the whole model, from the tower that
+    `activation_checkpointing_towers` leaves out.
+    """
 
     def __init__(self, trainer: KCFITrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._log_started = time.perf_counter()
+        parts = self.trainer.model.model
+        others = {"vision": parts.language_model, "language": parts.vision_tower}
+        if args.activation_checkpointing_towers in others:
+            others[args.activation_checkpointing_towers].activation_checkpointing_disable()
         if self.trainer.dwa is not None and args.dwa == "epoch":
             batches = len(kwargs["train_dataloader"])
             self.trainer.dwa.window = math.ceil(batches / args.gradient_accumulation_steps)

@@ -125,16 +125,24 @@ def test_every_parameter_of_an_xcit_tower_gets_a_gradient(make_model, make_input
 
 
 @pytest.mark.parametrize(("tower", "patch"), [("timm", 4), ("xcit", 8)])
-def test_checkpointing_computes_the_blocks_of_a_timm_tower_twice(make_model, make_inputs, tower, patch):
+def test_checkpointing_computes_the_blocks_of_a_timm_tower_twice_until_the_tower_leaves_it(
+    make_model, make_inputs, tower, patch
+):
     model, inputs = make_model(tower).train(), make_inputs(size=(4 * patch, 4 * patch), patch=patch)
-    calls, gradients = count_calls(model.model.vision_tower.timm_model.blocks[0].norm1), []
-    for switch in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+    part = model.model.vision_tower
+    norm = part.timm_model.blocks[0].norm1
+    calls, passes, gradients = count_calls(norm), [], []
+    switches = [part.activation_checkpointing_disable, model.activation_checkpointing_enable]
+    for switch in [*switches, part.activation_checkpointing_disable]:
         switch()
         model.zero_grad()
+        calls.clear()
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
-        gradients.append(model.model.vision_tower.timm_model.blocks[0].norm1.weight.grad.clone())
-    assert len(calls) == 1 + 2
-    torch.testing.assert_close(*gradients)
+        passes.append(len(calls))
+        gradients.append(norm.weight.grad.clone())
+    assert passes == [1, 2, 1]
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0])
 
 
 def test_an_xcit_model_survives_saving(make_model, make_inputs, tmp_path):

@@ -27,6 +27,11 @@ def test_defaults_are_the_papers(recipe):
     assert training.get_warmup_steps(1000) == 30
 
 
+def test_all_captions_of_a_pair_stand_behind_one_prefix_unless_a_recipe_says_otherwise(recipe):
+    assert parse_recipe(recipe).data.captions_per_pair == 5
+    assert parse_recipe(recipe, ["--captions_per_pair", "1"]).data.captions_per_pair == 1
+
+
 def test_options_of_the_command_line_replace_those_of_the_file(recipe):
     assert parse_recipe(recipe).training.learning_rate == 1e-3
     assert parse_recipe(recipe, ["--learning-rate=2e-5"]).training.learning_rate == 2e-5
@@ -51,6 +56,11 @@ def test_one_entry_of_a_dictionary_is_replaced_and_the_others_stay(recipe):
         (["--dwa", "always"], "invalid choice: 'always'"),
         (["--dwa_temperature", "0"], "dwa_temperature=0.0 must be above 0"),
         (["--dwa_window", "0"], "dwa_window=0 must be at least 1"),
+        (
+            ["--bf16_language_model", "--train_language_model"],
+            "bf16_language_model: .* leave out train_language_model",
+        ),
+        (["--activation_checkpointing_towers", "vision"], "changes nothing without `activation_checkpointing: true`"),
         (["learning_rate", "1"], "Unexpected 'learning_rate'"),
     ],
 )

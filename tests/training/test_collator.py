@@ -32,7 +32,7 @@ def texts(processor, batch):
 
 def test_only_the_caption_and_its_end_are_learned(processor, make_pairs):
     pairs = make_pairs(2)
-    batch = batch_of(KCFICollator(processor), pairs)
+    batch = batch_of(KCFICollator(processor, captions_per_pair=1), pairs)
     for row, pair in enumerate(pairs[index] for index in range(2)):
         learned = batch["labels"][row] != -100
         assert torch.equal(batch["input_ids"][row][learned], batch["labels"][row][learned])
@@ -43,7 +43,7 @@ def test_only_the_caption_and_its_end_are_learned(processor, make_pairs):
 
 
 def test_training_rows_begin_with_the_prompt_that_evaluation_uses(processor, make_pairs):
-    collator = KCFICollator(processor)
+    collator = KCFICollator(processor, captions_per_pair=1)
     prompts = {tuple(processor.encode_prompt(instruction)) for instruction in INSTRUCTIONS}
     batch = batch_of(collator, make_pairs(8))
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):

@@ -151,6 +151,17 @@ def test_activation_checkpointing_changes_no_gradient_of_an_adapter(make_trainer
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-7)
 
 
+def test_adapters_stay_in_fp32_beside_weights_in_bf16(make_trainer):
+    full, trainer = (make_trainer(max_steps=4, bf16_language_model=half) for half in (False, True))
+    for run in (full, trainer):
+        run.train()
+    words = trainer.model.model.language_model
+    dtypes = {parameter.requires_grad: parameter.dtype for parameter in words.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    for line, other in zip(losses(trainer), losses(full), strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-2)
+
+
 @pytest.mark.parametrize(
     ("lora", "message"),
     [

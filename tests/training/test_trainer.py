@@ -250,17 +250,22 @@ def test_captions_alone_are_trained_with_weight_one_and_said_once(make_trainer, 
     assert sum("captions are trained alone" in record.getMessage() for record in caplog.records) == 1
 
 
-def test_activation_checkpointing_changes_no_gradient(make_trainer, make_pairs):
+@pytest.mark.parametrize(("towers", "twice"), [("both", [2, 2]), ("vision", [2, 1]), ("language", [1, 2])])
+def test_activation_checkpointing_runs_the_tower_named_twice_and_changes_no_gradient(
+    make_trainer, make_pairs, towers, twice
+):
     gradients, passes = [], []
-    for checkpointing in (False, True):
-        keep, calls = Gradients(), []
-        trainer = make_trainer(make_pairs(4), callbacks=[keep], max_steps=1, activation_checkpointing=checkpointing)
-        norm = trainer.model.model.vision_tower.layers[0].layernorm_before
-        norm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+    for settings in ({}, {"activation_checkpointing": True, "activation_checkpointing_towers": towers}):
+        keep, calls = Gradients(), ([], [])
+        trainer = make_trainer(make_pairs(4), callbacks=[keep], max_steps=1, **settings)
+        parts = trainer.model.model
+        first = parts.vision_tower.layers[0].layernorm_before, parts.language_model.layers[0].self_attn
+        for part, times in zip(first, calls, strict=True):
+            part.register_forward_hook(lambda *_, times=times: times.append(1))
         trainer.train()
         gradients.append(keep.first)
-        passes.append(len(calls))
-    assert passes == [1, 2]  # the second time in the backward pass
+        passes.append([len(times) for times in calls])
+    assert passes == [[1, 1], twice]  # the second time in the backward pass
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-7)
@@ -376,6 +381,34 @@ def test_bf16_trains_and_evaluates_in_autocast(make_trainer, make_pairs, process
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-2)
         assert line["loss"] != other["loss"]
     assert trainer.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_frozen_language_model_in_bf16_trains_all_else_in_fp32_and_resumes(
+    make_trainer, make_pairs, no_java, tmp_path, autocast
+):
+    settings = {"bf16": autocast, "max_steps": 4}
+    full = make_trainer(make_pairs(8), **settings)
+    full.train()
+    settings |= {"bf16_language_model": True, "eval_dataset": make_pairs(4)}
+    trainer = make_trainer(make_pairs(8), **settings, save_strategy="steps", save_steps=2)
+    trainer.train()
+    model, words = trainer.model, trainer.model.model.language_model
+    assert {parameter.dtype for parameter in [*words.parameters(), *model.lm_head.parameters()]} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+    assert {buffer.dtype for buffer in words.buffers()} == {torch.float32}
+    for line, other in zip(losses(trainer), losses(full), strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-2)
+        assert line["loss"] != other["loss"]
+    assert trainer.evaluate()["eval_loss"] > 0
+
+    resumed = make_trainer(make_pairs(8), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [line["loss"] for line in losses(resumed)] == [line["loss"] for line in losses(trainer)]
+    loaded = KCFIForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-4")
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name].float()), name
 
 
 def test_evaluation_losses_are_those_of_the_first_captions(make_trainer, make_pairs, processor, no_java):
