@@ -122,6 +122,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     caption.add_argument("--batch_size", type=int, default=8, help="pairs, or tiles, at a time (%(default)s)")
     caption.add_argument(
+        "--bf16",
+        action="store_true",
+        help="compute in bf16: faster on GPUs, and on CPUs that have it in hardware; sentences may differ",
+    )
+    caption.add_argument(
         "--compile",
         action="store_true",
         help="let torch.compile translate the writing of sentences, which stay the same: for large language models "
@@ -342,7 +347,7 @@ def run_caption(options: argparse.Namespace) -> int:
         return caption_list(options)
     before, after = read_pair(options.before, options.after)
     check_writable(options.output)
-    model, processor = load(options.model)
+    model, processor = load(options.model, options.bf16)
     describer = Describer(model, processor, options.tile, options.batch_size, options.compile)
     report = describer.describe(before, after, options.regions)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -382,7 +387,7 @@ def caption_list(options: argparse.Namespace) -> int:
 
     pairs = find_pairs(options.before, options.after)
     check_writable(options.output)
-    describer = Describer(*load(options.model), options.tile, options.batch_size, options.compile)
+    describer = Describer(*load(options.model, options.bf16), options.tile, options.batch_size, options.compile)
     failed = 0
     for row in describe_list(describer, pairs, options.output, options.model, options.regions, options.heatmap):
         failed += row["error"] is not None

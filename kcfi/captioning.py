@@ -62,14 +62,18 @@ class ChangeReport:
     regions: list[Region] = field(default_factory=list)
 
 
-def load(name: str) -> tuple[Any, Any]:
+def load(name: str, bf16: bool = False) -> tuple[Any, Any]:
     """Model (in evaluation mode, on the GPU if there is one) and processor of a folder, Hub id or "kcfi-tiny".
+
+    Args:
+        name: of the model.
+        bf16: in bf16; otherwise as it was saved on a GPU, and in fp32 on a CPU.
 
     Raises:
         ValueError: it cannot be loaded, or is no KCFI model; says why.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = "auto" if device.type == "cuda" else torch.float32  # bf16 is slow on most CPUs
+    dtype = torch.bfloat16 if bf16 else "auto" if device.type == "cuda" else torch.float32
     source = model_source(name)
     try:
         kind = AutoConfig.from_pretrained(source).model_type

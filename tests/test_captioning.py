@@ -37,6 +37,14 @@ def model_inputs(describer, before, after):
     return describer.processor.image_processor([[before, after]], return_tensors="pt")["pixel_values"]
 
 
+def test_bf16_is_what_a_model_computes_in_when_asked(detector, make_pair):
+    scene = make_pair(64, 64, square=(16, 16, 48, 48))
+    exact, (model, processor) = Describer(*load(str(detector))), load(str(detector), bf16=True)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    masks = [describer.describe(*scene).mask for describer in (exact, Describer(model, processor))]
+    assert (masks[0] == masks[1]).mean() > 0.99 and masks[0].any()
+
+
 # Tiles
 
 
