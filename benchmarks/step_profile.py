@@ -97,8 +97,10 @@ def main() -> None:
     _, operations = warm_up(sides)
     seconds = {name: seconds_of(side) for name, side in sides.items()}
     about, peak = machine(), matmul_peak(torch.bfloat16 if bf16 else torch.float32)
-    print(f"{options.case}, {'bf16' if bf16 else 'fp32'}, {options.pairs} pairs x 5 captions; {about['threads']} of")
-    print(f"{about['cores']} cores of {about['cpu']}, load {about['load']}, matmul peak {peak / 1e9:.0f} GFLOP/s:\n")
+    print(
+        f"{options.case}, {'bf16' if bf16 else 'fp32'}, {options.pairs} pairs x 5 captions; {about['threads']} threads"
+    )
+    print(f"of {about['cpu']}, load {about['load']}, matmul peak {peak / 1e9:.0f} GFLOP/s:\n")
     print(table(seconds, operations, peak))
 
 
