@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import comparison, options_of, peak_memory, print_peak, report, take_turns
+from flops import matmul_peak
+from measure import comparison, options_of, peak_memory, print_peak, report, take_turns, warm_up
 from PIL import Image
 from train_step import build
 
@@ -94,7 +95,7 @@ def main() -> None:
     """Print pairs per second of both sides."""
     parser = options_of(__doc__)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="models (all)")
-    parser.add_argument("--pairs", type=int, nargs="+", default=[8, 16], help="pairs of a folder (%(default)s)")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[4, 8], help="pairs of a folder (%(default)s)")
     options = parser.parse_args()
     rows = []
     for case in options.cases:
@@ -107,11 +108,12 @@ def main() -> None:
                 if options.side:
                     print_peak(sides[options.side])
                     return
-                assert sides["plain"]() == sides["ours"](), "the sentences differ"
+                sentences, operations = warm_up(sides)
+                assert sentences["plain"] == sentences["ours"], "the sentences differ"
                 seconds = take_turns(sides, options.repeats)
-            peaks = peak_memory(__file__, sides, "--cases", case, "--pairs", str(count))
-            title = f"{case}, {count} pairs"
-            rows.append(comparison(title, seconds, count, "pairs/s", BAR, "the same sentences", peaks))
+            memory = peak_memory(__file__, sides, "--cases", case, "--pairs", str(count))
+            title, equal = f"{case}, {count} pairs", "the same sentences"
+            rows.append(comparison(title, seconds, count, "pairs/s", BAR, equal, memory, operations, matmul_peak()))
     report("caption_folder", rows, options.json)
 
 

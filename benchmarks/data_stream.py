@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import comparison, options_of, report, take_turns
+from measure import comparison, options_of, report, take_turns, warm_up
 from torch.utils.data import DataLoader
 from train_step import build, make_sides
 
@@ -41,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     model, processor = build("kcfi-tiny")
     collator = KCFICollator(processor, "road_building", 5)
-    step, rows = make_sides("kcfi-tiny", options.batch, model, processor)["ours"], []
+    step, rows = make_sides(options.batch, model, processor)["ours"], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         synthesize(folder / "pairs", PAIRS * 5 // 4)  # of which PAIRS are for training
@@ -53,6 +53,7 @@ def main() -> None:
         for case, pairs in sources.items():
             loader = iter(DataLoader(pairs, batch_size=options.batch, collate_fn=collator))
             sides = {"plain": lambda: step(True), "ours": lambda loader=loader: next_batch(loader)}
+            warm_up(sides)
             seconds = take_turns(sides, min(options.repeats, PAIRS // options.batch - 1))
             rows.append(comparison(case, seconds, options.batch, "pairs/s", BAR))
     report("data_stream", rows, options.json)

@@ -10,12 +10,13 @@ on this machine.
 """
 
 import argparse
+import functools
 import time
 from typing import Any
 
 import torch
+from measure import operation_counter
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import kcfi
 
@@ -65,7 +66,7 @@ def training_flops(config: Any, pairs: int = 1, captions: int = 5, packed: bool 
     """
     model = build(config)
     image_tokens = (config.image_size // config.visual_token_size) ** 2 * config.num_image_tokens
-    with FlopCounterMode(display=False) as counter:
+    with operation_counter() as counter:
         if packed:
             answers = captions * (1 + CAPTION)
             run(model, pairs, PROMPT + answers, answers + 1).backward()
@@ -79,13 +80,14 @@ def caption_flops(config: Any, tokens: int = CAPTION) -> int:
 
     All at once, as here, they are the same, but for a little more attention.
     """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with operation_counter() as counter, torch.no_grad():
         run(build(config).eval(), 1, PROMPT + tokens, tokens)
     return int(counter.get_total_flops())
 
 
+@functools.cache
 def matmul_peak(dtype: torch.dtype = torch.float32, size: int = 2048, repeats: int = 5) -> float:
-    """Operations per second of this machine in a product of size x size matrices; the best of `repeats`."""
+    """Operations per second of this process' threads in a product of size x size matrices; the best of `repeats`."""
     left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     left @ right
     best = float("inf")

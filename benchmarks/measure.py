@@ -1,6 +1,7 @@
-"""What the benchmarks share: sides that take turns in one process, peak memory of each, the machine, the report."""
+"""What the benchmarks share: sides that take turns in one process, operations and peak memory of each, the report."""
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -9,18 +10,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
 
+SIDES = ("plain", "ours")
 LOAD = os.getloadavg()[0]  # before the benchmark itself adds to it
 
 
 def options_of(description: str) -> argparse.ArgumentParser:
     """The parser of a benchmark: `--repeats`, `--json`, `--side` (for `peak_memory`)."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help="timed rounds, after a warm-up (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=2, help="timed rounds, after a warm-up (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--side", help=argparse.SUPPRESS)  # this process measures the memory of one side
     return parser
@@ -29,10 +33,43 @@ def options_of(description: str) -> argparse.ArgumentParser:
 Row = dict[str, Any]
 
 
+def operation_counter() -> FlopCounterMode:
+    """PyTorch's counter of matrix products, attention and convolutions, with two formulas of ours.
+
+    It lacks the attention of CPUs, and takes the weights' gradient of a grouped convolution for that of a dense one.
+    """
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    def attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_backward_flop_count(gradient, query, key, value))
+
+    def convolution_backward(gradient: Any, inputs: Any, weight: Any, *settings: Any, **_: Any) -> int:
+        transposed, wanted = settings[4], settings[-1]  # gradients of inputs, weight, bias: a pass each, or none
+        return int(conv_flop_count(inputs, weight, gradient, transposed=transposed)) * sum(wanted[:2])
+
+    kernels = torch.ops.aten
+    formulas = {
+        kernels._scaled_dot_product_flash_attention_for_cpu: attention,
+        kernels._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+        kernels.convolution_backward: convolution_backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def warm_up(sides: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], dict[str, int]]:
+    """Run each side once: what it returns, and how many operations it does."""
+    results, operations = {}, {}
+    for name, side in sides.items():
+        with operation_counter() as counter:
+            results[name] = side()
+        operations[name] = int(counter.get_total_flops())
+    return results, operations
+
+
 def take_turns(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each side in every round; the sides alternate, so that both meet the same disturbances."""
-    for side in sides.values():
-        side()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in sides.items():
@@ -49,7 +86,9 @@ def comparison(
     unit: str,
     bar: float,
     equal: str = "-",
-    peaks: Sequence[float] = (),
+    memory: Sequence[float] = (),
+    operations: Mapping[str, int] | None = None,
+    peak: float = 0.0,
 ) -> Row:
     """A row of the report.
 
@@ -60,7 +99,9 @@ def comparison(
         unit: of the work, per second.
         bar: ratio that is wanted.
         equal: what was found equal, "-" where there is nothing to compare.
-        peaks: of `peak_memory`.
+        memory: of `peak_memory`.
+        operations: of `warm_up`; None for sides that are no model's work.
+        peak: operations per second of a matrix product, of `flops.matmul_peak`.
     """
     plain, ours = seconds["plain"], seconds["ours"]
     ratios = [slow / fast for slow, fast in zip(plain, ours, strict=True)]
@@ -73,7 +114,11 @@ def comparison(
         "spread": [min(ratios), max(ratios)],
         "bar": bar,
         "equal": equal,
-        "peak_mib": list(peaks),
+        "peak_mib": list(memory),
+        "gflop": [operations[name] / 1e9 for name in SIDES] if operations else [],
+        "of_peak": [operations[name] / statistics.median(seconds[name]) / peak for name in SIDES]
+        if operations
+        else [],
     }
 
 
@@ -90,7 +135,8 @@ def peak_memory(script: str, sides: Iterable[str], *arguments: str) -> list[floa
     if not Path("/proc/self/clear_refs").exists():
         return []
     commands = [[sys.executable, script, "--side", side, *arguments] for side in sides]
-    printed = [subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout for command in commands]
+    with ThreadPoolExecutor() as pool:  # together, as nothing is timed
+        printed = list(pool.map(functools.partial(subprocess.check_output, text=True), commands))
     return [float(text.splitlines()[-1]) for text in printed]
 
 
@@ -125,13 +171,18 @@ def report(name: str, rows: list[Row], as_json: bool) -> None:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as Markdown."""
-    heads = ["case", "plain", "ours", "ratio", "bar", "peak memory, plain / ours", "equal results"]
+    both = "plain / ours"
+    heads = ["case", "plain", "ours", "ratio", "bar", f"GFLOP, {both}", f"of the matmul peak, {both}"]
+    heads += [f"peak memory, {both}", "equal results"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         low, high = row["spread"]
+        work = " / ".join(f"{value:,.0f}" for value in row["gflop"])
+        share = " / ".join(f"{value:.0%}" for value in row["of_peak"])
         memory = " / ".join(f"{value:,.0f}" for value in row["peak_mib"])
+        memory += " MiB" if memory else ""
         lines.append(
             f"| {row['case']} | {row['plain']:.3g} {row['unit']} | {row['ours']:.3g} | **{row['ratio']:.1f}** "
-            f"({low:.1f} to {high:.1f}) | {row['bar']} | {memory and memory + ' MiB'} | {row['equal']} |"
+            f"({low:.1f} to {high:.1f}) | {row['bar']} | {work} | {share} | {memory} | {row['equal']} |"
         )
     return "\n".join(lines)

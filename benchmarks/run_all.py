@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ def with_tables(page: str, reports: Sequence[Mapping[str, Any]]) -> str:
     machine = reports[0]["machine"]
     text = f"{machine['threads']} threads of {machine['cpu']}, torch {machine['torch']}, load {machine['load']}.\n"
     for report in reports:
-        text += f"\n`python benchmarks/{report['benchmark']}.py`:\n\n{table(report['rows'])}\n"
+        text += (
+            f"\n`python benchmarks/{report['benchmark']}.py`, {report['seconds']:.0f} s:\n\n{table(report['rows'])}\n"
+        )
     before, rest = page.split(BEGIN)
     return before + BEGIN + text + END + rest.split(END)[1]
 
@@ -36,8 +39,11 @@ def main() -> None:
     reports = []
     for name in tqdm(NAMES, "benchmarks"):
         command = [sys.executable, str(FOLDER / f"{name}.py"), "--json"]
+        started = time.perf_counter()
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        reports.append(json.loads(done.stdout.splitlines()[-1]))
+        seconds = time.perf_counter() - started
+        tqdm.write(f"{name}: {seconds:.0f} s")
+        reports.append({**json.loads(done.stdout.splitlines()[-1]), "seconds": seconds})
         options.output.write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
     PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), reports), encoding="utf-8")
 

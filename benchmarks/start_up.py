@@ -8,7 +8,7 @@ python benchmarks/start_up.py
 import subprocess
 import sys
 
-from measure import comparison, options_of, report, take_turns
+from measure import comparison, options_of, report, take_turns, warm_up
 
 SIDES = {
     "plain": ["-c", "from transformers import AutoConfig"],
@@ -23,6 +23,7 @@ def main() -> None:
         name: lambda arguments=arguments: subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
         for name, arguments in SIDES.items()
     }
+    warm_up(sides)
     row = comparison("kcfi --help", take_turns(sides, options.repeats), 1, "starts/s", 0.9)
     report("start_up", [row], options.json)
 

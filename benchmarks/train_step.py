@@ -2,12 +2,11 @@
 
 ```
 python benchmarks/train_step.py
-python benchmarks/train_step.py --cases kcfi-tiny --pairs 2 --profile     # where the time goes
 ```
 
 The plain side is what a careful user of transformers writes: a row for each caption with its own images and prompt,
 logits at every position. Both sides have the same weights, pairs, captions, instruction, precision and optimizer; the
-language model is frozen, all else is trained. The gradients are compared in fp32. Two sizes: the embedded model in
+language model is frozen, all else is trained. The gradients are compared in fp32. Two models: the embedded model in
 fp32, and DINOv2-S with SmolLM2-135M (their sizes with random weights, which cost the same) in bf16.
 """
 
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import comparison, options_of, peak_memory, print_peak, report, take_turns
+from flops import matmul_peak
+from measure import comparison, options_of, peak_memory, print_peak, report, take_turns, warm_up
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -71,7 +71,7 @@ def packed_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     return loss
 
 
-def make_sides(case: str, num_pairs: int, model: Any, processor: Any) -> dict[str, Callable[[bool], None]]:
+def make_sides(num_pairs: int, model: Any, processor: Any) -> dict[str, Callable[[bool], None]]:
     """The sides "plain" and "ours": functions that do a step on the same pairs, in bf16 or not."""
     pairs = SyntheticDataset(num_pairs, seed=5)
     examples = [pairs[index] for index in range(num_pairs)]
@@ -97,59 +97,47 @@ def make_sides(case: str, num_pairs: int, model: Any, processor: Any) -> dict[st
     }
 
 
-def gradient_difference(sides: dict[str, Callable[[bool], None]], model: Any) -> float:
-    """How far the sides' gradients are apart in fp32: the worst parameter, relative to the norm of its gradient."""
-    gradients = []
-    for side in sides.values():
-        side(False)
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-    first, second = gradients
+def gradients(side: Callable[[bool], None], model: Any) -> dict[str, torch.Tensor]:
+    """What a step of a side in fp32 leaves in the parameters."""
+    side(False)
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """How far gradients are apart: the worst parameter, relative to the norm of its gradient."""
     assert first.keys() == second.keys()
     norms = {name: float(first[name].norm()) for name in first}
     small = 1e-6 * max(norms.values())  # biases in front of a softmax or a norm have none but rounding
     return max(float((first[name] - second[name]).norm()) / norms[name] for name in first if norms[name] > small)
 
 
-def print_profile(name: str, side: Callable[[], None]) -> None:
-    """Print what a warm step of a side spends its time on."""
-    side()
-    with torch.profiler.profile() as profile:
-        side()
-    averages = profile.key_averages()
-    print(f"{name}: {sum(event.self_cpu_time_total for event in averages) / 1e6:.2f} s")
-    print(averages.table(sort_by="self_cpu_time_total", row_limit=10, max_name_column_width=50))
-
-
 def main() -> None:
     """Print captions per second of both sides."""
     parser = options_of(__doc__)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="models (all)")
-    parser.add_argument("--pairs", type=int, nargs="+", default=[2, 4], help="pairs of a step (%(default)s)")
-    parser.add_argument("--profile", action="store_true", help="print the costliest operations of both sides")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[1, 2], help="pairs of a step (%(default)s)")
     options = parser.parse_args()
-    if options.side or options.profile:
-        [case], [num_pairs] = options.cases, options.pairs
-        sides = make_sides(case, num_pairs, *build(case))
-        if options.side:
-            print_peak(lambda: sides[options.side](case != "kcfi-tiny"))
-        else:
-            for name, side in sides.items():
-                print_profile(name, lambda side=side, case=case: side(case != "kcfi-tiny"))
-        return
     rows = []
     for case in options.cases:
         model, processor = build(case)
         bf16 = case != "kcfi-tiny"
         for num_pairs in options.pairs:
-            sides = make_sides(case, num_pairs, model, processor)
-            difference = gradient_difference(sides, model)
-            assert difference < 1e-4, f"the gradients differ by {difference:.1e}"
+            sides = make_sides(num_pairs, model, processor)
             timed = {name: lambda side=side, bf16=bf16: side(bf16) for name, side in sides.items()}
-            title = f"{case}, {'bf16' if bf16 else 'fp32'}, {num_pairs} pairs x 5 captions"
+            if options.side:
+                print_peak(timed[options.side])
+                return
+            steps = {name: lambda side=side, model=model: gradients(side, model) for name, side in sides.items()}
+            found, operations = warm_up(steps)
+            worst = difference(found["plain"], found["ours"])
+            assert worst < 1e-4, f"the gradients differ by {worst:.1e}"
             seconds = take_turns(timed, options.repeats)
-            peaks = peak_memory(__file__, sides, "--cases", case, "--pairs", str(num_pairs))
-            equal = f"gradients to {difference:.0e}"
-            rows.append(comparison(title, seconds, 5 * num_pairs, "captions/s", CASES[case], equal, peaks))
+            memory = peak_memory(__file__, sides, "--cases", case, "--pairs", str(num_pairs))
+            title = f"{case}, {'bf16' if bf16 else 'fp32'}, {num_pairs} pairs x 5 captions"
+            equal = f"gradients to {worst:.0e}"
+            peak = matmul_peak(torch.bfloat16 if bf16 else torch.float32)
+            work = 5 * num_pairs
+            rows.append(comparison(title, seconds, work, "captions/s", CASES[case], equal, memory, operations, peak))
     report("train_step", rows, options.json)
 
 

@@ -12,12 +12,14 @@ def test_the_tables_replace_what_stood_between_the_marks():
         "bar": 1,
         "equal": "-",
         "peak_mib": [],
+        "gflop": [],
+        "of_peak": [],
     }
     machine = {"threads": 1, "cpu": "abacus", "torch": "2", "load": 0.0}
-    report = {"benchmark": "one", "machine": machine, "rows": [row]}
+    report = {"benchmark": "one", "machine": machine, "rows": [row], "seconds": 61.4}
     page = run_all.with_tables(f"before\n{run_all.BEGIN}old\n{run_all.END}behind\n", [report])
     assert page.startswith(f"before\n{run_all.BEGIN}1 threads of abacus") and page.endswith(f"{run_all.END}behind\n")
-    assert "old" not in page and "| c | 1 x/s | 2 |" in page and "`python benchmarks/one.py`" in page
+    assert "old" not in page and "| c | 1 x/s | 2 |" in page and "`python benchmarks/one.py`, 61 s" in page
     assert run_all.with_tables(page, [report]) == page
 
 

@@ -1,0 +1,46 @@
+import json
+import sys
+
+import pytest
+import train_step
+
+from kcfi.captioning import load
+
+
+@pytest.fixture
+def tiny(detector, monkeypatch):
+    """A tiny model in place of a large one, on one pair, without processes of their own."""
+    model, processor = load(str(detector))
+    model.train().model.language_model.requires_grad_(False)
+    for weight in model.model.language_model.parameters():
+        weight.data *= 0.1  # as large as usual
+    monkeypatch.setattr(train_step, "build", lambda case: (model, processor))
+    monkeypatch.setattr(train_step, "peak_memory", lambda *_: [20.0, 10.0])
+    monkeypatch.setattr(train_step, "matmul_peak", lambda dtype: 1e12)
+    options = ["--cases", "kcfi-dinov2s-smollm2-135m"]
+    monkeypatch.setattr(sys, "argv", ["train_step.py", *options, "--pairs", "1", "--repeats", "1", "--json"])
+    return model
+
+
+def test_both_sides_have_the_same_gradients_and_ours_does_less_work(tiny, capsys):
+    train_step.main()
+    [row] = json.loads(capsys.readouterr().out)["rows"]
+    assert row["case"] == "kcfi-dinov2s-smollm2-135m, bf16, 1 pairs x 5 captions"
+    plain, ours = row["gflop"]
+    assert plain > 1.5 * ours > 0 and all(0 < share < 1 for share in row["of_peak"])
+    assert row["peak_mib"] == [20.0, 10.0] and row["equal"].startswith("gradients to ")
+
+
+def test_a_side_with_other_gradients_is_refused(tiny, monkeypatch):
+    packed_loss = train_step.packed_loss
+    monkeypatch.setattr(train_step, "packed_loss", lambda *inputs: 1.001 * packed_loss(*inputs))
+    with pytest.raises(AssertionError, match=r"the gradients differ by 1\.0e-03"):
+        train_step.main()
+
+
+def test_a_round_changes_no_weight(tiny):
+    before = {name: weight.clone() for name, weight in tiny.named_parameters()}
+    sides = train_step.make_sides(1, *train_step.build("kcfi-tiny"))
+    found = {name: train_step.gradients(side, tiny) for name, side in sides.items()}
+    assert all((weight == before[name]).all() for name, weight in tiny.named_parameters())
+    assert found["ours"] and not any(name.startswith("model.language_model") for name in found["ours"])
