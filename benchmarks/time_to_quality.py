@@ -34,6 +34,7 @@ def run(folder: Path, recipe: str, captions: int, factor: float, steps: int, mor
     rates = parse_recipe(recipe, more).training
     fields |= {name: factor * getattr(rates, name) for name in RATES}
     fields |= {"captions_per_pair": captions, "output_dir": folder, "max_steps": steps}
+    fields |= {"save_strategy": "no", "load_best_model_at_end": False}
     if not is_complete(folder):
         train([recipe, *(text for name, value in fields.items() for text in (f"--{name}", str(value))), *more])
 
@@ -85,7 +86,7 @@ def main() -> None:
     curves: dict[tuple[int, float], list[dict[str, float]]] = {}
     for captions in options.captions:
         trial = options.output / f"trial-{captions}"
-        quiet = {"eval_strategy": "no", "save_strategy": "no", "logging_steps": TRIAL // 2}
+        quiet = {"eval_strategy": "no", "logging_steps": TRIAL // 2}
         run(trial, options.recipe, captions, options.factors[0], TRIAL, more, **quiet)
         last = [line for line in history(trial) if "pairs_per_second" in line][-1]
         per_step = last["pairs"] / TRIAL / last["pairs_per_second"]
@@ -93,7 +94,7 @@ def main() -> None:
         every = max(1, steps // options.evaluations)
         for factor in options.factors:
             folder = options.output / f"{captions}-{factor:g}"
-            often = {"eval_strategy": "steps", "eval_steps": every, "logging_steps": every, "save_strategy": "no"}
+            often = {"eval_strategy": "steps", "eval_steps": every, "logging_steps": every}
             run(folder, options.recipe, captions, factor, every * options.evaluations, more, **often)
             curves[captions, factor] = [line for line in history(folder) if "eval_s_m" in line]
 

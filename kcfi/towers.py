@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig, TimmWrapperImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from kcfi.modeling_kcfi import KCFIConfig, KCFIForConditionalGeneration
@@ -56,7 +56,7 @@ def join_towers(
         tower = AutoConfig.from_pretrained(vision)
         tower = getattr(tower, "vision_config", tower)  # CLIP and SigLIP have two halves
         pixels: Any = AutoImageProcessor.from_pretrained(vision)
-        if tower.model_type == "timm_wrapper":
+        if isinstance(pixels, TimmWrapperImageProcessor):
             mean, std = pixels.data_config["mean"], pixels.data_config["std"]
         else:
             mean, std = pixels.image_mean, pixels.image_std

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModel, TimmWrapperConfig, TimmWrapperModel
 
 from kcfi.processing import KCFIImageProcessor
+from kcfi.towers import join_towers
 from kcfi.training.arguments import parse_recipe
 from kcfi.training.synthetic import SyntheticDataset
 from kcfi.training.vision_tower import CLASSES, LAYERS, Dates, Namer, main, objects
@@ -48,6 +49,14 @@ def test_namer_reads_the_blocks_that_kcfi_compares():
 
     recipe = parse_recipe("tiny").model
     assert [layer + 1 for layer in LAYERS] == recipe.model_settings["vision_feature_layers"]
+
+
+def test_a_tower_beside_an_image_processor_of_kcfi_is_joined_with_its_normalisation(tmp_path, text_model):
+    size = {"img_size": 32, "embed_dim": 16, "depth": 2, "num_heads": 2, "cls_attn_layers": 0}
+    TimmWrapperModel(TimmWrapperConfig(architecture="xcit_nano_12_p8_224", model_args=size)).save_pretrained(tmp_path)
+    KCFIImageProcessor(image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)
+    _, processor = join_towers(str(tmp_path), str(text_model), vision_feature_layers=[1, 2])
+    assert list(processor.image_processor.image_mean) == [0.1, 0.2, 0.3]
 
 
 @pytest.mark.slow
