@@ -124,13 +124,13 @@ def build_parser() -> argparse.ArgumentParser:
     caption.add_argument(
         "--bf16",
         action="store_true",
-        help="compute in bf16: faster on GPUs, and on CPUs that have it in hardware; sentences may differ",
+        help="compute in bf16: faster on CPUs that have it in hardware; sentences may differ",
     )
     caption.add_argument(
         "--compile",
         action="store_true",
-        help="let torch.compile translate the writing of sentences, which stay the same: for large language models "
-        "beside a GPU (kcfi-tiny gains nothing on a CPU)",
+        help="let torch.compile translate the writing of sentences, which stay the same: meant for large language "
+        "models beside a GPU, where it was not tried (on a CPU kcfi-tiny gains nothing)",
     )
     caption.add_argument("--regions", action="store_true", help="also write a sentence per changed region")
     caption.add_argument("--heatmap", action="store_true", help="also draw the strength of the key change features")
@@ -388,8 +388,8 @@ def caption_list(options: argparse.Namespace) -> int:
     pairs = find_pairs(options.before, options.after)
     check_writable(options.output)
     describer = Describer(*load(options.model, options.bf16), options.tile, options.batch_size, options.compile)
-    failed = 0
-    for row in describe_list(describer, pairs, options.output, options.model, options.regions, options.heatmap):
+    model, failed = options.model + (" (bf16)" if options.bf16 else ""), 0  # a table has one kind of sentences
+    for row in describe_list(describer, pairs, options.output, model, options.regions, options.heatmap):
         failed += row["error"] is not None
         changed = "" if row["changed_fraction"] is None else f" ({row['changed_fraction']:.1%})"
         line = f"{row['name']}: {row['error'] or row['caption']}{changed}"

@@ -30,6 +30,7 @@ from kcfi.pictures import overlay
 from kcfi.training.synthetic import SyntheticDataset
 
 BAR = 3.0
+LONGEST = captioning.LONGEST
 CASES = ["kcfi-tiny", "kcfi-dinov2s-smollm2-135m"]  # folders of hub_configs
 
 
@@ -84,9 +85,9 @@ def make_sides(folder: Path, model: Any, processor: Any) -> dict[str, Callable[[
 
 def build_reader(case: str) -> tuple[Any, Any]:
     """Model in evaluation mode and processor of a case."""
+    captioning.LONGEST = LONGEST if case == "kcfi-tiny" else 12
     if case == "kcfi-tiny":
         return load(case)
-    captioning.LONGEST = 12
     model, processor = build(case, words=True)
     return model.eval(), processor
 

@@ -25,15 +25,16 @@ from kcfi.training.synthetic import SyntheticDataset
 
 BAR = 5.0
 CASES = ["kcfi-tiny", "kcfi-tiny-smollm2-135m"]
+LONGEST = captioning.LONGEST
 WORDS = 12  # tokens of a sentence of LEVIR-CC, on average, with its end
 
 
 def build_describer(case: str) -> Describer:
     """The describer of a case; with the large language model every sentence has `WORDS` tokens."""
     model, processor = load(kcfi.embedded_model())
+    captioning.LONGEST = LONGEST if case == "kcfi-tiny" else WORDS
     if case == "kcfi-tiny":
         return Describer(model, processor)
-    captioning.LONGEST = WORDS
     configs = Path(kcfi.embedded_model()).parent
     config = kcfi.KCFIConfig.from_pretrained(configs / "kcfi-tiny")
     config.text_config = kcfi.KCFIConfig.from_pretrained(configs / "kcfi-dinov2s-smollm2-135m").text_config

@@ -5,10 +5,11 @@ python benchmarks/time_to_quality.py synthetic/fine_tuned_128px --minutes 5 --nu
 ```
 
 Packing makes captions cheaper, but a step sees the same pairs: speed in captions does not settle which mix is best.
-Every mix trains for the same time, with the recipe's learning rates times each factor, on a schedule that ends when
-the time does; its best factor by the last S_m* counts. Evaluations are not part of the time. A second call does
-what is missing. Needs Java, `pip install "kcfi[bench]"`, and what the recipe names; options that are not listed go
-to every run.
+Every mix trains for about the same time, by the speed of a short trial, with the recipe's learning rates times each
+factor, on a schedule that ends when the time does; its best factor by the last caption loss counts (in minutes,
+S_m* barely leaves that of a constant sentence). Evaluations are not part of the time. A second call does what is
+missing. Needs Java, `pip install "kcfi[bench]"`, and what the recipe names; options that are not listed go to every
+run.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def run(folder: Path, recipe: str, captions: int, factor: float, steps: int, mor
     fields |= {"captions_per_pair": captions, "output_dir": folder, "max_steps": steps}
     fields |= {"save_strategy": "no", "load_best_model_at_end": False}
     if not is_complete(folder):
-        train([recipe, *(text for name, value in fields.items() for text in (f"--{name}", str(value))), *more])
+        train([recipe, *more, *(text for name, value in fields.items() for text in (f"--{name}", str(value)))])
 
 
 def history(folder: Path) -> list[dict[str, float]]:
@@ -51,12 +52,14 @@ def history(folder: Path) -> list[dict[str, float]]:
     return lines
 
 
-def reached(curve: list[dict[str, float]], score: float) -> float | None:
-    """Seconds until a curve reaches an S_m*, between two evaluations in a straight line; None if it never does."""
-    before = {"seconds": 0.0, "eval_s_m": 0.0}
+def reached(curve: list[dict[str, float]], loss: float) -> float | None:
+    """Seconds until a curve falls to a caption loss, straight between two evaluations; None if it never does."""
+    before: dict[str, float] | None = None
     for line in curve:
-        if line["eval_s_m"] >= score:
-            share = (score - before["eval_s_m"]) / max(line["eval_s_m"] - before["eval_s_m"], 1e-9)
+        if line["eval_caption_loss"] <= loss:
+            if before is None:
+                return line["seconds"]
+            share = (before["eval_caption_loss"] - loss) / (before["eval_caption_loss"] - line["eval_caption_loss"])
             return before["seconds"] + share * (line["seconds"] - before["seconds"])
         before = line
     return None
@@ -66,7 +69,7 @@ def main() -> None:
     """Train every mix, write curves.png and results.json, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="YAML file or packaged recipe")
-    parser.add_argument("--minutes", type=float, default=5.0, help="of training for each run (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of training, planned for each run (%(default)s)")
     parser.add_argument("--captions", type=int, nargs="+", default=[1, 2, 3, 5], help="per pair (%(default)s)")
     parser.add_argument(
         "--factors", type=float, nargs="+", default=[0.5, 1, 2], help="of the learning rates (%(default)s)"
@@ -99,7 +102,7 @@ def main() -> None:
             curves[captions, factor] = [line for line in history(folder) if "eval_s_m" in line]
 
     best = {
-        captions: max(options.factors, key=lambda factor: curves[captions, factor][-1]["eval_s_m"])
+        captions: min(options.factors, key=lambda factor: curves[captions, factor][-1]["eval_caption_loss"])
         for captions in options.captions
     }
     figure, panels = plt.subplots(1, len(SCORES), figsize=(4 * len(SCORES), 3.2), layout="constrained")
@@ -111,9 +114,10 @@ def main() -> None:
     panels[0].legend()
     figure.savefig(options.output / "curves.png", dpi=100)
 
-    goal = curves[options.captions[0], best[options.captions[0]]][-1]["eval_s_m"]
-    print(f"| captions per pair | learning rates x | pairs seen | {' | '.join(SCORES)} | seconds to S_m* {goal:.1f} |")
-    print("|---" * (4 + len(SCORES)) + "|")
+    goal = curves[options.captions[0], best[options.captions[0]]][-1]["eval_caption_loss"]
+    heads = ["captions per pair", "learning rates x", "pairs seen", "seconds", *SCORES, f"seconds to loss {goal:.2f}"]
+    print(f"| {' | '.join(heads)} |")
+    print("|---" * len(heads) + "|")
     rows = []
     for captions, factor in best.items():
         last = curves[captions, factor][-1]
@@ -122,7 +126,7 @@ def main() -> None:
         rows.append({**last, "captions": captions, "factor": factor, "pairs": pairs, "seconds_to_goal": seconds})
         scores = " | ".join(f"{last[score]:.2f}" for score in SCORES)
         when = "never" if seconds is None else f"{seconds:.0f}"
-        print(f"| {captions} | {factor:g} | {pairs:,.0f} | {scores} | {when} |")
+        print(f"| {captions} | {factor:g} | {pairs:,.0f} | {last['seconds']:.0f} | {scores} | {when} |")
     about = {"machine": machine(), "minutes": options.minutes, "rows": rows}
     (options.output / "results.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 

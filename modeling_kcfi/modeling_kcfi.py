@@ -26,6 +26,7 @@ from .configuration_kcfi import KCFIConfig
 from .key_change_perceiver import KeyChangePerceiver, flatten_stages
 
 CHUNK = 1024  # positions scored at a time in training: 0.6 GB of logits in fp32 with the 152k tokens of Qwen2
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # config.json's entries for `trust_remote_code=True`: which class of which file each Auto class loads
@@ -174,10 +175,10 @@ class KCFIPreTrainedModel(PreTrainedModel):
         loaded: Any = super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
         if model.config.text_model:
-            model._fetch_text_model(model.config.text_model)
+            model._fetch_text_model(model.config.text_model, {k: v for k, v in kwargs.items() if k in HUB_OPTIONS})
         return cast(Self, loaded)
 
-    def _fetch_text_model(self, source: str) -> None:
+    def _fetch_text_model(self, source: str, hub_options: dict[str, Any]) -> None:
         """Copy the weights of a language model; from then on the model is whole, and saved as a whole."""
         base: Any = self.base_model
         if getattr(self, "is_quantized", False) or any(weight.is_meta for weight in base.language_model.parameters()):
@@ -186,7 +187,7 @@ class KCFIPreTrainedModel(PreTrainedModel):
                 "onto the disk: load it without, `save_pretrained` it, and load that folder."
             )
         fetched: Any = AutoModelForCausalLM.from_pretrained(
-            source, revision=self.config.text_model_revision, dtype=self.dtype
+            source, revision=self.config.text_model_revision, dtype=self.dtype, **hub_options
         )
         base.language_model.load_state_dict(fetched.base_model.state_dict())
         if self is not base:

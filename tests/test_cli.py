@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from huggingface_hub import metadata_load
 from PIL import Image
 from transformers import CompileConfig
 
+from kcfi.captioning import load
 from kcfi.training.arguments import parse_recipe
 from kcfi.training.train import save_recipe
 from kcfi_cli import main
@@ -105,6 +107,18 @@ def test_compile_reaches_a_pair_and_a_list_and_changes_no_sentence(capsys, pair,
             sentences.add(json.loads(capsys.readouterr().out)["caption"])
             assert bool(graphs["unique_graphs"]) == bool(options)
     assert len(sentences) == 1
+
+
+def test_bf16_reaches_a_pair_and_a_list_whose_table_tells(capsys, pair, detector, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("kcfi.captioning.load", lambda *options: loaded.append(load(*options)) or loaded[-1])
+    Path("list.csv").write_text("before,after\nbefore.png,after.png\n")
+    for inputs in (pair, ["list.csv"]):
+        assert main(["caption", *inputs, "--model", str(detector), "--bf16", "--output", f"out{len(inputs)}"]) == 0
+    assert [model.dtype for model, _ in loaded] == [torch.bfloat16] * 2
+    capsys.readouterr()
+    with_it = f"was written by the model {detector} (bf16): choose another --output."
+    assert with_it in refusal(capsys, "caption", "list.csv", "--model", detector, "--output", "out1")
 
 
 # What caption refuses

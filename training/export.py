@@ -25,7 +25,6 @@ from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 import kcfi  # noqa: F401 (registers the Auto classes)
-from kcfi.modeling_kcfi import KCFIConfig
 from kcfi.training.levir_cc import check_new_folder, read_json
 from kcfi.training.lora import merge_lora
 from kcfi.training.model_card import LICENSE, RECIPE_FILE, card_of_run
@@ -34,7 +33,9 @@ LANGUAGE_MODEL = ("model.language_model.", "lm_head.")
 SETTINGS = ("config.json", "processor_config.json", "tokenizer_config.json")
 
 
-def save(source: str | Path, output: Path, dtype: torch.dtype | str, text_model: str | None = None) -> None:
+def save(
+    source: str | Path, output: Path, dtype: torch.dtype | str, text_model: tuple[str, str | None] | None = None
+) -> None:
     """Load a model and its processor and save them, with the installed code, and nothing else of their folder.
 
     An adapter is merged.
@@ -43,7 +44,7 @@ def save(source: str | Path, output: Path, dtype: torch.dtype | str, text_model:
         source: folder or Hub id of the model.
         output: folder to write.
         dtype: of the weights.
-        text_model: Hub id or folder of the language model, to leave it out.
+        text_model: Hub id and commit of the language model, to leave it out.
 
     Raises:
         ValueError: the weights are damaged, or the language model is not that of `text_model`.
@@ -56,35 +57,30 @@ def save(source: str | Path, output: Path, dtype: torch.dtype | str, text_model:
     model = merge_lora(model)
     weights = model.state_dict()
     if text_model:
-        check_language_model(model, text_model)
-        refer_to(model.config, text_model)
+        check_language_model(model, *text_model)
+        model.config.text_model, model.config.text_model_revision = text_model
         weights = {name: weight for name, weight in weights.items() if not name.startswith(LANGUAGE_MODEL)}
     model.save_pretrained(output, state_dict=weights)
     AutoProcessor.from_pretrained(source).save_pretrained(output)
 
 
-def refer_to(config: KCFIConfig, text_model: str) -> None:
-    """Write into a config where the language model comes from; of a Hub id, with the commit that it has now."""
-    config.text_model = text_model
-    config.text_model_revision = extract_commit_hash(cached_file(text_model, CONFIG_NAME), None)
-
-
-def check_language_model(model: Any, text_model: str) -> None:
+def check_language_model(model: Any, text_model: str, revision: str | None) -> None:
     """Refuse to leave out a language model that is not, bit by bit, the one to be fetched instead.
 
     Raises:
-        ValueError: names the first weight that differs: it was trained, or the vocabulary was extended.
+        ValueError: names the first weight that differs: it was trained, kept in another precision
+            (`bf16_language_model`), or its vocabulary was extended.
         OSError: no such language model.
     """
-    fetched: Any = AutoModelForCausalLM.from_pretrained(text_model, dtype=model.dtype)
+    fetched: Any = AutoModelForCausalLM.from_pretrained(text_model, revision=revision, dtype=model.dtype)
     parts = ((fetched.base_model, model.model.language_model), (fetched.get_output_embeddings(), model.lm_head))
     for theirs, ours in parts:
         weights = theirs.state_dict()
         for name, weight in ours.state_dict().items():
             if name not in weights or not torch.equal(weight, weights[name]):
                 raise ValueError(
-                    f"The language model cannot be left out: its {name} is not that of {text_model}. Only one that "
-                    "was kept frozen, and whose vocabulary was not extended, can be."
+                    f"The language model cannot be left out: its {name} is not that of {text_model}. It must have "
+                    "been kept frozen, in the precision that it has there, with the vocabulary that it has there."
                 )
 
 
@@ -155,7 +151,7 @@ def push(
         private: whether a new repository is private.
         license: the Hub's name of the weights' licence.
         dry_run: new folder to write, exactly as it would be uploaded, instead of uploading it.
-        text_model: Hub id of the language model, to leave its weights out; a folder for a dry run only.
+        text_model: Hub id of the language model, to leave its weights out.
 
     Returns:
         Address of the commit, or the folder of a dry run.
@@ -170,21 +166,23 @@ def push(
     validate_repo_id(repo_id)
     if "/" not in repo_id:
         raise ValueError(f"{repo_id!r} names no owner: write owner/name, for example me/{repo_id}.")
-    if text_model and Path(text_model).exists() and not dry_run:
+    if text_model and Path(text_model).exists():
         raise ValueError(f"{text_model} is a folder of this machine, where nobody else finds it: give its Hub id.")
     if dry_run:
         check_new_folder(dry_run)
     check_run(folder)
     state, config = read_json(folder / TRAINER_STATE_NAME), AutoConfig.from_pretrained(folder)
+    reference = None
     if text_model:
-        refer_to(config, text_model)
+        reference = text_model, extract_commit_hash(cached_file(text_model, CONFIG_NAME), None)
+        config.text_model, config.text_model_revision = reference
     card = card_of_run(folder, repo_id, config, state, results, license=license)
 
     if dry_run:
         dry_run.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=dry_run.parent if dry_run else None) as temporary:
         content = Path(temporary) / "content"
-        save(folder, content, "auto", text_model)
+        save(folder, content, "auto", reference)
         (content / "README.md").write_text(card, encoding="utf-8")
         if dry_run:
             content.rename(dry_run)

@@ -198,7 +198,7 @@ class Energy(NamedTuple):
 
 
 def read_energy(path: Path) -> Energy | None:
-    """The sum over all starts of a run, from CodeCarbon's file; None where nothing was tracked.
+    """The sum over the starts of a run that came to their end, from CodeCarbon's file; None where there is none.
 
     Raises:
         ValueError: it is no such file; names the column that is missing.
@@ -207,6 +207,8 @@ def read_energy(path: Path) -> Energy | None:
         return None
     with path.open(newline="", encoding="utf-8") as file:
         starts = list(csv.DictReader(file))
+    if not starts:
+        return None
     try:
         hours, kwh, kilograms = (
             sum(float(start[column]) for start in starts) for column in ("duration", "energy_consumed", "emissions")
@@ -296,8 +298,9 @@ def model_card(
     environment = [f"- {line.removeprefix('#').strip()}" for line in recipe.splitlines() if line.startswith("#")]
     if energy:
         environment.append(
-            f"- energy, estimated by CodeCarbon: {energy.kwh:.3g} kWh in {energy.hours:.3g} hours on "
-            f"{energy.hardware}, {energy.grams:.3g} g of CO2 equivalents with the electricity of {energy.place}"
+            f"- energy, estimated by CodeCarbon for the starts that came to their end: {energy.kwh:.3g} kWh in "
+            f"{energy.hours:.3g} hours on {energy.hardware}, {energy.grams:.3g} g of CO2 equivalents with the "
+            f"electricity of {energy.place}"
         )
     card = ModelCard.from_template(
         metadata,

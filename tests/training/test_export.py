@@ -61,13 +61,14 @@ def assert_same_weights(model, expected):
 
 def test_a_language_model_left_out_is_fetched_at_its_commit(tmp_path, model, processor, hub_text_model):
     run, slim = save_run(tmp_path / "run", model, processor), tmp_path / "slim"
-    save(run, slim, "auto", hub_text_model[0])
+    save(run, slim, "auto", hub_text_model)
     assert not [
         name for name in load_file(slim / "model.safetensors") if "language_model" in name or "lm_head" in name
     ]
     settings = json.loads((slim / "config.json").read_text(encoding="utf-8"))
     assert (settings["text_model"], settings["text_model_revision"]) == hub_text_model
 
+    (tmp_path / "hub" / "models--me--lm" / "refs" / "main").write_text("f" * 40)  # it has moved on
     loaded, report = AutoModelForImageTextToText.from_pretrained(slim, output_loading_info=True)
     assert not report["missing_keys"]
     assert_same_weights(loaded, model.state_dict())
@@ -78,7 +79,7 @@ def test_a_language_model_left_out_is_fetched_at_its_commit(tmp_path, model, pro
 
 
 def test_a_language_model_left_out_is_fetched_where_kcfi_is_not_installed(tmp_path, model, processor, hub_text_model):
-    save(save_run(tmp_path / "run", model, processor), tmp_path / "slim", "auto", hub_text_model[0])
+    save(save_run(tmp_path / "run", model, processor), tmp_path / "slim", "auto", hub_text_model)
     lines = [
         "import sys, torch",
         'sys.modules["kcfi"] = None  # import kcfi fails',
@@ -99,12 +100,12 @@ def test_a_language_model_that_is_not_the_one_named_is_not_left_out(tmp_path, mo
         model.model.language_model.get_parameter(changed).view(-1)[-1] += 1e-3
     run = save_run(tmp_path / "run", model, processor)
     with pytest.raises(ValueError, match=f"its {changed} is not that of"):
-        save(run, tmp_path / "slim", "auto", str(text_model))
+        save(run, tmp_path / "slim", "auto", (str(text_model), None))
 
 
 def test_a_model_without_its_language_model_is_not_loaded_onto_the_disk(tmp_path, model, processor, text_model):
     run, slim = save_run(tmp_path / "run", model, processor), tmp_path / "slim"
-    save(run, slim, "auto", str(text_model))
+    save(run, slim, "auto", (str(text_model), None))
     places = {"model.language_model": "disk", "": "cpu"}
     with pytest.raises(ValueError, match="leaves out its language model"):
         AutoModelForImageTextToText.from_pretrained(slim, device_map=places, offload_folder=tmp_path / "disk")
