@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from flops import matmul_peak
-from measure import comparison, options_of, peak_memory, print_peak, report, take_turns, warm_up
+from measure import comparison, loaded_memory, options_of, report, take_turns, warm_up
 from PIL import Image
 from train_step import build
 
@@ -101,20 +101,17 @@ def main() -> None:
     rows = []
     for case in options.cases:
         model, processor = build_reader(case)
+        loaded = loaded_memory()
         for count in options.pairs:
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
                 write_pairs(folder, count)
                 sides = make_sides(folder, model, processor)
-                if options.side:
-                    print_peak(sides[options.side])
-                    return
                 sentences, operations = warm_up(sides)
                 assert sentences["plain"] == sentences["ours"], "the sentences differ"
-                seconds = take_turns(sides, options.repeats)
-            memory = peak_memory(__file__, sides, "--cases", case, "--pairs", str(count))
+                rounds = take_turns(sides, options.repeats, loaded)
             title, equal = f"{case}, {count} pairs", "the same sentences"
-            rows.append(comparison(title, seconds, count, "pairs/s", BAR, equal, memory, operations, matmul_peak()))
+            rows.append(comparison(title, rounds, count, "pairs/s", BAR, equal, operations, matmul_peak()))
     report("caption_folder", rows, options.json)
 
 

@@ -54,8 +54,8 @@ def main() -> None:
             loader = iter(DataLoader(pairs, batch_size=options.batch, collate_fn=collator))
             sides = {"plain": lambda: step(True), "ours": lambda loader=loader: next_batch(loader)}
             warm_up(sides)
-            seconds = take_turns(sides, min(options.repeats, PAIRS // options.batch - 1))
-            rows.append(comparison(case, seconds, options.batch, "pairs/s", BAR))
+            rounds = take_turns(sides, min(options.repeats, PAIRS // options.batch - 1))
+            rows.append(comparison(case, rounds, options.batch, "pairs/s", BAR))
     report("data_stream", rows, options.json)
 
 

@@ -103,8 +103,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default=kcfi.embedded_model(), help="folder or Hub id (kcfi-tiny)")
     parser.add_argument("--pairs", type=int, default=1, help="of a training step (%(default)s)")
+    parser.add_argument("--visual_token_pooling", type=int, help="instead of the config's")
     options = parser.parse_args()
     config = kcfi.KCFIConfig.from_pretrained(options.config)
+    if options.visual_token_pooling is not None:
+        config = kcfi.KCFIConfig(**{**config.to_dict(), "visual_token_pooling": options.visual_token_pooling})
     packed, plain = (training_flops(config, options.pairs, packed=packed) for packed in (True, False))
     step = f"training step, {options.pairs} pairs x 5 captions"
     print(f"{step}: {packed / 1e12:.3f} TFLOP; a row per caption: {plain / 1e12:.3f} TFLOP")

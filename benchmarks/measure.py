@@ -1,32 +1,30 @@
 """What the benchmarks share: sides that take turns in one process, operations and peak memory of each, the report."""
 
 import argparse
-import functools
+import ctypes
+import gc
 import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
 
 SIDES = ("plain", "ours")
 LOAD = os.getloadavg()[0]  # before the benchmark itself adds to it
+PEAK = Path("/proc/self/clear_refs")  # taking a 5, it forgets the peak of memory so far; Linux alone has it
 
 
 def options_of(description: str) -> argparse.ArgumentParser:
-    """The parser of a benchmark: `--repeats`, `--json`, `--side` (for `peak_memory`)."""
+    """The parser of a benchmark: `--repeats` and `--json`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=2, help="timed rounds, after a warm-up (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--side", help=argparse.SUPPRESS)  # this process measures the memory of one side
     return parser
 
 
@@ -68,25 +66,42 @@ def warm_up(sides: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], dic
     return results, operations
 
 
-def take_turns(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each side in every round; the sides alternate, so that both meet the same disturbances."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+class Rounds(NamedTuple):
+    """What `take_turns` measures, by side."""
+
+    seconds: dict[str, list[float]]  # of every round
+    peaks: dict[str, float]  # most MiB of this process beyond the loaded model, in any round; empty if unknown
+
+
+def take_turns(sides: Mapping[str, Callable[[], Any]], repeats: int, loaded: float | None = None) -> Rounds:
+    """Run the sides in turns, so that both meet the same disturbances.
+
+    Args:
+        sides: functions by name, warm.
+        repeats: rounds.
+        loaded: of `loaded_memory`; None where memory is not asked for.
+    """
+    rounds = Rounds({name: [] for name in sides}, {})
     for _ in range(repeats):
         for name, side in sides.items():
+            if loaded is not None and PEAK.exists():
+                loaded_memory()  # what the other side left is not this one's
+                PEAK.write_text("5", encoding="ascii")
             started = time.perf_counter()
             side()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
+            rounds.seconds[name].append(time.perf_counter() - started)
+            if loaded is not None and PEAK.exists():
+                rounds.peaks[name] = max(rounds.peaks.get(name, 0.0), _status("VmHWM") - loaded)
+    return rounds
 
 
 def comparison(
     case: str,
-    seconds: Mapping[str, Sequence[float]],
+    rounds: Rounds,
     work: float,
     unit: str,
     bar: float,
     equal: str = "-",
-    memory: Sequence[float] = (),
     operations: Mapping[str, int] | None = None,
     peak: float = 0.0,
 ) -> Row:
@@ -94,16 +109,15 @@ def comparison(
 
     Args:
         case: what both sides did.
-        seconds: of `take_turns`, for the sides "plain" and "ours".
+        rounds: of `take_turns`, for the sides "plain" and "ours".
         work: units that a round does; the row has the medians as work per second, their ratio and its spread.
         unit: of the work, per second.
         bar: ratio that is wanted.
         equal: what was found equal, "-" where there is nothing to compare.
-        memory: of `peak_memory`.
         operations: of `warm_up`; None for sides that are no model's work.
         peak: operations per second of a matrix product, of `flops.matmul_peak`.
     """
-    plain, ours = seconds["plain"], seconds["ours"]
+    plain, ours = (rounds.seconds[name] for name in SIDES)
     ratios = [slow / fast for slow, fast in zip(plain, ours, strict=True)]
     return {
         "case": case,
@@ -114,30 +128,21 @@ def comparison(
         "spread": [min(ratios), max(ratios)],
         "bar": bar,
         "equal": equal,
-        "peak_mib": list(memory),
+        "peak_mib": [rounds.peaks[name] for name in SIDES] if rounds.peaks else [],
         "gflop": [operations[name] / 1e9 for name in SIDES] if operations else [],
-        "of_peak": [operations[name] / statistics.median(seconds[name]) / peak for name in SIDES]
+        "of_peak": [operations[name] / statistics.median(rounds.seconds[name]) / peak for name in SIDES]
         if operations
         else [],
     }
 
 
-def print_peak(side: Callable[[], Any]) -> None:
-    """Run a side once and print by how many MiB it raised the memory of this process, without children (Linux)."""
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak of loading
-    side()
-    print(_status("VmHWM") - before)
-
-
-def peak_memory(script: str, sides: Iterable[str], *arguments: str) -> list[float]:
-    """What `print_peak` says of each side, in a process of its own; nothing where there is no /proc."""
-    if not Path("/proc/self/clear_refs").exists():
-        return []
-    commands = [[sys.executable, script, "--side", side, *arguments] for side in sides]
-    with ThreadPoolExecutor() as pool:  # together, as nothing is timed
-        printed = list(pool.map(functools.partial(subprocess.check_output, text=True), commands))
-    return [float(text.splitlines()[-1]) for text in printed]
+def loaded_memory() -> float:
+    """MiB that this process holds once all that is free is back with the system; 0 where Linux is not there to ask."""
+    if not PEAK.exists():
+        return 0.0
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS")
 
 
 def _status(field: str) -> float:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from flops import matmul_peak
-from measure import comparison, options_of, peak_memory, print_peak, report, take_turns, warm_up
+from measure import comparison, loaded_memory, options_of, report, take_turns, warm_up
 from PIL import Image
 
 import kcfi
@@ -82,22 +82,19 @@ def main() -> None:
     rows = []
     for case in options.cases:
         describer = build_describer(case)
+        loaded = loaded_memory()
         for side in options.sides:
             scene = draw_scene(side)
             sides = {
                 "plain": lambda describer=describer, scene=scene: plain(describer, scene),
                 "ours": lambda describer=describer, scene=scene: describer.describe(*scene, regions=True).mask,
             }
-            if options.side:
-                print_peak(sides[options.side])
-                return
             masks, operations = warm_up(sides)
             assert np.array_equal(masks["plain"], masks["ours"]), "the masks differ"
-            seconds = take_turns(sides, options.repeats)
-            memory = peak_memory(__file__, sides, "--cases", case, "--sides", str(side))
+            rounds = take_turns(sides, options.repeats, loaded)
             area = (side * 0.5 / 1000) ** 2 * 3600
             title, equal = f"{case}, {side} x {side} px", "the same mask"
-            rows.append(comparison(title, seconds, area, "km2/h", BAR, equal, memory, operations, matmul_peak()))
+            rows.append(comparison(title, rounds, area, "km2/h", BAR, equal, operations, matmul_peak()))
     report("scene", rows, options.json)
 
 

@@ -7,7 +7,8 @@ python benchmarks/train_step.py
 The plain side is what a careful user of transformers writes: a row for each caption with its own images and prompt,
 logits at every position. Both sides have the same weights, pairs, captions, instruction, precision and optimizer; the
 language model is frozen, all else is trained. The gradients are compared in fp32. Two models: the embedded model in
-fp32, and DINOv2-S with SmolLM2-135M (their sizes with random weights, which cost the same) in bf16.
+fp32; and DINOv2-S with SmolLM2-135M (their sizes with random weights, which cost the same) under bf16 autocast, the
+weights of the language model in bf16 on both sides (`bf16_language_model`).
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from flops import matmul_peak
-from measure import comparison, options_of, peak_memory, print_peak, report, take_turns, warm_up
+from measure import comparison, loaded_memory, options_of, report, take_turns, warm_up
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -24,6 +25,7 @@ import kcfi
 from kcfi.modeling_kcfi.change_detection_head import mask_loss
 from kcfi.training.collator import IGNORED, KCFICollator, training_inputs
 from kcfi.training.synthetic import SyntheticDataset
+from kcfi.training.trainer import cast_frozen_language_model
 
 CASES = {"kcfi-tiny": 6.0, "kcfi-dinov2s-smollm2-135m": 4.5}  # folder of hub_configs, and the bar
 
@@ -103,12 +105,14 @@ def gradients(side: Callable[[bool], None], model: Any) -> dict[str, torch.Tenso
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
-    """How far gradients are apart: the worst parameter, relative to the norm of its gradient."""
-    assert first.keys() == second.keys()
-    norms = {name: float(first[name].norm()) for name in first}
+def difference(sides: dict[str, Callable[[bool], None]], model: Any) -> float:
+    """How far the gradients of both sides are apart: the worst parameter, relative to the norm of its gradient."""
+    plain, ours = (gradients(sides[name], model) for name in ("plain", "ours"))
+    model.zero_grad()
+    assert plain.keys() == ours.keys()
+    norms = {name: float(plain[name].norm()) for name in plain}
     small = 1e-6 * max(norms.values())  # biases in front of a softmax or a norm have none but rounding
-    return max(float((first[name] - second[name]).norm()) / norms[name] for name in first if norms[name] > small)
+    return max(float((plain[name] - ours[name]).norm()) / norms[name] for name in plain if norms[name] > small)
 
 
 def main() -> None:
@@ -121,24 +125,22 @@ def main() -> None:
     for case in options.cases:
         model, processor = build(case)
         bf16 = case != "kcfi-tiny"
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        cast_frozen_language_model(model, dtype)
+        loaded = loaded_memory()
         for num_pairs in options.pairs:
             sides = make_sides(num_pairs, model, processor)
             timed = {name: lambda side=side, bf16=bf16: side(bf16) for name, side in sides.items()}
-            if options.side:
-                print_peak(timed[options.side])
-                return
-            steps = {name: lambda side=side, model=model: gradients(side, model) for name, side in sides.items()}
-            found, _ = warm_up(steps)
-            worst = difference(found["plain"], found["ours"])
+            _, operations = warm_up(timed)
+            rounds = take_turns(timed, options.repeats, loaded)
+            cast_frozen_language_model(model, torch.float32)
+            worst = difference(sides, model)
             assert worst < 1e-4, f"the gradients differ by {worst:.1e}"
-            _, operations = warm_up(timed)  # the steps above are in fp32
-            seconds = take_turns(timed, options.repeats)
-            memory = peak_memory(__file__, sides, "--cases", case, "--pairs", str(num_pairs))
+            cast_frozen_language_model(model, dtype)
             title = f"{case}, {'bf16' if bf16 else 'fp32'}, {num_pairs} pairs x 5 captions"
             equal = f"gradients to {worst:.0e}"
-            peak = matmul_peak(torch.bfloat16 if bf16 else torch.float32)
-            work = 5 * num_pairs
-            rows.append(comparison(title, seconds, work, "captions/s", CASES[case], equal, memory, operations, peak))
+            bar, work = CASES[case], 5 * num_pairs
+            rows.append(comparison(title, rounds, work, "captions/s", bar, equal, operations, matmul_peak(dtype)))
     report("train_step", rows, options.json)
 
 

@@ -437,6 +437,7 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     auto_class = "AutoModelForImageTextToText"
+    caption_loss_function = staticmethod(chunked_caption_loss)  # of training; a fused kernel may take its place
 
     def __init__(self, config: KCFIConfig) -> None:
         super().__init__(config)
@@ -572,7 +573,8 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
 
         logits = caption_loss = detection_loss = None
         if self.training and labels is not None:
-            caption_loss = chunked_caption_loss(self.lm_head, states, labels, kwargs.get("num_items_in_batch"))
+            items = kwargs.get("num_items_in_batch")
+            caption_loss = self.caption_loss_function(self.lm_head, states, labels, items)
         else:
             logits = self.lm_head(states)
             if labels is not None:  # eq. 8

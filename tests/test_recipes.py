@@ -44,6 +44,7 @@ ABLATIONS = {
         "synthetic/context_after": {"change_context": "after"},
         "synthetic/context_bitemporal": {"change_context": "bitemporal"},
         "synthetic/mlp_projector": {"projector": "mlp2x_gelu"},
+        "synthetic/every_patch": {"visual_token_pooling": 1},
         "synthetic/dwa_step_t2": {"dwa_temperature": 2.0},
         "synthetic/dwa_window_t2": {"dwa": "window", "dwa_window": 10, "dwa_temperature": 2.0},
         "synthetic/dwa_epoch": {"dwa": "epoch"},

@@ -226,8 +226,8 @@ class KCFITrainingArguments(TrainingArguments):
             raise ValueError(f"dwa_temperature={self.dwa_temperature} must be above 0 (0.2 in the paper).")
         if not 0 <= self.max_unreadable < 1:
             raise ValueError(f"max_unreadable={self.max_unreadable} must be at least 0 and below 1.")
-        if self.use_liger_kernel:
-            raise ValueError("use_liger_kernel: Liger does not know KCFI models, so it would change nothing.")
+        if self.liger_kernel_config is not None:
+            raise ValueError("liger_kernel_config: `use_liger_kernel` takes one kernel, which has no settings.")
         if self.bf16_language_model and self.train_language_model:
             raise ValueError("bf16_language_model: small updates are lost in bf16; leave out train_language_model.")
         if self.bf16_language_model and self.deepspeed:

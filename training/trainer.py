@@ -31,6 +31,7 @@ from kcfi.training.dwa import TASKS, DynamicWeightAverage
 from kcfi.training.evaluate import Scores, encode, predict, sample_sheet
 from kcfi.training.feature_cache import FeatureCache, check_cacheable
 from kcfi.training.levir_cc import NO_LABEL
+from kcfi.training.liger import caption_loss_of
 from kcfi.training.lora import save_start
 from kcfi.training.model_card import LICENSE, card_of_run
 from kcfi.training.order import EpochSampler
@@ -47,7 +48,7 @@ def freeze(model: KCFIForConditionalGeneration, args: KCFITrainingArguments) -> 
     """Switch gradients off where `args` say so, after loading, since loading switches them on.
 
     A language model with adapters stays in training mode: all but them is frozen already, and they may have dropout.
-    With `args.bf16_language_model` its frozen weights become bf16; not its buffers, for rotary frequencies need fp32.
+    With `args.bf16_language_model` its frozen weights become bf16.
 
     Returns:
         What must run in evaluation mode: frozen modules that have dropout, and batch norms, whose statistics would
@@ -62,11 +63,16 @@ def freeze(model: KCFIForConditionalGeneration, args: KCFITrainingArguments) -> 
     for module in frozen:
         module.requires_grad_(False)
     if args.bf16_language_model:
-        for weight in [*model.model.language_model.parameters(), *model.lm_head.parameters()]:
-            if not weight.requires_grad:
-                weight.data = weight.data.to(torch.bfloat16)
+        cast_frozen_language_model(model, torch.bfloat16)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     return [module for module in frozen if _has_dropout(module)] + norms
+
+
+def cast_frozen_language_model(model: KCFIForConditionalGeneration, dtype: torch.dtype) -> None:
+    """Give the frozen weights of the language model another type; not its buffers: rotary frequencies need fp32."""
+    for weight in [*model.model.language_model.parameters(), *model.lm_head.parameters()]:
+        if not weight.requires_grad:
+            weight.data = weight.data.to(dtype)
 
 
 def _has_dropout(module: nn.Module) -> bool:
@@ -233,6 +239,7 @@ class KCFITrainer(Trainer):
             with gathered(model.model.language_model):
                 check_packing(model.model.language_model.eval(), prompt + captions)
         self.evaluated = freeze(model, args)
+        model.caption_loss_function = caption_loss_of(model, args)  # type: ignore[method-assign]
         if args.feature_cache:
             check_cacheable(args, data_collator)
             model.model.get_stage_features = FeatureCache(model.model, args.feature_cache)  # type: ignore[method-assign]

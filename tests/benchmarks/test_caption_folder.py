@@ -10,11 +10,10 @@ from kcfi.captioning import load
 
 @pytest.fixture
 def tiny(detector, monkeypatch):
-    """A model that writes short sentences of random letters, in this process alone."""
+    """A model that writes short sentences of random letters."""
     model, processor = load(str(detector))
     monkeypatch.setattr(captioning, "LONGEST", 4)
     monkeypatch.setattr(caption_folder, "build_reader", lambda case: (model, processor))
-    monkeypatch.setattr(caption_folder, "peak_memory", lambda *_: [])
     monkeypatch.setattr(caption_folder, "matmul_peak", lambda: 1e12)
     options = ["--cases", "kcfi-tiny", "--pairs", "1", "--repeats", "1", "--json"]
     monkeypatch.setattr(sys, "argv", ["caption_folder.py", *options])

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import measure
 import pytest
@@ -9,9 +8,9 @@ from torch.nn import functional as F
 
 def test_sides_take_turns():
     order = []
-    seconds = measure.take_turns({"plain": lambda: order.append("plain"), "ours": lambda: order.append("ours")}, 3)
-    assert order == ["plain", "ours"] * 3
-    assert [len(times) for times in seconds.values()] == [3, 3] and min(map(min, seconds.values())) > 0
+    rounds = measure.take_turns({"plain": lambda: order.append("plain"), "ours": lambda: order.append("ours")}, 3)
+    assert order == ["plain", "ours"] * 3 and rounds.peaks == {}
+    assert [len(times) for times in rounds.seconds.values()] == [3, 3] and min(map(min, rounds.seconds.values())) > 0
 
 
 def test_the_warm_up_counts_products_attention_and_grouped_convolutions():
@@ -41,7 +40,8 @@ def test_the_warm_up_counts_products_attention_and_grouped_convolutions():
 def test_a_row_has_the_ratio_of_the_medians_its_spread_and_the_share_of_the_peak():
     seconds = {"plain": [8.0, 6.0, 30.0], "ours": [2.0, 2.0, 3.0]}
     work = {"plain": 16_000_000_000, "ours": 2_000_000_000}
-    row = measure.comparison("small", seconds, 16, "pairs/s", 3.0, "the same", [2000.4, 10.0], work, 4e9)
+    rounds = measure.Rounds(seconds, {"plain": 2000.4, "ours": 10.0})
+    row = measure.comparison("small", rounds, 16, "pairs/s", 3.0, "the same", work, 4e9)
     assert (row["plain"], row["ours"], row["ratio"], row["spread"]) == (2.0, 8.0, 4.0, [3.0, 10.0])
     [_, _, line] = measure.table([row]).splitlines()
     expected = (
@@ -51,7 +51,8 @@ def test_a_row_has_the_ratio_of_the_medians_its_spread_and_the_share_of_the_peak
 
 
 def test_a_row_without_a_models_work_has_no_share_of_the_peak():
-    row = measure.comparison("start", {"plain": [2.0], "ours": [1.0]}, 1, "starts/s", 0.9)
+    rounds = measure.Rounds({"plain": [2.0], "ours": [1.0]}, {})
+    row = measure.comparison("start", rounds, 1, "starts/s", 0.9)
     [_, _, line] = measure.table([row]).splitlines()
     assert line == "| start | 0.5 starts/s | 1 | **2.0** (2.0 to 2.0) | 0.9 |  |  |  | - |"
 
@@ -62,15 +63,14 @@ def test_the_report_as_json_names_the_machine(capsys):
     assert report["benchmark"] == "nothing" and report["rows"] == [] and report["machine"]["cores"] >= 1
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
-def test_the_peak_is_what_a_side_adds(capsys):
-    ballast = bytearray(200 * 2**20)  # the process has had a larger peak before
-    ballast[::4096] = b"x" * len(ballast[::4096])
-    del ballast
-
-    def side():
-        memory = bytearray(50 * 2**20)
+@pytest.mark.skipif(not measure.PEAK.exists(), reason="Linux tells the peak")
+def test_the_peak_is_what_a_side_takes_beyond_the_loaded_model():
+    def side(mib):
+        memory = bytearray(mib * 2**20)
         memory[::4096] = b"x" * len(memory[::4096])
 
-    measure.print_peak(side)
-    assert float(capsys.readouterr().out) == pytest.approx(50, abs=10)
+    side(200)  # the process has had a larger peak before
+    loaded = measure.loaded_memory()
+    sides = {"plain": lambda: side(100), "ours": lambda: side(50)}
+    peaks = measure.take_turns(sides, 1, loaded).peaks
+    assert peaks["plain"] == pytest.approx(100, abs=10) and peaks["ours"] == pytest.approx(50, abs=10)

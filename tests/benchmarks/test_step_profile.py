@@ -1,6 +1,12 @@
+import sys
+
+import pytest
 import step_profile
 import torch
 from torch import nn
+
+from kcfi import captioning
+from kcfi.captioning import load
 
 
 class Model(nn.Module):
@@ -36,6 +42,25 @@ def test_the_table_has_shares_of_the_time_and_of_the_peak(monkeypatch):
         "| vision tower | 3.00 s, 75% |",
         "| language model | 0.50 s, 12% |",
         "| rest | 0.50 s, 12% |",
-        "| **whole step** | 4.00 s, 50% of the matmul peak |",
+        "| **whole** | 4.00 s, 50% of the matmul peak |",
     ]
     assert "`aten::mm` in vision tower 75%" in lines[-1]
+
+
+@pytest.mark.parametrize(("options", "title"), [([], "1 pairs x 5 captions"), (["--folder"], "1 pairs")])
+def test_steps_and_folders_are_profiled(options, title, detector, monkeypatch, capsys):
+    model, processor = load(str(detector))
+    model.model.language_model.requires_grad_(False)
+    monkeypatch.setattr(step_profile, "build", lambda case: (model.train(), processor))
+    monkeypatch.setattr(step_profile, "build_reader", lambda case: (model, processor))
+    parts = {"vision tower": "model.vision_tower", "language model": "model.language_model"}
+    monkeypatch.setattr(step_profile, "PARTS", parts)
+    monkeypatch.setattr(captioning, "LONGEST", 4)
+    monkeypatch.setattr(step_profile, "matmul_peak", lambda dtype: 1e12)
+    monkeypatch.setattr(sys, "argv", ["step_profile.py", "--pairs", "1", *options])
+    step_profile.main()
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"kcfi-tiny, fp32, {title};")
+    [tower] = [line for line in printed.splitlines() if line.startswith("| vision tower |")]
+    shares = [int(cell.split()[2].rstrip("%")) for cell in tower.split("|")[2:4]]
+    assert all(0 < share < 100 for share in shares)
