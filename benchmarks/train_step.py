@@ -30,26 +30,29 @@ from kcfi.training.trainer import cast_frozen_language_model
 CASES = {"kcfi-tiny": 6.0, "kcfi-dinov2s-smollm2-135m": 4.5}  # folder of hub_configs, and the bar
 
 
-def build(case: str, words: bool = False) -> tuple[Any, Any]:
+def build(case: str, words: bool = False, pooling: int | None = None) -> tuple[Any, Any]:
     """Model in training mode and processor of a case; the processor is kcfi-tiny's, with the words of its captions.
 
     Args:
         case: folder of hub_configs; random weights but for kcfi-tiny.
         words: give the model no more tokens than the processor can decode.
+        pooling: `visual_token_pooling` instead of the config's.
     """
     folder = kcfi.embedded_model()
     processor = AutoProcessor.from_pretrained(folder)
+    config = kcfi.KCFIConfig.from_pretrained(Path(folder).parent / case)
+    if pooling is not None:
+        config = kcfi.KCFIConfig(**{**config.to_dict(), "visual_token_pooling": pooling})
     torch.manual_seed(0)
     if case == "kcfi-tiny":
-        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, config=config, dtype=torch.float32)
     else:
-        config = kcfi.KCFIConfig.from_pretrained(Path(folder).parent / case)
         config.image_token_id = processor.image_token_id
         if words:
             config.text_config.vocab_size = len(processor.tokenizer)
         model = kcfi.KCFIForConditionalGeneration(config)
         processor.image_processor.size = {"height": config.image_size, "width": config.image_size}
-        processor.patch_size = config.visual_token_size
+    processor.patch_size = config.visual_token_size
     model.train().model.language_model.requires_grad_(False)
     model.lm_head.requires_grad_(False)
     for module in model.modules():
@@ -120,10 +123,11 @@ def main() -> None:
     parser = options_of(__doc__)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="models (all)")
     parser.add_argument("--pairs", type=int, nargs="+", default=[1, 2], help="pairs of a step (%(default)s)")
+    parser.add_argument("--visual_token_pooling", type=int, help="instead of the config's, on both sides")
     options = parser.parse_args()
     rows = []
     for case in options.cases:
-        model, processor = build(case)
+        model, processor = build(case, pooling=options.visual_token_pooling)
         bf16 = case != "kcfi-tiny"
         dtype = torch.bfloat16 if bf16 else torch.float32
         cast_frozen_language_model(model, dtype)

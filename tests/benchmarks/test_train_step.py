@@ -15,7 +15,7 @@ def tiny(detector, monkeypatch):
     model.train().model.language_model.requires_grad_(False)
     for weight in model.model.language_model.parameters():
         weight.data *= 0.1  # as large as usual
-    monkeypatch.setattr(train_step, "build", lambda case: (model, processor))
+    monkeypatch.setattr(train_step, "build", lambda case, pooling: (model, processor))
     monkeypatch.setattr(train_step, "matmul_peak", lambda dtype: 1e12)
     options = ["--cases", "kcfi-dinov2s-smollm2-135m"]
     monkeypatch.setattr(sys, "argv", ["train_step.py", *options, "--pairs", "1", "--repeats", "1", "--json"])
@@ -40,7 +40,16 @@ def test_a_side_with_other_gradients_is_refused(tiny, monkeypatch):
 
 def test_a_round_changes_no_weight(tiny):
     before = {name: weight.clone() for name, weight in tiny.named_parameters()}
-    sides = train_step.make_sides(1, *train_step.build("kcfi-tiny"))
+    sides = train_step.make_sides(1, *train_step.build("kcfi-tiny", pooling=None))
     found = {name: train_step.gradients(side, tiny) for name, side in sides.items()}
     assert all((weight == before[name]).all() for name, weight in tiny.named_parameters())
     assert found["ours"] and not any(name.startswith("model.language_model") for name in found["ours"])
+
+
+def test_pooling_replaces_that_of_the_config_in_model_and_prompt():
+    tokens = {}
+    for pooling in (1, 2):
+        model, processor = train_step.build("kcfi-tiny", pooling=pooling)
+        assert model.config.visual_token_pooling == pooling
+        tokens[pooling] = processor._get_num_multimodal_tokens([(256, 256)] * 2).num_image_tokens
+    assert tokens[1] == [4 * count for count in tokens[2]]
