@@ -29,6 +29,7 @@ OVERLAP = 0.25  # of a tile's side, at least, with each neighbour
 MERGE = 8  # px: gaps of up to twice this do not part a region
 MIN_REGION = 100  # px: smaller regions get no sentence (25 m2 at 0.5 m/px)
 LONGEST = 64  # tokens of a sentence; LEVIR-CC has at most 39 words
+ENCODED_BY_CPU = 2  # pairs at a time: of more, the system clears the large buffers anew each time (docs/lab_log.md)
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 Pair = tuple[Image.Image, Image.Image]  # before and after, of one size
@@ -284,7 +285,7 @@ class Describer:
                 yield values[:, : bottom - top, : right - left]
 
     def _encode(self, pairs: Sequence[Pair]) -> Any:
-        """The output of `get_image_features` for pairs of at most a tile."""
+        """The output of `get_image_features` for pairs of at most a tile, without the vision tower's own states."""
         side = self.model.config.image_size
         inputs = self.processor.image_processor(
             [list(pair) for pair in pairs],
@@ -294,7 +295,13 @@ class Describer:
             return_tensors="pt",
         )
         pixels = inputs["pixel_values"].to(self.model.device, self.model.dtype)
-        return self.model.get_image_features(pixel_values=pixels)
+        at_once = ENCODED_BY_CPU if pixels.device.type == "cpu" else len(pixels)
+        parts = [self.model.get_image_features(pixel_values=part) for part in pixels.split(at_once)]
+        return type(parts[0])(
+            pooler_output=[features for part in parts for features in part.pooler_output],
+            change_features=torch.cat([part.change_features for part in parts]),
+            mask_logits=None if parts[0].mask_logits is None else torch.cat([part.mask_logits for part in parts]),
+        )
 
     def _maps(self, features: Any, sizes: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
         """Per pair (1 + classes, *size): norm of the key change features, and the mask logits if there is a head."""

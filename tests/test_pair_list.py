@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kcfi import captioning
 from kcfi.captioning import Describer, load
 from kcfi.pair_list import COLUMNS, describe_list, find_pairs
 from kcfi_cli import main
@@ -142,7 +143,12 @@ def test_regions_without_a_head_are_refused_before_anything_is_written(make_dete
     assert not (folders / "out").exists()
 
 
-def test_small_pairs_are_encoded_together_and_once(describer, folders, monkeypatch):
+@pytest.mark.parametrize(
+    ("at_once", "expected"),  # three pairs; the large one: six tiles and, again, the one that changed most
+    [(8, [3, 3, 3, 1, 3]), (2, [2, 1, 2, 1, 2, 1, 1, 2, 1])],
+)
+def test_small_pairs_are_encoded_together_and_once(describer, folders, monkeypatch, at_once, expected):
+    monkeypatch.setattr(captioning, "ENCODED_BY_CPU", at_once)
     encoded = []
     encode = describer.model.get_image_features
 
@@ -152,7 +158,7 @@ def test_small_pairs_are_encoded_together_and_once(describer, folders, monkeypat
 
     monkeypatch.setattr(describer.model, "get_image_features", count)
     list(describe_list(describer, find_pairs(folders / "A", folders / "B"), folders / "out", "tiny"))
-    assert encoded == [3, 3, 3, 1, 3]  # three pairs; the large one: six tiles and, again, the one that changed most
+    assert encoded == expected
 
 
 def test_a_broken_pair_is_a_row_and_a_second_call_does_what_is_missing(folders, detector, capsys):
