@@ -120,7 +120,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="side in px of the squares that larger images are cut into (default: the model's input size). Where the "
         "model was trained on images that it resized, their side: 256 for LEVIR-CC",
     )
-    caption.add_argument("--batch_size", type=int, default=8, help="pairs, or tiles, at a time (%(default)s)")
+    caption.add_argument(
+        "--batch_size", type=int, default=8, help="pairs or tiles at a time (%(default)s); CPUs encode 2"
+    )
     caption.add_argument(
         "--bf16",
         action="store_true",

@@ -70,7 +70,7 @@ class Rounds(NamedTuple):
     """What `take_turns` measures, by side."""
 
     seconds: dict[str, list[float]]  # of every round
-    peaks: dict[str, float]  # most MiB of this process beyond the loaded model, in any round; empty if unknown
+    peaks: dict[str, float]  # most MiB of this process beyond the loaded model, in a further round; empty if unknown
 
 
 def take_turns(sides: Mapping[str, Callable[[], Any]], repeats: int, loaded: float | None = None) -> Rounds:
@@ -84,14 +84,15 @@ def take_turns(sides: Mapping[str, Callable[[], Any]], repeats: int, loaded: flo
     rounds = Rounds({name: [] for name in sides}, {})
     for _ in range(repeats):
         for name, side in sides.items():
-            if loaded is not None and PEAK.exists():
-                loaded_memory()  # what the other side left is not this one's
-                PEAK.write_text("5", encoding="ascii")
             started = time.perf_counter()
             side()
             rounds.seconds[name].append(time.perf_counter() - started)
-            if loaded is not None and PEAK.exists():
-                rounds.peaks[name] = max(rounds.peaks.get(name, 0.0), _status("VmHWM") - loaded)
+    if loaded is not None and PEAK.exists():
+        for name, side in sides.items():
+            loaded_memory()  # what the other side left is not this one's
+            PEAK.write_text("5", encoding="ascii")
+            side()
+            rounds.peaks[name] = _status("VmHWM") - loaded
     return rounds
 
 

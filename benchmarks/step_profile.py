@@ -68,7 +68,7 @@ def seconds_of(side: Callable[[], Any]) -> Counter[tuple[str, str]]:
 
 
 def table(seconds: dict[str, Counter[tuple[str, str]]], operations: dict[str, int], peak: float) -> str:
-    """Markdown: time per part and side, what the whole step reaches of the peak, and the costliest operators.
+    """Markdown: time per part and side, what each side reaches of the peak, and the costliest operators.
 
     Args:
         seconds: of `seconds_of`, by side.

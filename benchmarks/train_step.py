@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flops import matmul_peak
+from flops import matmul_peak, with_pooling
 from measure import comparison, loaded_memory, options_of, report, take_turns, warm_up
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -42,7 +42,7 @@ def build(case: str, words: bool = False, pooling: int | None = None) -> tuple[A
     processor = AutoProcessor.from_pretrained(folder)
     config = kcfi.KCFIConfig.from_pretrained(Path(folder).parent / case)
     if pooling is not None:
-        config = kcfi.KCFIConfig(**{**config.to_dict(), "visual_token_pooling": pooling})
+        config = with_pooling(config, pooling)
     torch.manual_seed(0)
     if case == "kcfi-tiny":
         model: Any = AutoModelForImageTextToText.from_pretrained(folder, config=config, dtype=torch.float32)

@@ -29,7 +29,7 @@ OVERLAP = 0.25  # of a tile's side, at least, with each neighbour
 MERGE = 8  # px: gaps of up to twice this do not part a region
 MIN_REGION = 100  # px: smaller regions get no sentence (25 m2 at 0.5 m/px)
 LONGEST = 64  # tokens of a sentence; LEVIR-CC has at most 39 words
-ENCODED_BY_CPU = 2  # pairs at a time: of more, the system clears the large buffers anew each time (docs/lab_log.md)
+ENCODED_BY_CPU = 2  # pairs at a time: the best number or close to it, and eight are slower (docs/lab_log.md)
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 Pair = tuple[Image.Image, Image.Image]  # before and after, of one size
@@ -161,7 +161,7 @@ class Describer:
         processor: its KCFIProcessor.
         tile: side in pixels of the squares that larger images are cut into; each is resized to the model's input
             size, which is the default. The size of the training images where the model resizes them.
-        batch_size: tiles, or pairs that fit into one, that the model takes at a time.
+        batch_size: tiles, or pairs that fit into one, that the model takes at a time; a CPU encodes fewer.
         compile: let `torch.compile` translate the steps that write a sentence, with a cache of fixed size. The
             sentences stay the same; each number of pairs at a time costs a translation.
 

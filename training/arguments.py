@@ -143,6 +143,10 @@ class KCFITrainingArguments(TrainingArguments):
             "fp32, LoRA adapters too."
         },
     )
+    use_liger_kernel: bool = field(
+        default=False,
+        metadata={"help": "The caption loss by Liger's fused kernel, on a GPU (`pip install 'kcfi[liger]'`)."},
+    )
     activation_checkpointing_towers: Literal["both", "vision", "language"] = field(
         default="both",
         metadata={"help": "Where `activation_checkpointing` computes blocks twice instead of keeping activations."},
