@@ -53,16 +53,16 @@ def join_towers(
     tower: Any = vision
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     if isinstance(vision, str):
-        tower = AutoConfig.from_pretrained(vision)
+        tower = _load(AutoConfig, vision)
         tower = getattr(tower, "vision_config", tower)  # CLIP and SigLIP have two halves
-        pixels: Any = AutoImageProcessor.from_pretrained(vision)
+        pixels = _load(AutoImageProcessor, vision)
         if isinstance(pixels, TimmWrapperImageProcessor):
             mean, std = pixels.data_config["mean"], pixels.data_config["std"]
         else:
             mean, std = pixels.image_mean, pixels.image_std
     config: Any = KCFIConfig(vision_config=tower, **settings)
     processor = KCFIProcessor.from_towers(
-        AutoTokenizer.from_pretrained(text),
+        _load(AutoTokenizer, text),
         image_mean=mean,
         image_std=std,
         image_size=config.image_size,
@@ -76,3 +76,11 @@ def join_towers(
     # greedy decoding, and none of the penalties that instruct models ship for long answers
     model.generation_config = GenerationConfig(do_sample=False, **processor.generation_tokens)
     return model, processor
+
+
+def _load(kind: Any, name: str) -> Any:
+    """`kind.from_pretrained(name)`, with the name in its error: without a connection transformers tells none."""
+    try:
+        return kind.from_pretrained(name)
+    except OSError as error:
+        raise OSError(f"Cannot load {name!r}: {error}") from error

@@ -192,6 +192,13 @@ def test_a_tower_of_random_weights_is_a_config(text):
     assert model.dtype == torch.bfloat16 and processor.image_processor.image_mean == (0.485, 0.456, 0.406)
 
 
+@pytest.mark.parametrize("missing", ["vision", "text"])
+def test_a_tower_that_cannot_be_loaded_is_named(vision, text, missing):
+    towers = {"vision": vision, "text": text, missing: "nobody/nothing"}
+    with pytest.raises(OSError, match="Cannot load 'nobody/nothing': "):
+        join_towers(towers["vision"], towers["text"])
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not TOWERS.is_dir(), reason="KCFI_TOWERS names no folder of real towers")
 def test_real_towers_become_the_model_of_their_card_and_describe_a_pair():
