@@ -38,6 +38,14 @@ def generate(model, inputs, **options):
     return model.generate(**inputs, **({"do_sample": False} | LENGTH | options))[:, inputs["input_ids"].shape[1] :]
 
 
+@torch.no_grad()
+def choices(model, inputs, tokens):
+    """Logits (B, T', vocabulary) from which each of the new tokens (B, T') was taken."""
+    ids = torch.cat([inputs["input_ids"], tokens], dim=1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], dim=1)
+    return model(**inputs | {"input_ids": ids, "attention_mask": mask}).logits[:, -1 - tokens.shape[1] : -1]
+
+
 def gradients(model, inputs):
     """Gradients of both losses by the name of their parameter."""
     model.zero_grad()
@@ -102,11 +110,7 @@ def test_sampling_draws_and_beams_search(make_model, batch):
     assert len(generate(model, batch, do_sample=True, num_return_sequences=3)) == 6
 
     def likelihood(tokens):  # of the new tokens, per row
-        ids = torch.cat([batch["input_ids"], tokens], dim=1)
-        mask = torch.cat([batch["attention_mask"], torch.ones_like(tokens)], dim=1)
-        with torch.no_grad():
-            logits = model(**batch | {"input_ids": ids, "attention_mask": mask}).logits[:, -9:-1]
-        return logits.log_softmax(-1).gather(2, tokens[..., None]).sum((1, 2))
+        return choices(model, batch, tokens).log_softmax(-1).gather(2, tokens[..., None]).sum((1, 2))
 
     assert (likelihood(beams) >= likelihood(greedy) - 1e-4).all()
     assert (likelihood(beams) > likelihood(greedy) + 1e-4).any()
@@ -173,11 +177,7 @@ def test_a_model_loads_and_runs_in_half_precision(make_model, batch, tmp_path, d
 
 def ranks(reference, inputs, tokens, slack):
     """The rank of each new token, 0 = best, among the reference's next tokens; what lies within `slack` is as good."""
-    ids = torch.cat([inputs["input_ids"], tokens], dim=1)
-    mask = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], dim=1)
-    with torch.no_grad():
-        logits = reference(**inputs | {"input_ids": ids, "attention_mask": mask}).logits
-    logits = logits[:, -1 - tokens.shape[1] : -1]  # (B,T',vocabulary)
+    logits = choices(reference, inputs, tokens)
     logits[..., reference.config.image_token_id] = -torch.inf
     return (logits > logits.gather(2, tokens[..., None]) + slack).sum(-1)
 
@@ -200,8 +200,8 @@ WAYS = {
 def test_generation(request, make_model, make_inputs, batch, attention, dtype, way):
     """Every cell of the table in docs/deployment.md takes tokens that the plain model, sdpa in fp32, prefers."""
     if (attention, way) == ("flex_attention", "static"):
-        # transformers 5.23, any model: `generate` calls .contiguous() on a static cache's masks, flex's BlockMask has none
-        request.applymarker(pytest.mark.xfail(raises=AttributeError, reason="transformers 5.23, any model", strict=True))
+        # of any model: transformers 5.23 calls .contiguous() on the masks of a static cache, and a BlockMask has none
+        request.applymarker(pytest.mark.xfail(raises=AttributeError, reason="transformers 5.23", strict=True))
     reference = make_model()
     model = copy.deepcopy(reference).to(getattr(torch, dtype))
     model.set_attn_implementation(attention)
