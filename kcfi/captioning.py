@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CompileConfig
 
 from kcfi.pictures import heat_map, overlay
+from kcfi.processing import InputError
 from kcfi.training.arguments import model_source
 from kcfi.training.levir_cc import MASK_BUILDING, MASK_ROAD, read_image
 
@@ -71,7 +72,7 @@ def load(name: str, bf16: bool = False) -> tuple[Any, Any]:
         bf16: in bf16; otherwise as it was saved on a GPU, and in fp32 on a CPU.
 
     Raises:
-        ValueError: it cannot be loaded, or is no KCFI model; says why.
+        InputError: it cannot be loaded, or is no KCFI model; says why.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if bf16 else "auto" if device.type == "cuda" else torch.float32
@@ -79,11 +80,11 @@ def load(name: str, bf16: bool = False) -> tuple[Any, Any]:
     try:
         kind = AutoConfig.from_pretrained(source).model_type
         if kind != "kcfi":
-            raise ValueError(f"it is a model of type {kind!r}, not 'kcfi'.")
+            raise InputError(f"it is a model of type {kind!r}, not 'kcfi'.")
         model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
         processor = AutoProcessor.from_pretrained(source)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"Cannot load the model {name!r}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"Cannot load the model {name!r}: {str(error).splitlines()[0]}") from error
     return model.to(device).eval(), processor
 
 
@@ -96,12 +97,12 @@ def read_pair(before: str | Path | Image.Image, after: str | Path | Image.Image)
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not an image, more than 8 bits, or the sizes differ; names the files.
+        InputError: not an image, more than 8 bits, or the sizes differ; names the files.
     """
     first, second = (read_image(source) for source in (before, after))
     if first.size != second.size:
         names = [f"{source} is " if isinstance(source, str | Path) else "" for source in (before, after)]
-        raise ValueError(
+        raise InputError(
             f"The images differ in size: {names[0]}{first.width} x {first.height} px, "
             f"{names[1]}{second.width} x {second.height} px. They must show one place, pixel by pixel: crop or "
             "resample one of them."
@@ -166,7 +167,7 @@ class Describer:
             sentences stay the same; each number of pairs at a time costs a translation.
 
     Raises:
-        ValueError: a tile smaller than a patch of the vision tower, or an empty batch.
+        InputError: a tile smaller than a patch of the vision tower, or an empty batch.
     """
 
     def __init__(
@@ -176,9 +177,9 @@ class Describer:
         self.tile = model.config.image_size if tile is None else tile
         patch = model.config.patch_size
         if self.tile < patch:
-            raise ValueError(f"A tile of {self.tile} px is smaller than a patch of the vision tower, {patch} px.")
+            raise InputError(f"A tile of {self.tile} px is smaller than a patch of the vision tower, {patch} px.")
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1.")
+            raise InputError(f"batch_size={batch_size} must be at least 1.")
         self.generation: dict[str, Any] = {}  # further arguments of `generate`
         if compile:
             settings = CompileConfig()
@@ -214,7 +215,7 @@ class Describer:
             ValueError: regions without a head.
         """
         if regions and self.model.model.change_detection_head is None:
-            raise ValueError("This model has no change detection head: it cannot find regions.")
+            raise InputError("This model has no change detection head: it cannot find regions.")
         reports = self._describe_small([pair for pair in pairs if self.fits(pair[0])], regions)
         return [next(reports) if self.fits(pair[0]) else self._describe_large(*pair, regions) for pair in pairs]
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
+from kcfi.processing import InputError
 
 
 class Detector(nn.Module):
@@ -23,14 +24,14 @@ class Detector(nn.Module):
         model: its weights are shared, not copied.
 
     Raises:
-        ValueError: the model has no change detection head.
+        InputError: the model has no change detection head.
     """
 
     def __init__(self, model: KCFIForConditionalGeneration) -> None:
         super().__init__()
         self.model = model.model
         if self.model.change_detection_head is None:
-            raise ValueError("This model has no change detection head: it cannot find masks.")
+            raise InputError("This model has no change detection head: it cannot find masks.")
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See the class."""
@@ -54,12 +55,12 @@ def export_detector(model: KCFIForConditionalGeneration, path: str | Path) -> No
         path: file to write; its folder is created if missing.
 
     Raises:
-        ValueError: torch's exporter is not installed, the model is not in fp32, or it has no change detection head.
+        InputError: torch's exporter is not installed, the model is not in fp32, or it has no change detection head.
     """
     if find_spec("onnxscript") is None:
-        raise ValueError('The ONNX exporter is not installed: `pip install "kcfi[onnx]"`.')
+        raise InputError('The ONNX exporter is not installed: `pip install "kcfi[onnx]"`.')
     if model.dtype != torch.float32:
-        raise ValueError(f"The model is in {model.dtype}: load it with dtype=torch.float32, or call model.float().")
+        raise InputError(f"The model is in {model.dtype}: load it with dtype=torch.float32, or call model.float().")
     side: Any = model.config.image_size
     program: Any = torch.onnx.export(
         Detector(model.eval()).eval(),

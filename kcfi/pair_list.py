@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from kcfi.captioning import Describer, Pair, read_pair, save_pictures
+from kcfi.processing import InputError
 
 TABLE = "captions.csv"
 COLUMNS = ["name", "before", "after", "caption", "changed_fraction", "mask", "overlay", "heatmap", "regions"]
@@ -48,16 +49,16 @@ def find_pairs(before: str | Path, after: str | Path | None = None) -> list[Pair
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: images without a partner, no pairs, missing columns, or two pairs of one name.
+        InputError: images without a partner, no pairs, missing columns, or two pairs of one name.
     """
     before = Path(before)
     pairs = _manifest_pairs(before) if after is None else _folder_pairs(before, Path(after))
     if not pairs:
-        raise ValueError(f"{before}: no pairs in it.")
+        raise InputError(f"{before}: no pairs in it.")
     names = [pair.name for pair in pairs]
     if len(set(names)) < len(names):
         name = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{before}: two pairs are called {name!r}; name them in a manifest (column `name`).")
+        raise InputError(f"{before}: two pairs are called {name!r}; name them in a manifest (column `name`).")
     return pairs
 
 
@@ -66,12 +67,12 @@ def _manifest_pairs(manifest: Path) -> list[PairFiles]:
         reader = csv.DictReader(file)
         rows, columns = list(reader), reader.fieldnames or []
     if not {"before", "after"} <= set(columns):
-        raise ValueError(f"{manifest}: needs the columns before and after; it has {', '.join(columns) or 'none'}.")
+        raise InputError(f"{manifest}: needs the columns before and after; it has {', '.join(columns) or 'none'}.")
     pairs = []
     for number, row in enumerate(rows, start=2):
         name = row.get("name") or Path(row["after"] or "").stem
         if not (row["before"] and row["after"]) or Path(name).name != name:
-            raise ValueError(f"{manifest}, line {number}: needs before and after, and a name without a slash.")
+            raise InputError(f"{manifest}, line {number}: needs before and after, and a name without a slash.")
         pairs.append(PairFiles(name, manifest.parent / row["before"], manifest.parent / row["after"]))
     return pairs
 
@@ -83,7 +84,7 @@ def _folder_pairs(before: Path, after: Path) -> list[PairFiles]:
     alone = [str(path) for name, path in sorted({**first, **second}.items()) if not (name in first and name in second)]
     if alone:
         more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
-        raise ValueError(f"Images without a partner of the same name: {', '.join(alone[:3])}{more}.")
+        raise InputError(f"Images without a partner of the same name: {', '.join(alone[:3])}{more}.")
     return [PairFiles(path.stem, path, second[name]) for name, path in sorted(first.items())]
 
 
@@ -109,7 +110,7 @@ def describe_list(
         Rows of the table (`COLUMNS`; None where there is nothing), each once it stands in the file.
 
     Raises:
-        ValueError: the table of another model or of other images is there, or regions without a change detection head.
+        InputError: the table of another model or of other images is there, or regions without a change detection head.
     """
     describer.describe_pairs([], regions)  # refuses regions without a head before anything is written
     output.mkdir(parents=True, exist_ok=True)
@@ -191,7 +192,7 @@ def _described(table: Path, pairs: list[PairFiles], model: str, regions: bool, h
     """Names that a table has all that is asked for; its other rows, and a last one that was cut off, are taken out.
 
     Raises:
-        ValueError: the table of another model or of other images, or no table of this kind.
+        InputError: the table of another model or of other images, or no table of this kind.
     """
     if not table.exists():
         return set()
@@ -200,13 +201,13 @@ def _described(table: Path, pairs: list[PairFiles], model: str, regions: bool, h
     reader = csv.DictReader(io.StringIO(whole, newline=""))
     rows = list(reader)
     if whole and reader.fieldnames != COLUMNS:
-        raise ValueError(f"{table} is not a table of kcfi caption: choose another --output.")
+        raise InputError(f"{table} is not a table of kcfi caption: choose another --output.")
     expected = {files.name: _identity(files) for files in pairs}
     for row in rows:
         if row["model"] != model:
-            raise ValueError(f"{table} was written by the model {row['model']}: choose another --output.")
+            raise InputError(f"{table} was written by the model {row['model']}: choose another --output.")
         if expected.get(row["name"], row).items() - row.items():
-            raise ValueError(f"{table} describes other images as {row['name']!r}: choose another --output.")
+            raise InputError(f"{table} describes other images as {row['name']!r}: choose another --output.")
     kept = [
         row for row in rows if not row["error"] and (row["regions"] or not regions) and (row["heatmap"] or not heatmap)
     ]

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
+from kcfi.processing import InputError
+
 # Colour of each mask value. Class ids (1, 2) and file values (128, 255) do not collide.
 CHANGE_COLOURS = {1: (0, 200, 255), 2: (255, 96, 0), 128: (0, 200, 255), 255: (255, 96, 0)}
 
@@ -25,11 +27,11 @@ def overlay(image: Image.Image, mask: Image.Image | NDArray[np.integer], opacity
         An RGB image of the same size.
 
     Raises:
-        ValueError: If the sizes differ.
+        InputError: If the sizes differ.
     """
     values = np.asarray(mask)
     if values.shape != (image.height, image.width):
-        raise ValueError(
+        raise InputError(
             f"overlay: the mask is {values.shape[1]} x {values.shape[0]} px, the image {image.width} x {image.height}"
         )
     pixels = np.asarray(image.convert("RGB"), np.float32).copy()
@@ -52,10 +54,10 @@ def heat_map(image: Image.Image, values: NDArray[np.floating]) -> Image.Image:
         An RGB image of the same size.
 
     Raises:
-        ValueError: If the sizes differ.
+        InputError: If the sizes differ.
     """
     if values.shape != (image.height, image.width):
-        raise ValueError(
+        raise InputError(
             f"heat_map: values for {values.shape[1]} x {values.shape[0]} px, the image {image.width} x {image.height}"
         )
     low, high = np.percentile(values, [2, 98])
@@ -82,12 +84,12 @@ def contact_sheet(
         tile: Side of an image on the sheet in px.
 
     Raises:
-        ValueError: If there are no rows, or captions do not match them.
+        InputError: If there are no rows, or captions do not match them.
     """
     if not rows:
-        raise ValueError("contact_sheet: no rows to show")
+        raise InputError("contact_sheet: no rows to show")
     if captions is not None and len(captions) != len(rows):
-        raise ValueError(f"contact_sheet: {len(captions)} captions for {len(rows)} rows")
+        raise InputError(f"contact_sheet: {len(captions)} captions for {len(rows)} rows")
     gap, header = 6, 22 if titles else 0
     text_width = 420 if captions else 0
     columns = max(len(row) for row in rows)
@@ -135,10 +137,10 @@ def bar_chart(bars: Sequence[Bar], title: str) -> Image.Image:
         title: Text above them; its line breaks are kept.
 
     Raises:
-        ValueError: If there are no bars.
+        InputError: If there are no bars.
     """
     if not bars:
-        raise ValueError("bar_chart: no bars to show")
+        raise InputError("bar_chart: no bars to show")
     left, length, line = 330, 460, 24  # px: where bars begin, the longest one, height of a line
     header = 16 + line * (title.count("\n") + 1)
     ends = [end for bar in bars for end in ((bar.value or 0) + bar.spread, bar.reference or 0)]

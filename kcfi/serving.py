@@ -8,6 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.utils.import_utils import is_serve_available
 
 from kcfi.modeling_kcfi import KCFIConfig, KCFIForConditionalGeneration
+from kcfi.processing import InputError
 from kcfi.training.arguments import model_source
 
 
@@ -22,11 +23,11 @@ def serve(model: str, options: Sequence[str]) -> None:
         options: of `transformers serve`, for example `["--port", "8001"]`.
 
     Raises:
-        ValueError: the extra `serve` is not installed, or there is no such model.
+        InputError: the extra `serve` is not installed, or there is no such model.
         SystemExit: when the server ends, or an option is wrong.
     """
     if not is_serve_available():
-        raise ValueError('The server of transformers is not installed: `pip install "kcfi[serve]"`.')
+        raise InputError('The server of transformers is not installed: `pip install "kcfi[serve]"`.')
     from transformers.cli.transformers import app
 
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[KCFIConfig.model_type] = KCFIForConditionalGeneration.__name__

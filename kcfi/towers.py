@@ -37,7 +37,7 @@ def join_towers(
         The model, in evaluation mode and decoding greedily, and its processor.
 
     Raises:
-        ValueError: an unknown setting, or settings that do not fit the towers; a tokenizer without an end token, or a
+        InputError: an unknown setting, or settings that do not fit the towers; a tokenizer without an end token, or a
             language model whose logits are not a plain linear map of its last state.
         OSError: a tower, its image processor or its tokenizer is not there.
 

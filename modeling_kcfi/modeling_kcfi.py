@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, torch_compilable_check
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .change_detection_head import ChangeDetectionHead, mask_loss
@@ -62,7 +63,7 @@ class KCFIModelOutputWithPast(BaseModelOutputWithPast):
 
     Args:
         last_hidden_state (`torch.Tensor` of shape `(B, T, D)`): last states of the language model.
-        past_key_values, hidden_states, attentions: of the language model.
+        cache, hidden_states, attentions: of the language model.
         image_hidden_states (`torch.Tensor` of shape `(B, num_image_tokens * N, D)`): what replaced `<image>`.
         mask_logits (`torch.Tensor` of shape `(B, num_change_classes, H, W)`): None without pixels or head.
     """
@@ -78,7 +79,7 @@ class KCFICausalLMOutputWithPast(ModelOutput):
     Args:
         loss (`torch.Tensor` of shape `()`): sum of the losses below that could be computed, equal weights.
         logits (`torch.Tensor` of shape `(B, T, vocabulary)`): next-token scores; None in training, given `labels`.
-        past_key_values, hidden_states, attentions: of the language model.
+        cache, hidden_states, attentions: of the language model.
         image_hidden_states (`torch.Tensor` of shape `(B, num_image_tokens * N, D)`): what replaced `<image>`.
         caption_loss (`torch.Tensor` of shape `()`): eq. 8, given `labels`.
         mask_loss (`torch.Tensor` of shape `()`): eq. 9, given `mask_labels`.
@@ -87,7 +88,7 @@ class KCFICausalLMOutputWithPast(ModelOutput):
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
@@ -149,7 +150,6 @@ class KCFIPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")  # type: ignore[assignment]
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (transformers' own convention)
 
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -326,13 +326,14 @@ class KCFIModel(KCFIPreTrainedModel):
 
     @can_return_tuple
     @auto_docstring
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(  # type: ignore[misc]  # TransformersKwargs names position_ids too
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, KCFIImageFeatures] | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -361,13 +362,13 @@ class KCFIModel(KCFIPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
         return KCFIModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=None if image is None else torch.stack(list(image.pooler_output)),
@@ -523,13 +524,14 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     @auto_docstring
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(  # type: ignore[misc]  # TransformersKwargs names position_ids too
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         mask_labels: torch.Tensor | None = None,
@@ -564,7 +566,7 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
@@ -588,7 +590,7 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
         return KCFICausalLMOutputWithPast(
             loss=sum(losses[1:], losses[0]) if losses else None,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,

@@ -25,6 +25,10 @@ EXIF_ORIENTATION = 0x0112
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
 
 
+class InputError(ValueError):
+    """Bad input: the message says what was found, where, and how to put it right; `kcfi` prints it as one line."""
+
+
 def _file(image: Any) -> str:
     """The file that a PIL image was read from, in brackets, for messages."""
     name = getattr(image, "filename", "")
@@ -39,7 +43,7 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not an image or is truncated; the message names it.
+        InputError: the file is not an image or is truncated; the message names it.
     """
     if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
         return load_image(source)
@@ -50,7 +54,7 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # a broken PNG may be a SyntaxError
-        raise ValueError(f"{name}: cannot be read as an image ({error}).") from error
+        raise InputError(f"{name}: cannot be read as an image ({error}).") from error
     if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
         image.filename = name  # type: ignore[attr-defined]  # for messages; the rotated copy has none
@@ -84,7 +88,7 @@ def eight_bit(image: Any) -> Any:
     """An image in 8-bit values; see the table in `KCFIImageProcessor`.
 
     Raises:
-        ValueError: values whose black and white are not known; the message says which and what to do.
+        InputError: values whose black and white are not known; the message says which and what to do.
     """
     if isinstance(image, Image.Image):
         if image.mode in EIGHT_BIT_MODES:
@@ -103,7 +107,7 @@ def eight_bit(image: Any) -> Any:
         return np.rint(values * 255).astype(np.uint8)
     if understood and values.dtype.kind in "iu" and low >= 0 and high <= 255:
         return values.astype(np.uint8)
-    raise ValueError(
+    raise InputError(
         f"An image{_file(image)} of {kind} with values from {low} to {high} is not understood: give RGB or grey of 8 "
         "bits (0 to 255), or floats from 0 to 1. Wider data has no fixed black and white: stretch it to 8 bits "
         "yourself, both dates with the same limits (data that fills 16 bits: divide by 257)."
@@ -169,7 +173,7 @@ class KCFIPairProcessing(BaseImageProcessor):
         """
         height, width = image.shape[-2:]
         if height < size.height or width < size.width:
-            raise ValueError(
+            raise InputError(
                 f"crop_size {size.width} x {size.height} is larger than the resized image, {width} x {height} px: "
                 "make `size` at least as large as `crop_size`."
             )
@@ -183,7 +187,7 @@ class KCFIPairProcessing(BaseImageProcessor):
         pairs = any(isinstance(image, list) for image in images)
         if not images or (pairs and any(not isinstance(pair, list) or len(pair) != 2 for pair in images)):
             counts = [len(image) if isinstance(image, list) else 1 for image in images]
-            raise ValueError(
+            raise InputError(
                 f"Expected images, or [before, after] pairs of two images each; the groups have {counts} images."
             )
         sources = [image for pair in images for image in pair] if pairs else images
@@ -212,7 +216,7 @@ class KCFIPairProcessing(BaseImageProcessor):
         if not isinstance(masks, list):
             masks = [masks] if isinstance(masks, Image.Image) or masks.ndim == 2 else list(masks)
         if len(masks) != len(images):
-            raise ValueError(
+            raise InputError(
                 f"{len(masks)} masks for {len(images)} images or pairs: give one each, or None in its place."
             )
         kwargs |= {"resample": PILImageResampling.NEAREST, "do_rescale": False, "do_normalize": False}
@@ -245,7 +249,7 @@ class KCFIPairProcessing(BaseImageProcessor):
             ValueError: another number of sizes than of maps.
         """
         if len(mask_logits) != len(target_sizes):
-            raise ValueError(f"{len(target_sizes)} target_sizes for {len(mask_logits)} mask logits: give one each.")
+            raise InputError(f"{len(target_sizes)} target_sizes for {len(mask_logits)} mask logits: give one each.")
         return [
             self._post_process_mask(logits.float(), int(height), int(width))
             for logits, (height, width) in zip(mask_logits, target_sizes, strict=True)
@@ -276,12 +280,12 @@ class KCFIPairProcessing(BaseImageProcessor):
 def _class_ids(mask: Any) -> np.ndarray:
     """A mask -> uint8 class ids (H, W)."""
     if isinstance(mask, Image.Image) and mask.mode not in ("1", "L", "P"):
-        raise ValueError(f"A mask{_file(mask)} of mode {mask.mode!r} has no class ids: give one channel, mode 'L'.")
+        raise InputError(f"A mask{_file(mask)} of mode {mask.mode!r} has no class ids: give one channel, mode 'L'.")
     ids = _numpy(mask)
     if ids.ndim == 3 and ids.shape[0] == 1:
         ids = ids[0]
     if ids.ndim != 2 or ids.dtype.kind not in "biu" or ids.min() < 0 or ids.max() > NO_LABEL:
-        raise ValueError(
+        raise InputError(
             f"A mask{_file(mask)} of shape {ids.shape}, dtype {ids.dtype} and values {ids.min()} to {ids.max()} has "
             "no class ids: give integers of shape (H, W), 0 = background, 255 = no label."
         )
@@ -293,7 +297,7 @@ def _check_same_size(*items: tuple[str, Any, Any]) -> None:
     if len({tuple(array.shape[-2:]) for _, _, array in items}) == 1:
         return
     found = [f"{name}{_file(source)}: {array.shape[-1]} x {array.shape[-2]} px" for name, source, array in items]
-    raise ValueError(
+    raise InputError(
         f"The sizes differ: {', '.join(found)}. Bring them to one pixel grid (co-register and resample) first."
     )
 

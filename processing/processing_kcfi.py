@@ -10,7 +10,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from .image_processing_kcfi import KCFIImageProcessor, unstack
+from .image_processing_kcfi import InputError, KCFIImageProcessor, unstack
 
 if TYPE_CHECKING:  # transformers saves the files named in such lines: the pipeline travels with the processor
     from .pipeline_kcfi import ChangeCaptioningPipeline  # noqa: F401
@@ -103,14 +103,14 @@ def group_pairs(images: Any) -> list[list[Any]]:
             ...), empty for a text without; or these images in one flat list. Stacked arrays count as lists.
 
     Raises:
-        ValueError: a list with an odd number of images.
+        InputError: a list with an odd number of images.
     """
     images = unstack(images)
     nested = isinstance(images, list) and any(isinstance(group, list) for group in images)
     groups = [_flatten(group) for group in images] if nested else [_flatten(images)]
     counts = [len(group) for group in groups]
     if any(count % 2 for count in counts):
-        raise ValueError(
+        raise InputError(
             f"Beside text, images come as before/after pairs, [[before, after], ...]; got lists of {counts} images."
         )
     return [group[first : first + 2] for group in groups for first in range(0, len(group), 2)]
@@ -155,7 +155,7 @@ class KCFIProcessor(ProcessorMixin):
         image_token: str = "<image>",
     ) -> None:
         if visual_inputs not in NUM_IMAGE_TOKENS:
-            raise ValueError(f"visual_inputs={visual_inputs!r} is not one of {', '.join(NUM_IMAGE_TOKENS)}.")
+            raise InputError(f"visual_inputs={visual_inputs!r} is not one of {', '.join(NUM_IMAGE_TOKENS)}.")
         if image_token not in tokenizer.get_added_vocab():
             tokenizer.add_tokens(AddedToken(image_token, special=True, normalized=False))
         if tokenizer.pad_token is None:
@@ -244,7 +244,7 @@ class KCFIProcessor(ProcessorMixin):
         if has_chat_tokens(self.tokenizer):
             return "<|im_end|>"
         if self.tokenizer.eos_token is None:
-            raise ValueError("The tokenizer has no end token: set `tokenizer.eos_token`.")
+            raise InputError("The tokenizer has no end token: set `tokenizer.eos_token`.")
         return self.tokenizer.eos_token
 
     @property
@@ -292,10 +292,10 @@ class KCFIProcessor(ProcessorMixin):
             super().validate_inputs(images=images, **kwargs)
             return
         if not all(isinstance(sample, str) for sample in text):
-            raise ValueError("`text` must be a string or list of strings.")
+            raise InputError("`text` must be a string or list of strings.")
         tokens, pairs = sum(sample.count(self.image_token) for sample in text), len(images or [])
         if tokens != pairs * self.num_image_tokens:
-            raise ValueError(
+            raise InputError(
                 f"The total number of {self.image_token} tokens in the prompts should be the same as the number of "
                 f"inputs they stand for: {self.num_image_tokens} per pair with visual_inputs={self.visual_inputs!r}. "
                 f"Found {tokens} tokens and {pairs} pairs; `processor.prompt()` writes the tokens."

@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from kcfi.processing import InputError
 from kcfi.training.ablation_table import METRICS, RESULTS, AblationSet, read_report, write_tables
 from kcfi.training.arguments import Recipe, parse_recipe
 from kcfi.training.evaluate import flat_scores
@@ -49,11 +50,11 @@ def ablate(
         The last line of the error of every run that failed, by the name of the run.
 
     Raises:
-        ValueError: a recipe that cannot be read, or a run that began with other settings; then nothing has run.
+        InputError: a recipe that cannot be read, or a run that began with other settings; then nothing has run.
     """
     for option in overrides:
         if option.split("=")[0] in ("--seed", "--output_dir", "--output-dir"):
-            raise ValueError(f"{option}: every run has its own; choose --seeds and --output.")
+            raise InputError(f"{option}: every run has its own; choose --seeds and --output.")
     errors, commands, recipes = dict[str, str](), dict[str, list[str]](), dict[str, Recipe]()
     for run, (path, seed) in runs.items():
         settings = [*overrides, "--seed", str(seed), "--output_dir", str(output / run)]

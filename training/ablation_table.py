@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from kcfi.pictures import Bar, bar_chart
+from kcfi.processing import InputError
 from kcfi.training.arguments import RECIPES, check_names, find_recipe, read_yaml
 from kcfi.training.evaluate import flat_scores
 
@@ -133,11 +134,11 @@ def read_set(name: str | Path) -> AblationSet:
         name: YAML file with the fields of `AblationSet`, or the name of a packaged one ("ablations").
 
     Raises:
-        ValueError: no such set or recipe, two recipes of one name, or a field that is unknown or missing.
+        InputError: no such set or recipe, two recipes of one name, or a field that is unknown or missing.
     """
     path = Path(name) if Path(name).is_file() else RECIPES / f"{str(name).removesuffix('.yaml')}.yaml"
     if not path.is_file():
-        raise ValueError(
+        raise InputError(
             f"No set of recipes {name}: give a YAML file, or one of the packaged sets: ablations, synthetic_ablations."
         )
     plan = AblationSet(**_fields(read_yaml(path), AblationSet, str(path)))
@@ -147,19 +148,19 @@ def read_set(name: str | Path) -> AblationSet:
         check_names(row.paper, METRICS, f"score in {path}")
         row.recipe = find_recipe(row.recipe, path.parent)
         if names.setdefault(row.recipe.stem, row.recipe) != row.recipe:
-            raise ValueError(f"{path}: {names[row.recipe.stem]} and {row.recipe} need different file names.")
+            raise InputError(f"{path}: {names[row.recipe.stem]} and {row.recipe} need different file names.")
     return plan
 
 
 def _fields(values: Any, kind: type, what: str) -> dict[str, Any]:
     """The fields of a dataclass as a file gives them: none unknown, and none but `paper` missing."""
     if not isinstance(values, dict):
-        raise ValueError(f"{what} must hold `field: value` lines, but is {values!r}.")
+        raise InputError(f"{what} must hold `field: value` lines, but is {values!r}.")
     names = [entry.name for entry in fields(kind)]
     check_names(values, names, f"field of {what}")
     missing = [name for name in names if name not in values and name != "paper"]
     if missing:
-        raise ValueError(f"{what}: {', '.join(missing)} missing.")
+        raise InputError(f"{what}: {', '.join(missing)} missing.")
     return values
 
 

@@ -14,6 +14,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from kcfi import embedded_model
+from kcfi.processing import InputError
 from kcfi.training.zero import find_settings, require_deepspeed
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -227,22 +228,22 @@ class KCFITrainingArguments(TrainingArguments):
         self.report_to = self.report_to or ["none"]  # an empty list cannot be written on a command line
         self.deepspeed = settings  # a saved recipe names the settings, not where kcfi is installed
         if self.dwa_temperature <= 0:
-            raise ValueError(f"dwa_temperature={self.dwa_temperature} must be above 0 (0.2 in the paper).")
+            raise InputError(f"dwa_temperature={self.dwa_temperature} must be above 0 (0.2 in the paper).")
         if not 0 <= self.max_unreadable < 1:
-            raise ValueError(f"max_unreadable={self.max_unreadable} must be at least 0 and below 1.")
+            raise InputError(f"max_unreadable={self.max_unreadable} must be at least 0 and below 1.")
         if self.liger_kernel_config is not None:
-            raise ValueError("liger_kernel_config: `use_liger_kernel` takes one kernel, which has no settings.")
+            raise InputError("liger_kernel_config: `use_liger_kernel` takes one kernel, which has no settings.")
         if self.bf16_language_model and self.train_language_model:
-            raise ValueError("bf16_language_model: small updates are lost in bf16; leave out train_language_model.")
+            raise InputError("bf16_language_model: small updates are lost in bf16; leave out train_language_model.")
         if self.bf16_language_model and self.deepspeed:
-            raise ValueError("bf16_language_model: DeepSpeed keeps all weights in bf16 by `bf16: true`, or none.")
+            raise InputError("bf16_language_model: DeepSpeed keeps all weights in bf16 by `bf16: true`, or none.")
         if self.activation_checkpointing_towers != "both" and not self.activation_checkpointing:
-            raise ValueError(
+            raise InputError(
                 f"activation_checkpointing_towers={self.activation_checkpointing_towers} changes nothing without "
                 "`activation_checkpointing: true`."
             )
         if self.dwa_window < 1:
-            raise ValueError(f"dwa_window={self.dwa_window} must be at least 1 optimizer step.")
+            raise InputError(f"dwa_window={self.dwa_window} must be at least 1 optimizer step.")
 
 
 GROUPS: tuple[Any, ...] = (ModelArguments, DataArguments, KCFITrainingArguments)
@@ -272,7 +273,7 @@ def parse_recipe(recipe: str | Path, overrides: Sequence[str] = (), starts: bool
         starts: this process will train. False: another one will, which a launcher starts if it needs DeepSpeed.
 
     Raises:
-        ValueError: no such recipe, bases in a circle, an unknown field (with the nearest name), a value of the wrong
+        InputError: no such recipe, bases in a circle, an unknown field (with the nearest name), a value of the wrong
             type, or `null` for a field that must have a value.
     """
     values, optional = _read(find_recipe(recipe)), optional_fields()
@@ -310,7 +311,7 @@ def find_recipe(recipe: str | Path, folder: Path = Path()) -> Path:
     """The file of a recipe: the path itself, relative to `folder`, or the packaged recipe of that name.
 
     Raises:
-        ValueError: neither exists; the message lists the packaged ones.
+        InputError: neither exists; the message lists the packaged ones.
     """
     packaged = packaged_recipes()
     if (folder / recipe).is_file():
@@ -318,7 +319,7 @@ def find_recipe(recipe: str | Path, folder: Path = Path()) -> Path:
     name = str(recipe).removesuffix(".yaml")
     if name not in packaged:
         names = ", ".join(packaged)
-        raise ValueError(f"No recipe {recipe}: give a YAML file, or one of the packaged recipes: {names}.")
+        raise InputError(f"No recipe {recipe}: give a YAML file, or one of the packaged recipes: {names}.")
     return packaged[name]
 
 
@@ -355,25 +356,25 @@ def check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:
     """Refuse a name that is not known, and propose the nearest one.
 
     Raises:
-        ValueError: the first unknown name.
+        InputError: the first unknown name.
     """
     known = list(known)
     for name in names:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f" did you mean {nearest[0]!r}?" if nearest else f" known: {', '.join(sorted(known))}."
-            raise ValueError(f"Unknown {what} {name!r}:{hint}")
+            raise InputError(f"Unknown {what} {name!r}:{hint}")
 
 
 def as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
     """The dictionary of a field that may come as JSON or YAML text, or not at all.
 
     Raises:
-        ValueError: the text is not a dictionary.
+        InputError: the text is not a dictionary.
     """
     parsed = yaml.safe_load(value) if isinstance(value, str) else value
     if not isinstance(parsed, dict | None):
-        raise ValueError(f"{value!r} is not a dictionary: write it as JSON, for example '{{\"num_labels\": 2}}'.")
+        raise InputError(f"{value!r} is not a dictionary: write it as JSON, for example '{{\"num_labels\": 2}}'.")
     return dict(parsed or {})
 
 
@@ -383,17 +384,17 @@ def model_source(model: str) -> str:
     A name that begins with a folder of this machine, like "runs/paper", is never looked up on the Hub.
 
     Raises:
-        ValueError: a path where there is no folder.
+        InputError: a path where there is no folder.
     """
     if model == "kcfi-tiny":
         return embedded_model()
     if Path(model).is_dir():
         return model
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model):
-        raise ValueError(f"No model {model}: it is neither a folder nor a Hub id (`owner/name`).")
+        raise InputError(f"No model {model}: it is neither a folder nor a Hub id (`owner/name`).")
     first, slash, name = model.partition("/")
     if slash and Path(first).is_dir():
-        raise ValueError(
+        raise InputError(
             f"No model {model}: the folder {first} is here and holds no folder {name}. If you mean a model of the "
             f"Hub, `hf download {model} --local-dir {model}` puts it there."
         )
@@ -404,7 +405,7 @@ class _Parser(HfArgumentParser):
     """Raises `ValueError` where argparse would print its usage and exit."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message.removeprefix("argument "))
+        raise InputError(message.removeprefix("argument "))
 
 
 def _own_fields() -> list[str]:
@@ -418,7 +419,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values of a recipe and, below them, those of its base; `above` are the recipes that led here."""
     above = (*above, path.resolve())
     if above[-1] in above[:-1]:
-        raise ValueError(f"Recipes are each other's base: {' -> '.join(map(str, above))}.")
+        raise InputError(f"Recipes are each other's base: {' -> '.join(map(str, above))}.")
     values = read_yaml(path, optional_fields())
     if "base" not in values:
         return values
@@ -436,17 +437,17 @@ def read_yaml(path: Path, optional: Collection[str] = ()) -> dict[str, Any]:
         optional: fields that may be `null`.
 
     Raises:
-        ValueError: it is not YAML, holds something else, or another field has no value.
+        InputError: it is not YAML, holds something else, or another field has no value.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a YAML file: {error}") from error
+        raise InputError(f"{path} is not a YAML file: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold `field: value` lines, but holds a {type(values).__name__}.")
+        raise InputError(f"{path} must hold `field: value` lines, but holds a {type(values).__name__}.")
     empty = [name for name, value in values.items() if value is None and name not in optional]
     if empty:
-        raise ValueError(f"{path}: {', '.join(map(str, empty))} has no value; leave the line out to keep the default.")
+        raise InputError(f"{path}: {', '.join(map(str, empty))} has no value; leave the line out to keep the default.")
     return values
 
 
@@ -456,7 +457,7 @@ def _overrides(arguments: Sequence[str]) -> Iterable[tuple[str, list[str]]]:
     while position < len(arguments):
         option = arguments[position]
         if not option.startswith("--"):
-            raise ValueError(f"Unexpected {option!r}: options are written --field value, after the recipe.")
+            raise InputError(f"Unexpected {option!r}: options are written --field value, after the recipe.")
         name, equals, value = option[2:].partition("=")
         end = position + 1
         while not equals and end < len(arguments) and not arguments[end].startswith("--"):

@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.utils.rnn import pad_sequence
 
-from kcfi.processing import INSTRUCTIONS, KCFIProcessor
+from kcfi.processing import INSTRUCTIONS, InputError, KCFIProcessor
 from kcfi.training.augmentation import augment
 from kcfi.training.levir_cc import MaskClasses, class_ids
 
@@ -53,7 +53,7 @@ class KCFICollator:
 
     def __post_init__(self) -> None:
         if not 1 <= self.captions_per_pair <= 5:
-            raise ValueError(f"captions_per_pair={self.captions_per_pair} must be 1 to 5.")
+            raise InputError(f"captions_per_pair={self.captions_per_pair} must be 1 to 5.")
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other instructions and captions from now on."""
@@ -80,7 +80,7 @@ class KCFICollator:
         """
         for example in examples:
             if not example["captions"]:
-                raise ValueError(f"{example['filename']}: no captions.")
+                raise InputError(f"{example['filename']}: no captions.")
         if self.train and self.augment:
             examples = [augment(example, self._chance(example, "augment ")) for example in examples]
         masks = [
@@ -165,7 +165,7 @@ def packed_attention_mask(segment_ids: torch.Tensor, implementation: str, dtype:
         (B, 1, T, T) or, for flex attention, a `BlockMask`.
 
     Raises:
-        ValueError: an implementation (flash attention) that takes no such mask.
+        InputError: an implementation (flash attention) that takes no such mask.
     """
     if segment_ids.max() <= 1:
         return (segment_ids != PADDING).long()
@@ -178,7 +178,7 @@ def packed_attention_mask(segment_ids: torch.Tensor, implementation: str, dtype:
     if implementation == "flex_attention":
         return create_block_mask(visible, rows, None, length, length, device=segment_ids.device)
     if implementation not in ("eager", "sdpa"):
-        raise ValueError(
+        raise InputError(
             f"{implementation} cannot keep the captions of a row apart: load the model with "
             'attn_implementation="sdpa", or set captions_per_pair to 1.'
         )
@@ -215,7 +215,7 @@ def check_packing(language_model: Any, longest: int) -> None:
         longest: tokens of the longest row.
 
     Raises:
-        ValueError: its attention takes no such mask (flash), looks back by a window or by distance in the row, or its
+        InputError: its attention takes no such mask (flash), looks back by a window or by distance in the row, or its
             state runs on from one caption into the next (recurrent and convolutional layers).
     """
     config = language_model.config
@@ -235,7 +235,7 @@ def check_packing(language_model: Any, longest: int) -> None:
         same = False
     window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
     if not same or (window and window < longest):
-        raise ValueError(
+        raise InputError(
             f"The language model ({config.model_type}) cannot keep several captions of a row apart: set "
             "captions_per_pair to 1."
         )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from kcfi.processing import InputError
 from kcfi.training.levir_cc import (
     CLASS_NAMES,
     FOLDERS,
@@ -79,13 +80,13 @@ def check_folder(
 
     Raises:
         FileNotFoundError: If there is no such folder, or neither a captions file nor a shard in it.
-        ValueError: If the captions file is no such JSON, or `columns` is given for a folder without shards.
+        InputError: If the captions file is no such JSON, or `columns` is given for a folder without shards.
     """
     if Path(root).is_dir() and is_datasets_name(str(root)):
         return check_shards(Path(root), columns or {})
     captions = find_captions(Path(root))
     if columns:
-        raise ValueError(f"columns are for parquet shards; {root} has none")
+        raise InputError(f"columns are for parquet shards; {root} has none")
     images = Path(root) / "images"
     pairs, problems = read_all_captions(captions)
     for pair in pairs:

@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.pictures import contact_sheet, overlay
-from kcfi.processing import KCFIProcessor
+from kcfi.processing import InputError, KCFIProcessor
 from kcfi.training.arguments import model_source
 from kcfi.training.collator import KCFICollator
 from kcfi.training.feature_cache import FeatureCache
@@ -57,10 +57,10 @@ def check_classes(model: KCFIForConditionalGeneration, mask_classes: MaskClasses
     """Refuse masks that are mapped to other classes than the model predicts.
 
     Raises:
-        ValueError: with both numbers.
+        InputError: with both numbers.
     """
     if model.config.num_change_classes != num_classes(mask_classes):
-        raise ValueError(
+        raise InputError(
             f"mask_classes={mask_classes} has {num_classes(mask_classes)} classes, the model "
             f"num_change_classes={model.config.num_change_classes}: make them agree."
         )
@@ -127,7 +127,7 @@ class Scores:
         """Count a batch."""
         for pair in predictions:
             if pair.filename in self.captions:
-                raise ValueError(f"{pair.filename} occurs more than once in this split: `kcfi data check` names all.")
+                raise InputError(f"{pair.filename} occurs more than once in this split: `kcfi data check` names all.")
             if sum(sample.changed == pair.changed for _, sample in self.samples) < SAMPLES:
                 self.samples.append((len(self.references), pair))
             self.captions[pair.filename] = pair.caption
@@ -209,7 +209,7 @@ def evaluate_model(
 
     Raises:
         FileNotFoundError: no such data set, or no Java with `meteor`.
-        ValueError: the classes of masks and model differ, or a file of the data set cannot be used.
+        InputError: the classes of masks and model differ, or a file of the data set cannot be used.
     """
     if meteor:
         require_java()  # now, not after an hour of captions

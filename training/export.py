@@ -25,6 +25,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 import kcfi  # noqa: F401 (registers the Auto classes)
+from kcfi.processing import InputError
 from kcfi.training.levir_cc import check_new_folder, read_json
 from kcfi.training.lora import merge_lora
 from kcfi.training.model_card import LICENSE, RECIPE_FILE, card_of_run
@@ -47,13 +48,13 @@ def save(
         text_model: Hub id and commit of the language model, to leave it out.
 
     Raises:
-        ValueError: the weights are damaged, or the language model is not that of `text_model`.
+        InputError: the weights are damaged, or the language model is not that of `text_model`.
         OSError: a file is missing.
     """
     try:
         model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
     except SafetensorError as error:
-        raise ValueError(f"The weights in {source} cannot be read: {error}") from error
+        raise InputError(f"The weights in {source} cannot be read: {error}") from error
     model = merge_lora(model)
     weights = model.state_dict()
     if text_model:
@@ -68,7 +69,7 @@ def check_language_model(model: Any, text_model: str, revision: str | None) -> N
     """Refuse to leave out a language model that is not, bit by bit, the one to be fetched instead.
 
     Raises:
-        ValueError: names the first weight that differs: it was trained, kept in another precision
+        InputError: names the first weight that differs: it was trained, kept in another precision
             (`bf16_language_model`), or its vocabulary was extended.
         OSError: no such language model.
     """
@@ -78,7 +79,7 @@ def check_language_model(model: Any, text_model: str, revision: str | None) -> N
         weights = theirs.state_dict()
         for name, weight in ours.state_dict().items():
             if name not in weights or not torch.equal(weight, weights[name]):
-                raise ValueError(
+                raise InputError(
                     f"The language model cannot be left out: its {name} is not that of {text_model}. It must have "
                     "been kept frozen, in the precision that it has there, with the vocabulary that it has there."
                 )
@@ -118,7 +119,7 @@ def check_run(folder: Path) -> None:
 
     Raises:
         FileNotFoundError: there is no such folder, or a file that `kcfi train` leaves is missing.
-        ValueError: it is a model of another kind.
+        InputError: it is a model of another kind.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"No run {folder}: give the folder that `kcfi train` wrote, its output_dir.")
@@ -130,7 +131,7 @@ def check_run(folder: Path) -> None:
             )
     kind = read_json(folder / "config.json").get("model_type")
     if kind != "kcfi":
-        raise ValueError(f"{folder} holds a model of type {kind!r}, not 'kcfi'.")
+        raise InputError(f"{folder} holds a model of type {kind!r}, not 'kcfi'.")
 
 
 def push(
@@ -159,15 +160,15 @@ def push(
     Raises:
         FileNotFoundError: no finished run, or no results file.
         FileExistsError: `dry_run` is not empty.
-        ValueError: not a KCFI model, an invalid `repo_id`, a file that cannot be read, or a language model that cannot
+        InputError: not a KCFI model, an invalid `repo_id`, a file that cannot be read, or a language model that cannot
             be left out.
         OSError: the Hub cannot be reached, or refuses.
     """
     validate_repo_id(repo_id)
     if "/" not in repo_id:
-        raise ValueError(f"{repo_id!r} names no owner: write owner/name, for example me/{repo_id}.")
+        raise InputError(f"{repo_id!r} names no owner: write owner/name, for example me/{repo_id}.")
     if text_model and Path(text_model).exists():
-        raise ValueError(f"{text_model} is a folder of this machine, where nobody else finds it: give its Hub id.")
+        raise InputError(f"{text_model} is a folder of this machine, where nobody else finds it: give its Hub id.")
     if dry_run:
         check_new_folder(dry_run)
     check_run(folder)

@@ -11,6 +11,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutput
 
 from kcfi.modeling_kcfi import KCFIModel
+from kcfi.processing import InputError
 from kcfi.training.arguments import KCFITrainingArguments
 from kcfi.training.collator import KCFICollator
 
@@ -19,7 +20,7 @@ def check_cacheable(args: KCFITrainingArguments, collator: KCFICollator) -> None
     """Refuse a feature cache whose entries would be wrong, or never be read again.
 
     Raises:
-        ValueError: names the setting in its way.
+        InputError: names the setting in its way.
     """
     reason = ""
     if args.train_vision_tower:
@@ -29,7 +30,7 @@ def check_cacheable(args: KCFITrainingArguments, collator: KCFICollator) -> None
     elif is_deepspeed_zero3_enabled():
         reason = "ZeRO-3 splits the tower's weights, by which entries are named: take zero2"
     if reason:
-        raise ValueError(f"feature_cache: {reason}; or leave out feature_cache.")
+        raise InputError(f"feature_cache: {reason}; or leave out feature_cache.")
 
 
 class FeatureCache:

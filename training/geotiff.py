@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from kcfi.processing import InputError
 from kcfi.training.levir_cc import read_json
 from kcfi.training.material_sources import FINEST, SURFACES, Picture, Source
 
@@ -18,7 +19,7 @@ try:
     from rasterio.enums import Resampling
     from rasterio.errors import CRSError, RasterioError
 except ImportError as error:
-    raise ValueError(
+    raise InputError(
         "rasterio is needed for footprints in GeoJSON, and for images whose description gives no metres_per_pixel: "
         'pip install "kcfi[geo]"'
     ) from error
@@ -40,17 +41,17 @@ def read_geotiff(source: Source, image: Path, labels: Path | None) -> Picture:
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file cannot be read, the image has no place or more than 8 bits, or the mask another size.
+        InputError: If a file cannot be read, the image has no place or more than 8 bits, or the mask another size.
     """
     try:
         with rasterio.open(image) as file:
             if file.crs is None:
-                raise ValueError(
+                raise InputError(
                     f"{image}: no coordinate system. Give GeoTIFFs, or masks as png files and metres_per_pixel in the "
                     "description of the source"
                 )
             if file.dtypes[0] != "uint8":
-                raise ValueError(
+                raise InputError(
                     f"{image}: bands of {file.dtypes[0]}; expected 8 bits (`gdal_translate -ot Byte -scale`)"
                 )
             metres = source.metres_per_pixel
@@ -66,7 +67,7 @@ def read_geotiff(source: Source, image: Path, labels: Path | None) -> Picture:
             transform = stretch(file.transform, *shrunk)
             crs, bounds, size = file.crs, file.bounds, (file.width, file.height)
     except RasterioError as error:
-        raise ValueError(f"{image}: cannot be read as a GeoTIFF ({error})") from error
+        raise InputError(f"{image}: cannot be read as a GeoTIFF ({error})") from error
     surfaces = None
     if labels is not None and labels.suffix == ".geojson":
         buildings = draw_footprints(labels, crs, bounds, transform, (height, width))
@@ -122,7 +123,7 @@ def draw_footprints(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read.
+        InputError: If it cannot be read.
     """
     polygons, boxes, system = read_footprints(path)
     left, bottom, right, top = warp.transform_bounds(crs, system, *bounds)
@@ -142,23 +143,23 @@ def read_footprints(path: Path) -> tuple[list[dict[str, Any]], NDArray[np.float6
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no FeatureCollection, or a polygon or the coordinate system is refused.
+        InputError: If it is no FeatureCollection, or a polygon or the coordinate system is refused.
     """
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("features"), list):
-        raise ValueError(f"{path}: no list 'features'; expected a FeatureCollection of GeoJSON")
+        raise InputError(f"{path}: no list 'features'; expected a FeatureCollection of GeoJSON")
     polygons = []
     for number, feature in enumerate(content["features"]):
         geometry = feature.get("geometry") if isinstance(feature, dict) else None
         if not isinstance(geometry, dict) or geometry.get("type") not in ("Polygon", "MultiPolygon"):
             continue
         if not features.is_valid_geom(geometry):
-            raise ValueError(f"{path}: features[{number}] is no valid {geometry['type']}")
+            raise InputError(f"{path}: features[{number}] is no valid {geometry['type']}")
         polygons.append(geometry)
     try:
         system = CRS.from_user_input(content["crs"]["properties"]["name"]) if content.get("crs") else LON_LAT
     except (CRSError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path}: its crs is not understood ({error!r}); leave it out for longitude, latitude"
         ) from error
     return polygons, np.array([features.bounds(polygon) for polygon in polygons]).reshape(-1, 4), system

@@ -36,6 +36,7 @@ from torch.utils.data import Dataset, Subset
 from transformers.image_transforms import convert_to_rgb
 from transformers.utils import logging
 
+from kcfi.processing import InputError
 from kcfi.processing.image_processing_kcfi import eight_bit, open_image
 
 logger = logging.get_logger(__name__)
@@ -104,7 +105,7 @@ def class_ids(mask: Image.Image, mask_classes: MaskClasses, filename: str) -> ND
         Class ids (H, W), uint8. File value 255 is a building; `NO_LABEL` never comes from a file.
 
     Raises:
-        ValueError: If the channels differ or a value is none of 0, 128 and 255.
+        InputError: If the channels differ or a value is none of 0, 128 and 255.
     """
     table = np.full(256, NO_LABEL, np.uint8)
     for value, class_id in _CLASS_IDS[mask_classes].items():
@@ -113,7 +114,7 @@ def class_ids(mask: Image.Image, mask_classes: MaskClasses, filename: str) -> ND
     ids: NDArray[np.uint8] = table[values]
     unknown = np.unique(values[ids == NO_LABEL])
     if unknown.size:
-        raise ValueError(
+        raise InputError(
             f"{filename}: mask value {', '.join(map(str, unknown))} is unknown; expected {MASK_BACKGROUND} "
             f"(background), {MASK_ROAD} (road) and {MASK_BUILDING} (building)"
         )
@@ -131,15 +132,15 @@ def grey_mask(mask: Image.Image, filename: str) -> Image.Image:
         Image of mode "L".
 
     Raises:
-        ValueError: If the channels differ or the image has more than 8 bits per channel.
+        InputError: If the channels differ or the image has more than 8 bits per channel.
     """
     if mask.mode not in _EIGHT_BIT_MODES:
-        raise ValueError(f"{filename}: mask of mode {mask.mode}; expected 8-bit grey")
+        raise InputError(f"{filename}: mask of mode {mask.mode}; expected 8-bit grey")
     if mask.mode in ("L", "1"):
         return mask.convert("L")
     channels = np.asarray(mask.convert("RGB"))
     if (channels != channels[..., :1]).any():
-        raise ValueError(f"{filename}: a colour mask; expected grey as in `label` (not `label_rgb`)")
+        raise InputError(f"{filename}: a colour mask; expected grey as in `label` (not `label_rgb`)")
     return Image.fromarray(channels[..., 0])
 
 
@@ -154,7 +155,7 @@ def read_image(path: str | Path | Image.Image) -> Image.Image:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no readable image or has more than 8 bits per channel.
+        InputError: If the file is no readable image or has more than 8 bits per channel.
     """
     image = eight_bit(open_image(path))
     if not isinstance(image, Image.Image):  # mode F
@@ -173,14 +174,14 @@ def read_mask(path: Path | Image.Image) -> Image.Image:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no readable image or no grey mask.
+        InputError: If the file is no readable image or no grey mask.
     """
     return grey_mask(open_image(path), str(getattr(path, "filename", path)))
 
 
 def read_pair(
     sources: Mapping[str, Path | Image.Image],
-) -> tuple[dict[str, Image.Image], list[FileNotFoundError | ValueError]]:
+) -> tuple[dict[str, Image.Image], list[FileNotFoundError | InputError]]:
     """Read the images of a pair and its mask, and find everything that is wrong with them.
 
     Args:
@@ -191,19 +192,19 @@ def read_pair(
         the first one that could be read. Each names its file.
     """
     images: dict[str, Image.Image] = {}
-    problems: list[FileNotFoundError | ValueError] = []
+    problems: list[FileNotFoundError | InputError] = []
     names = {key: str(getattr(source, "filename", source)) for key, source in sources.items()}
     for key, source in sources.items():
         try:
             images[key] = read_mask(source) if key == "mask" else read_image(source)
-        except (FileNotFoundError, ValueError) as error:
+        except (FileNotFoundError, InputError) as error:
             problems.append(error)
             continue
         first = next(iter(images))
         if images[key].size != images[first].size:
             width, height = images[first].size
             problems.append(
-                ValueError(
+                InputError(
                     f"{names[key]}: {images[key].width} x {images[key].height} pixels, "
                     f"but {names[first]} has {width} x {height}"
                 )
@@ -211,7 +212,7 @@ def read_pair(
     return images, problems
 
 
-class UnreadablePairError(ValueError):
+class UnreadablePairError(InputError):
     """An image of a pair cannot be read or does not fit the others; the message names its file."""
 
 
@@ -281,15 +282,15 @@ def read_captions(path: Path, split: str) -> list[CaptionedPair]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no such JSON, has no pair of this split, or a pair of any split lacks a field, lacks
+        InputError: If the file is no such JSON, has no pair of this split, or a pair of any split lacks a field, lacks
             sentences or occurs twice.
     """
     pairs, problems = read_all_captions(path)
     if problems:
-        raise ValueError(problems[0])
+        raise InputError(problems[0])
     found = sorted({pair.split for pair in pairs})
     if split not in found:
-        raise ValueError(f"{path}: no pair of split '{split}'; splits in the file: {', '.join(found) or 'none'}")
+        raise InputError(f"{path}: no pair of split '{split}'; splits in the file: {', '.join(found) or 'none'}")
     return [pair for pair in pairs if pair.split == split]
 
 
@@ -305,11 +306,11 @@ def read_all_captions(path: Path) -> tuple[list[CaptionedPair], list[str]]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no such JSON.
+        InputError: If the file is no such JSON.
     """
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise ValueError(f"{path}: no list 'images'; expected the schema of LevirCCcaptions.json")
+        raise InputError(f"{path}: no list 'images'; expected the schema of LevirCCcaptions.json")
     pairs: dict[tuple[str, str], CaptionedPair] = {}
     problems = []
     for number, entry in enumerate(content["images"]):
@@ -343,7 +344,7 @@ def read_json(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no JSON or an object repeats a key.
+        InputError: If it is no JSON or an object repeats a key.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -352,14 +353,14 @@ def read_json(path: Path) -> Any:
         text = gzip.decompress(content) if path.suffix == ".gz" else content
         return json.loads(text, object_pairs_hook=_unique_keys)
     except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+        raise InputError(f"{path}: not readable as JSON ({error})") from error
 
 
 def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a JSON object; plain `dict` would keep the last of two equal keys and say nothing."""
     counts = Counter(key for key, _ in items)
     if len(counts) < len(items):
-        raise ValueError(f"{name_some(key for key in counts if counts[key] > 1)} occurs more than once")
+        raise InputError(f"{name_some(key for key in counts if counts[key] > 1)} occurs more than once")
     return dict(items)
 
 
@@ -399,7 +400,7 @@ class LevirCCDataset(Dataset[dict[str, Any]]):
     Raises:
         FileNotFoundError: At construction, if a folder or the JSON is missing or a folder is empty; by an example, if
             one of its files is missing.
-        ValueError: At construction, for a JSON that `read_captions` refuses; by an example, if a file is no image, the
+        InputError: At construction, for a JSON that `read_captions` refuses; by an example, if a file is no image, the
             mask is coloured, or the sizes differ.
     """
 
@@ -468,21 +469,21 @@ def load_pairs(
 
     Raises:
         FileNotFoundError: If the data set or a part of it is missing.
-        ValueError: If `num_pairs` is below 1, the split is unknown, the folder's JSON or the columns are refused, or
+        InputError: If `num_pairs` is below 1, the split is unknown, the folder's JSON or the columns are refused, or
             `columns`, `materials` or `pair_mix` is given for a data set that has none.
     """
     if num_pairs is not None and num_pairs < 1:
-        raise ValueError(f"num_pairs is {num_pairs}; expected at least 1")
+        raise InputError(f"num_pairs is {num_pairs}; expected at least 1")
     if columns and not is_datasets_name(dataset):
-        raise ValueError(f"columns are for parquet shards and Hub ids; {dataset} is neither")
+        raise InputError(f"columns are for parquet shards and Hub ids; {dataset} is neither")
     if (materials or pair_mix) and dataset != "synthetic":
-        raise ValueError(f"materials and pair_mix are for dataset 'synthetic'; {dataset} comes as it is")
+        raise InputError(f"materials and pair_mix are for dataset 'synthetic'; {dataset} comes as it is")
     if dataset == "synthetic":
         from kcfi.training.material_library import LibraryMaterials
         from kcfi.training.synthetic import SyntheticDataset  # a folder needs none of its drawing code
 
         if split not in SYNTHETIC_PAIRS:
-            raise ValueError(f"split '{split}' is unknown; 'synthetic' has {', '.join(SYNTHETIC_PAIRS)}")
+            raise InputError(f"split '{split}' is unknown; 'synthetic' has {', '.join(SYNTHETIC_PAIRS)}")
         library = LibraryMaterials(materials, split) if materials else None
         count = num_pairs or SYNTHETIC_PAIRS[split]
         return SyntheticDataset(count, split, seed, materials=library, pair_mix=pair_mix)

@@ -8,6 +8,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_liger_kernel_available
 
 from kcfi.modeling_kcfi.modeling_kcfi import CHUNK, KCFIForConditionalGeneration, chunked_caption_loss
+from kcfi.processing import InputError
 from kcfi.training.arguments import KCFITrainingArguments
 
 
@@ -15,19 +16,19 @@ def caption_loss_of(model: KCFIForConditionalGeneration, args: KCFITrainingArgum
     """What computes the caption loss of a training: `chunked_caption_loss`, or the same by Liger's kernel.
 
     Raises:
-        ValueError: `use_liger_kernel` without a GPU or Liger, or with an output layer that the kernel cannot read.
+        InputError: `use_liger_kernel` without a GPU or Liger, or with an output layer that the kernel cannot read.
     """
     if not args.use_liger_kernel:
         return chunked_caption_loss
     if args.device.type in ("cpu", "mps"):
-        raise ValueError("use_liger_kernel: its kernel is written in Triton and needs a GPU; leave it out here.")
+        raise InputError("use_liger_kernel: its kernel is written in Triton and needs a GPU; leave it out here.")
     if not is_liger_kernel_available():
-        raise ValueError("use_liger_kernel needs Liger: `pip install 'kcfi[liger]'`.")
+        raise InputError("use_liger_kernel needs Liger: `pip install 'kcfi[liger]'`.")
     if type(model.lm_head) is not nn.Linear:
         kind = type(model.lm_head).__name__
-        raise ValueError(f"use_liger_kernel: the kernel reads a plain nn.Linear, and `lm_head` is a {kind}.")
+        raise InputError(f"use_liger_kernel: the kernel reads a plain nn.Linear, and `lm_head` is a {kind}.")
     if is_deepspeed_zero3_enabled():
-        raise ValueError("use_liger_kernel: ZeRO-3 keeps only a part of the output layer on each GPU; take ZeRO-2.")
+        raise InputError("use_liger_kernel: ZeRO-3 keeps only a part of the output layer on each GPU; take ZeRO-2.")
     return fused_caption_loss
 
 

@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
+from kcfi.processing import InputError
 from kcfi.training.arguments import KCFITrainingArguments, check_names
 
 OURS = ("exclude_modules", "modules_to_save")  # fields of LoraConfig that keep to the rule above
@@ -35,10 +36,10 @@ def add_lora(model: KCFIForConditionalGeneration, settings: dict[str, Any], args
         args: whether the vision tower trains.
 
     Raises:
-        ValueError: an unknown or unfit setting, or the language model is to be trained as a whole.
+        InputError: an unknown or unfit setting, or the language model is to be trained as a whole.
     """
     if args.train_language_model:
-        raise ValueError("lora adapts a frozen language model: leave out lora, or train_language_model.")
+        raise InputError("lora adapts a frozen language model: leave out lora, or train_language_model.")
     names = [field.name for field in dataclasses.fields(LoraConfig) if field.name not in OURS]
     check_names(settings, names, "entry of lora")
     frozen = {"language_model"} if args.train_vision_tower else {"language_model", "vision_tower"}
@@ -49,7 +50,7 @@ def add_lora(model: KCFIForConditionalGeneration, settings: dict[str, Any], args
         )
         model.add_adapter(config)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"lora: {error}") from error
+        raise InputError(f"lora: {error}") from error
 
 
 def save_start(

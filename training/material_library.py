@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from kcfi.processing import InputError
 from kcfi.training.levir_cc import read_json
 from kcfi.training.synthetic_materials import Array, ProceduralMaterials, TextureKind
 from kcfi.training.synthetic_painting import ROOFS
@@ -57,7 +58,7 @@ class LibraryMaterials(ProceduralMaterials):
 
     Raises:
         FileNotFoundError: If there is no library.
-        ValueError: If its split is empty.
+        InputError: If its split is empty.
     """
 
     def __init__(self, root: str | Path, split: str = "train") -> None:
@@ -66,7 +67,7 @@ class LibraryMaterials(ProceduralMaterials):
         self.entries = [entry for entry in entries if entry.split == split]
         if not self.entries:
             splits = ", ".join(sorted({entry.split for entry in entries})) or "nothing"
-            raise ValueError(
+            raise InputError(
                 f"{self.root} has no material of split '{split}', but {splits}: hold out a region in source.yaml"
             )
         self.by_kind: dict[str, list[Material]] = {}
@@ -114,7 +115,7 @@ class LibraryMaterials(ProceduralMaterials):
         """
         tiles = [entry for entry in self.by_kind.get("tile", []) if bool(entry.label) == labelled]
         if not tiles:
-            raise ValueError(f"{self.root} has no {'labelled' if labelled else 'unlabelled'} tiles")
+            raise InputError(f"{self.root} has no {'labelled' if labelled else 'unlabelled'} tiles")
         first = tiles[int(rng.integers(len(tiles)))]
         alike = [e for e in tiles if (e.source, e.region, e.scene) == (first.source, first.region, first.scene)]
         others = [alike[int(i)] for i in rng.integers(0, len(alike), 5)]

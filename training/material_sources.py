@@ -22,6 +22,7 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
+from kcfi.processing import InputError
 from kcfi.training.arguments import check_names
 from kcfi.training.levir_cc import name_some, read_image
 from kcfi.training.synthetic_materials import TextureKind
@@ -142,7 +143,7 @@ class Source:
         regions = {place.region for place in found}
         for region in (*self.val, *self.test):
             if region not in regions:
-                raise ValueError(
+                raise InputError(
                     f"{self.root}: no image is in region '{region}', which the description holds out; "
                     f"regions: {', '.join(sorted(regions))}"
                 )
@@ -155,7 +156,7 @@ class Source:
         below = path.relative_to(self.root).as_posix()
         match = re.search(self.regions, below)
         if match is None or not match.groups() or not match[1]:
-            raise ValueError(f"{self.root}: regions '{self.regions}' finds no group in the path '{below}'")
+            raise InputError(f"{self.root}: regions '{self.regions}' finds no group in the path '{below}'")
         return match[1]
 
     def _find_labels(self, image: Path) -> Path | None:
@@ -206,7 +207,7 @@ class Source:
         """
         mask = read_image(path)
         if mask.size != size:
-            raise ValueError(f"{path}: {mask.width} x {mask.height} px, but {image} has {size[0]} x {size[1]}")
+            raise InputError(f"{path}: {mask.width} x {mask.height} px, but {image} has {size[0]} x {size[1]}")
         pixels = np.asarray(mask)
         if not self.legend:
             return np.where(pixels.any(-1), SURFACES.index("building"), SURFACES.index("open")).astype(np.uint8)
@@ -226,7 +227,7 @@ def read_source(root: Path, kinds: Sequence[TextureKind]) -> Source:
 
     Raises:
         FileNotFoundError: If there is no such folder, or no description.
-        ValueError: If the description is refused.
+        InputError: If the description is refused.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
@@ -242,45 +243,45 @@ def read_source(root: Path, kinds: Sequence[TextureKind]) -> Source:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
         return _checked(root, values, kinds)
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise InputError(f"{file}: {error}") from error
 
 
 def _checked(root: Path, values: Any, kinds: Sequence[TextureKind]) -> Source:
     """A source by the values of its description."""
     known = [entry.name for entry in fields(Source) if entry.name != "root"]
     if not isinstance(values, dict):
-        raise ValueError(f"expected {', '.join(known)}")
+        raise InputError(f"expected {', '.join(known)}")
     check_names(values, known, "entry")
     for name, value in values.items():
         if value is None:
-            raise ValueError(f"{name} has no value; leave the line out")
+            raise InputError(f"{name} has no value; leave the line out")
     for name in ("name", "licence"):
         if not isinstance(values.get(name), str):
-            raise ValueError(f"{name} is missing: it is needed to credit the source")
+            raise InputError(f"{name} is missing: it is needed to credit the source")
     metres = values.get("metres_per_pixel")
     if metres is not None and not (isinstance(metres, int | float) and metres > 0):
-        raise ValueError(f"metres_per_pixel is {metres!r}; expected a number above 0")
+        raise InputError(f"metres_per_pixel is {metres!r}; expected a number above 0")
     for name in ("val", "test"):
         if not isinstance(values.get(name, []), list):
-            raise ValueError(f'{name} is {values[name]!r}; expected a list of regions, for example ["{values[name]}"]')
+            raise InputError(f'{name} is {values[name]!r}; expected a list of regions, for example ["{values[name]}"]')
         values[name] = [str(region) for region in values.get(name, [])]
     twice = set(values["val"]) & set(values["test"])
     if twice:
-        raise ValueError(f"region '{min(twice)}' is in val and in test")
+        raise InputError(f"region '{min(twice)}' is in val and in test")
     check_names(values.setdefault("legend", {}), LEGEND, "surface in legend")
     for surface, colour in values["legend"].items():
         if not (isinstance(colour, list) and len(colour) == 3 and all(value in range(256) for value in colour)):
-            raise ValueError(f"legend: {surface} is {colour!r}; expected a colour, for example [255, 0, 0]")
+            raise InputError(f"legend: {surface} is {colour!r}; expected a colour, for example [255, 0, 0]")
     for scene, textures in values.setdefault("classes", {}).items():
         if not isinstance(textures, list):
-            raise ValueError(
+            raise InputError(
                 f"classes: {scene} is {textures!r}; expected a list of kinds of texture, for example [woods]"
             )
         check_names(textures, kinds, f"kind of texture of {scene}")
     if values["classes"] and ("images" in values or "labels" in values):
-        raise ValueError("classes stand instead of images and labels: leave one of them out")
+        raise InputError("classes stand instead of images and labels: leave one of them out")
     try:
         re.compile(values.get("regions", ""))
     except re.error as error:
-        raise ValueError(f"regions is no regular expression ({error})") from error
+        raise InputError(f"regions is no regular expression ({error})") from error
     return Source(root, **values)

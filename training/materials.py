@@ -28,6 +28,7 @@ from scipy.spatial import ConvexHull
 from tqdm import tqdm
 
 from kcfi.pictures import contact_sheet, overlay
+from kcfi.processing import InputError
 from kcfi.training.levir_cc import MASK_BUILDING, MASK_ROAD, check_new_folder
 from kcfi.training.material_library import KEEP_OFF, LAND, OPEN, VILLA_AREA, Material
 from kcfi.training.material_sources import SURFACES, Picture, Place, Source, read_source
@@ -427,14 +428,14 @@ def write_library(roots: Sequence[str | Path], output: str | Path) -> dict[str, 
     Raises:
         FileExistsError: If `output` is not empty.
         FileNotFoundError: If a folder, its description or a file is missing.
-        ValueError: If a description or a file is refused, or two sources have one name.
+        InputError: If a description or a file is refused, or two sources have one name.
     """
     output = Path(output)
     check_new_folder(output)
     sources = [read_source(Path(root), list(LIMITS)) for root in roots]
     names = Counter(source.name for source in sources)
     if len(names) < len(sources):
-        raise ValueError(f"two sources are named '{names.most_common(1)[0][0]}': give each its own name")
+        raise InputError(f"two sources are named '{names.most_common(1)[0][0]}': give each its own name")
     places = [source.places() for source in sources]
     output.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -450,7 +451,7 @@ def write_library(roots: Sequence[str | Path], output: str | Path) -> dict[str, 
                 buildings += library.add_place(source, place)
                 bar.update()
             if source.labels and not buildings:
-                raise ValueError(
+                raise InputError(
                     f"{source.root}: no building in any image. Are the colours of the masks those of the legend, do "
                     "the footprints lie where the images do?"
                 )

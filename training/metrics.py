@@ -27,6 +27,7 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from kcfi.processing import InputError
 from kcfi.training.levir_cc import (
     CLASS_NAMES,
     NO_LABEL,
@@ -80,16 +81,16 @@ def caption_scores(
 
     Raises:
         FileNotFoundError: If `meteor` is true and there is no Java.
-        ValueError: If the lengths differ, a pair has no reference or one without a word, the profile is unknown, or
+        InputError: If the lengths differ, a pair has no reference or one without a word, the profile is unknown, or
             "levir-ids" has no captions for its vocabulary.
         OSError: If a Java process fails.
     """
     if meteor:
         require_java()
     if profile not in get_args(Profile):
-        raise ValueError(f"profile '{profile}' is unknown; expected one of {', '.join(get_args(Profile))}")
+        raise InputError(f"profile '{profile}' is unknown; expected one of {', '.join(get_args(Profile))}")
     if not len(predictions) == len(references) == len(changed):
-        raise ValueError(
+        raise InputError(
             f"{len(predictions)} predictions, {len(references)} reference lists and {len(changed)} changed flags; "
             "expected one of each per pair"
         )
@@ -102,7 +103,7 @@ def caption_scores(
     tokens = dict(zip(distinct, forms, strict=True))
     for index, sentences in enumerate(references):
         if not sentences or not all(tokens[sentence] for sentence in sentences):
-            raise ValueError(f"pair {index} has no reference caption, or one without a word: {list(sentences)}")
+            raise InputError(f"pair {index} has no reference caption, or one without a word: {list(sentences)}")
     rows = {
         "all": range(len(predictions)),
         "changed": [index for index, flag in enumerate(changed) if flag],
@@ -204,7 +205,7 @@ def _id_tokens(sentences: Iterable[str], vocabulary_captions: Iterable[str]) -> 
 
     counts = Counter(chain.from_iterable(map(words, vocabulary_captions)))
     if not counts:
-        raise ValueError("profile 'levir-ids' needs vocabulary_captions: its numbers stand for their words")
+        raise InputError("profile 'levir-ids' needs vocabulary_captions: its numbers stand for their words")
     known = sorted(word for word, count in counts.items() if count >= RARE)
     ids = {word: str(number) for number, word in enumerate(known, start=4)}
     return [" ".join(ids.get(word, UNKNOWN) for word in words(sentence)) for sentence in sentences]
@@ -246,10 +247,10 @@ def change_accuracy(predictions: Sequence[str], changed: Sequence[bool]) -> floa
         Share of pairs read rightly, x 100.
 
     Raises:
-        ValueError: If the lengths differ or there is no pair.
+        InputError: If the lengths differ or there is no pair.
     """
     if len(predictions) != len(changed) or not changed:
-        raise ValueError(
+        raise InputError(
             f"{len(predictions)} predictions and {len(changed)} changed flags; expected one each per pair"
         )
     right = sum(_says_changed(caption) == flag for caption, flag in zip(predictions, changed, strict=True))
@@ -290,12 +291,12 @@ class MaskScores:
         """
         pred_ids, target_ids = torch.as_tensor(pred_ids), torch.as_tensor(target_ids)
         if pred_ids.shape != target_ids.shape:
-            raise ValueError(f"predicted mask {tuple(pred_ids.shape)}, true mask {tuple(target_ids.shape)}")
+            raise InputError(f"predicted mask {tuple(pred_ids.shape)}, true mask {tuple(target_ids.shape)}")
         counted = (pred_ids != NO_LABEL) & (target_ids != NO_LABEL)
         pred_ids, target_ids = pred_ids[counted].long(), target_ids[counted].long()
         for name, ids in (("predicted", pred_ids), ("true", target_ids)):
             if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(self.class_names):
-                raise ValueError(
+                raise InputError(
                     f"{name} mask holds {int(ids.min())} to {int(ids.max())}; expected class ids below "
                     f"{len(self.class_names)}, or {NO_LABEL} for no label"
                 )
@@ -375,7 +376,7 @@ def results(
 
     Raises:
         FileNotFoundError: If `meteor` is true and there is no Java.
-        ValueError: If there is no pair, or `caption_scores` refuses something.
+        InputError: If there is no pair, or `caption_scores` refuses something.
         OSError: If a Java process fails.
     """
     num_changed = sum(map(bool, changed))
@@ -408,12 +409,12 @@ def score_file(
 
     Raises:
         FileNotFoundError: If a file, or Java where it is needed, is missing.
-        ValueError: If a file is refused, or file names are missing, unknown or repeated: they are named.
+        InputError: If a file is refused, or file names are missing, unknown or repeated: they are named.
         OSError: If a Java process fails.
     """
     captions = read_json(predictions)
     if not isinstance(captions, dict) or not all(isinstance(caption, str) for caption in captions.values()):
-        raise ValueError(f"{predictions}: expected one JSON object {{filename: caption}}")
+        raise InputError(f"{predictions}: expected one JSON object {{filename: caption}}")
     pairs = read_captions(references, split)
     names = {pair.filename for pair in pairs}
     problems = [
@@ -422,7 +423,7 @@ def score_file(
         if wrong
     ]
     if problems:
-        raise ValueError(
+        raise InputError(
             f"{predictions}: not the file names of split '{split}' in {references}; {'; '.join(problems)}"
         )
     return results(

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from kcfi.modeling_kcfi import KCFIConfig
+from kcfi.processing import InputError
 from kcfi.training.levir_cc import CLASS_NAMES, read_json
 
 LICENSE = "apache-2.0"
@@ -169,14 +170,14 @@ def card_of_run(
 
     Raises:
         FileNotFoundError: `results` does not exist.
-        ValueError: the recipe or the results file cannot be read.
+        InputError: the recipe or the results file cannot be read.
     """
     recipe_file = folder / RECIPE_FILE
     recipe = recipe_file.read_text(encoding="utf-8") if recipe_file.is_file() else ""
     try:
         settings = yaml.safe_load(recipe) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{recipe_file} is not a YAML file: {error}") from error
+        raise InputError(f"{recipe_file} is not a YAML file: {error}") from error
     named = [settings[key] for key in (*ORIGINS, "dataset") if key in settings]
     if results is None and (folder / RESULTS_FILE).is_file():
         results = folder / RESULTS_FILE
@@ -201,7 +202,7 @@ def read_energy(path: Path) -> Energy | None:
     """The sum over the starts of a run that came to their end, from CodeCarbon's file; None where there is none.
 
     Raises:
-        ValueError: it is no such file; names the column that is missing.
+        InputError: it is no such file; names the column that is missing.
     """
     if not path.is_file():
         return None
@@ -216,7 +217,7 @@ def read_energy(path: Path) -> Energy | None:
         places = dict.fromkeys(", ".join(filter(None, (start["region"], start["country_name"]))) for start in starts)
         devices = dict.fromkeys(start["gpu_model"] or start["cpu_model"] for start in starts)
     except KeyError as error:
-        raise ValueError(f"{path} is no file of CodeCarbon: it has no column {error}.") from error
+        raise InputError(f"{path} is no file of CodeCarbon: it has no column {error}.") from error
     return Energy(hours / 3600, kwh, 1000 * kilograms, " and ".join(places), " and ".join(devices))
 
 
@@ -225,13 +226,13 @@ def read_results(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is something else; names what is missing.
+        InputError: it is something else; names what is missing.
     """
     results = read_json(path)
     keys = ("model", "dataset", "split", "profile", "pairs", "captions", "change_accuracy")
     missing = [key for key in keys if not isinstance(results, dict) or key not in results]
     if missing:
-        raise ValueError(f"{path} is no results file of `kcfi evaluate`: it has no {', '.join(missing)}.")
+        raise InputError(f"{path} is no results file of `kcfi evaluate`: it has no {', '.join(missing)}.")
     return dict(results)
 
 

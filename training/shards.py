@@ -33,6 +33,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from kcfi.processing import InputError
 from kcfi.training.arguments import check_names
 from kcfi.training.levir_cc import (
     CaptionedPair,
@@ -77,7 +78,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
 
     Raises:
         FileNotFoundError: At construction, if there is no such data set or the Hub cannot be reached.
-        ValueError: At construction, for an unknown split, a file that is no parquet, a column that is missing or of
+        InputError: At construction, for an unknown split, a file that is no parquet, a column that is missing or of
             another type; by an example, if an image cannot be read, the mask is coloured, or the sizes differ.
     """
 
@@ -131,7 +132,7 @@ class Shard:
             with pyarrow.parquet.ParquetFile(path) as parquet:
                 table = parquet.read(list(self.columns))
         except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(f"{self.file}: not readable as parquet ({error})") from error
+            raise InputError(f"{self.file}: not readable as parquet ({error})") from error
         return table.select(list(self.columns)).rename_columns(list(self.columns.values()))
 
 
@@ -158,14 +159,14 @@ def shard_files(dataset: str, split: str) -> list[str]:
 
     Raises:
         FileNotFoundError: If there is no such data set or the Hub cannot be reached.
-        ValueError: If the split is unknown or holds other files than parquet.
+        InputError: If the split is unknown or holds other files than parquet.
     """
     files = data_files(dataset)
     if split not in files:
-        raise ValueError(f"{dataset}: no split '{split}'; splits of the data set: {', '.join(files)}")
+        raise InputError(f"{dataset}: no split '{split}'; splits of the data set: {', '.join(files)}")
     others = [file for file in files[split] if not file.endswith(".parquet")]
     if others:
-        raise ValueError(f"{dataset}, split '{split}': {others[0]} is no parquet file; only parquet can be read")
+        raise InputError(f"{dataset}, split '{split}': {others[0]} is no parquet file; only parquet can be read")
     return files[split]
 
 
@@ -179,14 +180,14 @@ def open_shard(file: str, dataset: str, split: str, columns: Mapping[str, str]) 
         columns: As in `ShardDataset`.
 
     Raises:
-        ValueError: If the file is no parquet or `select_columns` refuses its columns.
+        InputError: If the file is no parquet or `select_columns` refuses its columns.
     """
     try:
         with fsspec.open(file) as stream:
             footer = pyarrow.parquet.ParquetFile(stream)
             rows, schema = footer.metadata.num_rows, footer.schema_arrow
     except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{dataset}, split '{split}': {file} is not readable as parquet ({error})") from error
+        raise InputError(f"{dataset}, split '{split}': {file} is not readable as parquet ({error})") from error
     return Shard(file, rows, select_columns(datasets.Features.from_arrow_schema(schema), dataset, columns))
 
 
@@ -202,7 +203,7 @@ def select_columns(features: Mapping[str, Any], dataset: str, columns: Mapping[s
         Our name of each column that is needed, by its name in the data set.
 
     Raises:
-        ValueError: If `columns` has an unknown key, or a column is missing or of another type than in `FEATURES`
+        InputError: If `columns` has an unknown key, or a column is missing or of another type than in `FEATURES`
             (integers 0 and 1 may stand for `changed`).
     """
     ours = [name for name in FEATURES if name != "split"]
@@ -211,13 +212,13 @@ def select_columns(features: Mapping[str, Any], dataset: str, columns: Mapping[s
         ours.remove("mask")
     theirs = {columns.get(name, name): name for name in ours}
     if len(theirs) < len(ours) or not set(theirs) <= set(features):
-        raise ValueError(
+        raise InputError(
             f"{dataset}: its columns are {', '.join(features)}, but there must be one for each of "
             f"{', '.join(ours)}. Say which in `columns`, for example columns: {{image_before: A}}"
         )
     for their_name, name in theirs.items():
         if not isinstance(features[their_name], type(FEATURES[name])):
-            raise ValueError(f"{dataset}: {name} is a column of {features[their_name]}; expected {FEATURES[name]}")
+            raise InputError(f"{dataset}: {name} is a column of {features[their_name]}; expected {FEATURES[name]}")
     return theirs
 
 
@@ -230,11 +231,11 @@ def row_example(row: Mapping[str, Any], dataset: str, split: str) -> dict[str, A
         split: Name of the split.
 
     Raises:
-        ValueError: If an image cannot be read, the mask is coloured, the sizes differ, or `changed` is not 0 or 1.
+        InputError: If an image cannot be read, the mask is coloured, the sizes differ, or `changed` is not 0 or 1.
     """
     name = f"{dataset}: {row['filename']}"
     if row["changed"] not in (0, 1):
-        raise ValueError(f"{name}: changed is {row['changed']!r}; expected true or false, or 1 or 0")
+        raise InputError(f"{name}: changed is {row['changed']!r}; expected true or false, or 1 or 0")
     pair = CaptionedPair(row["filename"], bool(row["changed"]), row["captions"] or [], split)
     sources = {
         key: open_cell(row[key], f"{name} ({key})") for key in _IMAGES if key != "mask" or row.get("mask") is not None
@@ -272,13 +273,13 @@ def write_shards(root: str | Path, output: str | Path) -> None:
     Raises:
         FileExistsError: If `output` is not empty.
         FileNotFoundError: If `root`, a part of it or an image is missing.
-        ValueError: If the captions file is refused.
+        InputError: If the captions file is refused.
     """
     root, output = Path(root), Path(output)
     check_new_folder(output)
     pairs, problems = read_all_captions(find_captions(root))
     if problems or not pairs:
-        raise ValueError(problems[0] if problems else f"{root}: its captions file names no pair")
+        raise InputError(problems[0] if problems else f"{root}: its captions file names no pair")
     sources = [LevirCCDataset(root, split) for split in dict.fromkeys(pair.split for pair in pairs)]
     output.parent.mkdir(parents=True, exist_ok=True)
     with (

@@ -32,6 +32,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from kcfi.pictures import contact_sheet, overlay
+from kcfi.processing import InputError
 from kcfi.training.levir_cc import MASK_BUILDING, MASK_ROAD, check_new_folder
 from kcfi.training.material_library import LibraryMaterials
 from kcfi.training.single_dates import SingleDatePair, draw_pair
@@ -210,7 +211,7 @@ class SyntheticDataset(Dataset[dict[str, Any]]):
             only drawn ones without `materials`.
 
     Raises:
-        ValueError: If the split, a kind or a weight is wrong, or a kind needs materials that are not given.
+        InputError: If the split, a kind or a weight is wrong, or a kind needs materials that are not given.
     """
 
     def __init__(
@@ -223,7 +224,7 @@ class SyntheticDataset(Dataset[dict[str, Any]]):
         pair_mix: Mapping[str, float] | None = None,
     ) -> None:
         if split not in SPLITS:
-            raise ValueError(f"synthetic scenes have no split {split!r}: choose one of {', '.join(SPLITS)}")
+            raise InputError(f"synthetic scenes have no split {split!r}: choose one of {', '.join(SPLITS)}")
         self.num_pairs, self.split, self.seed = num_pairs, split, seed
         self.settings = settings or SyntheticSettings()
         self.materials = materials
@@ -231,9 +232,9 @@ class SyntheticDataset(Dataset[dict[str, Any]]):
         possible = {"drawn": True, "composed": materials is not None, "single_date": library is not None}
         self.mix = check_pair_mix(pair_mix or {kind: 1.0 for kind, is_possible in possible.items() if is_possible})
         if self.mix["composed"] and not possible["composed"]:
-            raise ValueError("pair_mix asks for 'composed' pairs: they need a library of `kcfi data materials`")
+            raise InputError("pair_mix asks for 'composed' pairs: they need a library of `kcfi data materials`")
         if self.mix["single_date"] and not possible["single_date"]:
-            raise ValueError(
+            raise InputError(
                 "pair_mix asks for 'single_date' pairs: they need a library of `kcfi data materials` with labelled "
                 f"tiles of split '{split}'"
             )
@@ -256,7 +257,7 @@ class SyntheticDataset(Dataset[dict[str, Any]]):
         """The scene of a drawn or composed pair, at the side it is drawn at, and the generator for its captions."""
         rng, changed = self._chance(index)
         if self.kind(index) == "single_date":
-            raise ValueError(f"pair {index} is a single-date pair: it has no scene")
+            raise InputError(f"pair {index} is a single-date pair: it has no scene")
         return draw_scene(rng, changed, self._settings(index)), rng
 
     def _settings(self, index: int) -> SyntheticSettings:
@@ -328,15 +329,15 @@ def check_pair_mix(mix: Mapping[str, float]) -> dict[str, float]:
     """Weights of all kinds of pairs, summing to 1.
 
     Raises:
-        ValueError: An unknown kind, a negative weight, or nothing but zeros.
+        InputError: An unknown kind, a negative weight, or nothing but zeros.
     """
     for name in mix:
         if name not in PAIR_KINDS:
-            raise ValueError(f"pair_mix has no kind {name!r}: choose among {', '.join(PAIR_KINDS)}")
+            raise InputError(f"pair_mix has no kind {name!r}: choose among {', '.join(PAIR_KINDS)}")
     weights = {kind: float(mix.get(kind, 0)) for kind in PAIR_KINDS}
     total = sum(weights.values())
     if not (min(weights.values()) >= 0 and 0 < total < math.inf):
-        raise ValueError(f"pair_mix is {dict(mix)}: give weights of at least 0, one of them above")
+        raise InputError(f"pair_mix is {dict(mix)}: give weights of at least 0, one of them above")
     return {kind: weight / total for kind, weight in weights.items()}
 
 
@@ -398,11 +399,11 @@ def synthesize(
         pair_mix: See `SyntheticDataset`.
 
     Raises:
-        ValueError: If `pairs` is below 10, or for what `SyntheticDataset` refuses.
+        InputError: If `pairs` is below 10, or for what `SyntheticDataset` refuses.
         FileExistsError: If the folder is not empty.
     """
     if pairs < 10:
-        raise ValueError(f"{pairs} pairs cannot be split into train, val and test: ask for at least 10")
+        raise InputError(f"{pairs} pairs cannot be split into train, val and test: ask for at least 10")
     counts = {"train": pairs - 2 * (pairs // 10), "val": pairs // 10, "test": pairs // 10}
     datasets = [
         SyntheticDataset(

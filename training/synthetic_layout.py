@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from kcfi.processing import InputError
 from kcfi.training.synthetic_materials import Array, crop_noise
 
 MARGIN = 4  # px drawn around the image, so that the registration shift never shows a border
@@ -70,9 +71,9 @@ class SyntheticSettings:
 
     def __post_init__(self) -> None:
         if not 64 <= self.image_size <= 512:
-            raise ValueError(f"SyntheticSettings.image_size is {self.image_size}: choose 64 to 512 pixels")
+            raise InputError(f"SyntheticSettings.image_size is {self.image_size}: choose 64 to 512 pixels")
         if not 0 <= self.max_shift <= MARGIN:
-            raise ValueError(f"SyntheticSettings.max_shift is {self.max_shift}: choose 0 to {MARGIN} pixels")
+            raise InputError(f"SyntheticSettings.max_shift is {self.max_shift}: choose 0 to {MARGIN} pixels")
 
     def allows(self, kind: "ObjectKind", appears: bool) -> bool:
         """Whether objects of a kind may appear (True) or be removed (False)."""

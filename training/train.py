@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
-from kcfi.processing import KCFIProcessor
+from kcfi.processing import InputError, KCFIProcessor
 from kcfi.towers import join_towers
 from kcfi.training.arguments import (
     ModelArguments,
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of output_dir")
     options, overrides = parser.parse_known_args(argv)
     if options.recipe is None:
-        raise ValueError("Name a recipe: a YAML file or a packaged one, for example `kcfi train debug`.")
+        raise InputError("Name a recipe: a YAML file or a packaged one, for example `kcfi train debug`.")
     recipe = parse_recipe(options.recipe, overrides)
     output_dir = Path(str(recipe.training.output_dir))
     if options.resume and is_complete(output_dir):
@@ -80,7 +80,7 @@ def train(recipe: Recipe, resume: bool = False) -> KCFITrainer:
 
     Raises:
         FileNotFoundError: no such data set.
-        ValueError: settings that do not fit together, nothing to resume, other settings than those of the run to
+        InputError: settings that do not fit together, nothing to resume, other settings than those of the run to
             resume, or a run that would be overwritten.
     """
     args, data = recipe.training, recipe.data
@@ -127,13 +127,13 @@ def build_model(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCF
     An adapter of a finished model is merged.
 
     Raises:
-        ValueError: neither or both are given, an unknown setting, or no such folder.
+        InputError: neither or both are given, an unknown setting, or no such folder.
     """
     new = {name: value for name, value in vars(args).items() if name not in ("model", "lora") and value}
     if args.model is None:
         return new_model(args)
     if new:
-        raise ValueError(f"`model` is a finished model: leave out {', '.join(new)}.")
+        raise InputError(f"`model` is a finished model: leave out {', '.join(new)}.")
     source = model_source(args.model)
     model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
     return merge_lora(model), AutoProcessor.from_pretrained(source)
@@ -143,11 +143,11 @@ def new_model(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCFIP
     """A new model of a vision tower and a language model, and its processor; see `build_model`."""
     settings, vision_config = as_dict(args.model_settings), as_dict(args.vision_config)
     if args.text_model is None or bool(args.vision_model) == bool(vision_config):
-        raise ValueError("Give `model`, or `text_model` and one of `vision_model` and `vision_config`.")
+        raise InputError("Give `model`, or `text_model` and one of `vision_model` and `vision_config`.")
     vision = model_source(args.vision_model) if args.vision_model else vision_config
     model, processor = join_towers(vision, model_source(args.text_model), args.shortest_edge, **settings)
     if not args.vision_model and any(isinstance(part, nn.BatchNorm2d) for part in model.model.vision_tower.modules()):
-        raise ValueError(
+        raise InputError(
             "The vision tower has batch norms, which keep the statistics they come with: it needs pretrained weights, "
             "`vision_model` instead of `vision_config`."
         )
@@ -158,14 +158,14 @@ def find_checkpoint(output_dir: Path, resume: bool) -> str | None:
     """The newest complete checkpoint of a run, or None for a new run.
 
     Raises:
-        ValueError: there is none to resume; or a new run would mix its checkpoints with those of an old one.
+        InputError: there is none to resume; or a new run would mix its checkpoints with those of an old one.
     """
     complete = [path for path in output_dir.glob("checkpoint-[0-9]*") if is_complete(path)]
     if resume and not complete:
-        raise ValueError(f"Nothing to resume: {output_dir} has no complete checkpoint. Start without --resume.")
+        raise InputError(f"Nothing to resume: {output_dir} has no complete checkpoint. Start without --resume.")
     weights_of_others = (output_dir / "model.safetensors").exists() and not (output_dir / "recipe.yaml").exists()
     if (complete or is_complete(output_dir) or weights_of_others) and not resume:
-        raise ValueError(f"{output_dir} holds a run: continue it with --resume, or choose another --output_dir.")
+        raise InputError(f"{output_dir} holds a run: continue it with --resume, or choose another --output_dir.")
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if resume else None
 
 
@@ -184,7 +184,7 @@ def check_same_recipe(recipe: Recipe, output_dir: Path) -> None:
     The folder itself may have moved, and a field that recipe.yaml does not know had its default.
 
     Raises:
-        ValueError: names each setting that differs, with both values.
+        InputError: names each setting that differs, with both values.
     """
     file = output_dir / "recipe.yaml"
     saved = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -196,7 +196,7 @@ def check_same_recipe(recipe: Recipe, output_dir: Path) -> None:
         if began[name] != now.get(name) and name != "output_dir"
     ]
     if changed:
-        raise ValueError(
+        raise InputError(
             f"{output_dir} was started with other settings ({'; '.join(changed)}). Resume with its own recipe, `kcfi "
             f"train {file} --resume` (edit that file for a change you mean), or choose another --output_dir."
         )

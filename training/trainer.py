@@ -24,7 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
-from kcfi.processing import KCFIProcessor
+from kcfi.processing import InputError, KCFIProcessor
 from kcfi.training.arguments import KCFITrainingArguments
 from kcfi.training.collator import IGNORED, KCFICollator, check_packing, training_inputs
 from kcfi.training.dwa import TASKS, DynamicWeightAverage
@@ -198,7 +198,7 @@ class KCFITrainer(Trainer):
         **kwargs: of `transformers.Trainer`: `train_dataset`, `eval_dataset`, `processing_class`, `callbacks`, ...
 
     Raises:
-        ValueError: several GPUs in one process, a checkpoint metric that needs Java where there is none, or several
+        InputError: several GPUs in one process, a checkpoint metric that needs Java where there is none, or several
             captions per pair with a language model that cannot keep them apart.
     """
 
@@ -219,14 +219,14 @@ class KCFITrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         if args.n_gpu > 1:
-            raise ValueError(
+            raise InputError(
                 f"{args.n_gpu} GPUs in one process (DataParallel) would average the losses wrongly: start one process "
                 f"per GPU, `torchrun --nproc_per_node {args.n_gpu} -m kcfi_cli train ...`, or choose one GPU by "
                 "CUDA_VISIBLE_DEVICES=0."
             )
         self.meteor = shutil.which("java") is not None
         if args.eval_strategy != "no" and args.metric_for_best_model in ("s_m", "meteor") and not self.meteor:
-            raise ValueError(
+            raise InputError(
                 f"metric_for_best_model={args.metric_for_best_model} needs METEOR, and so Java, which is not on the "
                 "PATH: install a Java runtime, or choose the best checkpoint by another score "
                 "(--metric_for_best_model cider_d)."
@@ -329,7 +329,7 @@ class KCFITrainer(Trainer):
         tokens, self.labelled_pixels, pairs, captions, broken = self.accelerator.reduce(counts, "sum").tolist()
         self.unreadable += broken
         if self.unreadable > self.args.max_unreadable * len(self.train_dataset):
-            raise ValueError(
+            raise InputError(
                 f"{self.unreadable} of {len(self.train_dataset)} training pairs could not be read in this epoch "
                 f"(named above), more than max_unreadable={self.args.max_unreadable} allows. Run `kcfi data "
                 "check` on the data set."
@@ -586,7 +586,7 @@ class KCFITrainer(Trainer):
         state = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
         order = state.get("order", self._order())  # older checkpoints do not say
         if order != self._order():
-            raise ValueError(
+            raise InputError(
                 f"{checkpoint} was written by a run with {order}, this one has {self._order()}: pairs would "
                 "be lost or visited twice. Resume with the same (torchrun --nproc_per_node, dataloader_num_workers, "
                 "per_device_train_batch_size)."

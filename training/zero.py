@@ -14,6 +14,8 @@ from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from kcfi.processing import InputError
+
 SETTINGS = Path(__file__).parent / "deepspeed"
 
 
@@ -21,12 +23,12 @@ def find_settings(name: str) -> Path:
     """The DeepSpeed file of a path, or the packaged one of that name ("zero2").
 
     Raises:
-        ValueError: neither exists; the message lists the packaged ones.
+        InputError: neither exists; the message lists the packaged ones.
     """
     packaged = {path.stem: path for path in sorted(SETTINGS.glob("*.json"))}
     path = packaged.get(name, Path(name))
     if not path.is_file():
-        raise ValueError(
+        raise InputError(
             f"No DeepSpeed settings {name}: give a JSON file, or one of the packaged ones: {', '.join(packaged)}."
         )
     return path
@@ -39,12 +41,12 @@ def require_deepspeed(use_cpu: bool) -> None:
         use_cpu: train on the CPU even where there is a GPU.
 
     Raises:
-        ValueError: the package, the launcher, or what it compiles with on a CPU is missing.
+        InputError: the package, the launcher, or what it compiles with on a CPU is missing.
     """
     if find_spec("deepspeed") is None:
-        raise ValueError('DeepSpeed is not installed: `pip install "kcfi[deepspeed]"`, or train without `deepspeed`.')
+        raise InputError('DeepSpeed is not installed: `pip install "kcfi[deepspeed]"`, or train without `deepspeed`.')
     if "LOCAL_RANK" not in os.environ:
-        raise ValueError(
+        raise InputError(
             "DeepSpeed needs a launcher, for a single process too: torchrun --nproc_per_node 1 -m kcfi_cli train ..."
         )
     if use_cpu:
@@ -54,7 +56,7 @@ def require_deepspeed(use_cpu: bool) -> None:
         header = Path(sysconfig.get_path("include")) / "Python.h"
         missing = [name for name, path in tools.items() if path is None] + [str(header)] * (not header.is_file())
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"On a CPU, DeepSpeed compiles its communication once per environment; missing: {', '.join(missing)}. "
                 "Install a C++ compiler and Python's headers (Debian and Ubuntu: apt install g++ python3-dev); ninja "
                 "comes with DeepSpeed and is found once the environment is activated."
