@@ -286,6 +286,30 @@ class KCFIModel(KCFIPreTrainedModel):
             Pairs of images, before then after.
         """
         before, after, outputs = self.get_stage_features(pixel_values, **kwargs)
+        features = self.compare(before, after, (pixel_values.shape[-2], pixel_values.shape[-1]))
+        return KCFIImageFeatures(
+            last_hidden_state=outputs.last_hidden_state.unflatten(0, (-1, 2)).flatten(1, 2),
+            hidden_states=outputs.hidden_states,
+            attentions=getattr(outputs, "attentions", None),
+            **features,
+        )
+
+    def compare(
+        self, before: list[torch.Tensor], after: list[torch.Tensor], size: tuple[int, int]
+    ) -> KCFIImageFeatures:
+        """Everything behind the vision tower that comes before the language model.
+
+        Where the features of both dates are equal, nothing changed: a region of a pair is described alone by giving
+        the after maps the before map's values outside of it.
+
+        Args:
+            before: stage features, L maps (B, C, h, w), of `get_stage_features`.
+            after: the same of the later date.
+            size: height and width of the mask logits in pixels.
+
+        Returns:
+            Image features without the vision tower's own states.
+        """
         change = self.get_change_features(before, after)
         inputs = [] if self.config.visual_inputs == "change" else [flatten_stages(before), flatten_stages(after)]
         if self.config.visual_inputs != "bitemporal":
@@ -294,15 +318,8 @@ class KCFIModel(KCFIPreTrainedModel):
         embeddings = torch.cat([self.projector(features, grid) for features in inputs], dim=1)
         mask_logits = None
         if self.change_detection_head is not None:
-            mask_logits = self.change_detection_head(change, grid, pixel_values.shape[-2:])
-        return KCFIImageFeatures(
-            last_hidden_state=outputs.last_hidden_state.unflatten(0, (-1, 2)).flatten(1, 2),
-            pooler_output=list(embeddings),
-            hidden_states=outputs.hidden_states,
-            attentions=getattr(outputs, "attentions", None),
-            change_features=change,
-            mask_logits=mask_logits,
-        )
+            mask_logits = self.change_detection_head(change, grid, size)
+        return KCFIImageFeatures(pooler_output=list(embeddings), change_features=change, mask_logits=mask_logits)
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor

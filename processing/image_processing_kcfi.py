@@ -251,22 +251,51 @@ class KCFIPairProcessing(BaseImageProcessor):
         if len(mask_logits) != len(target_sizes):
             raise InputError(f"{len(target_sizes)} target_sizes for {len(mask_logits)} mask logits: give one each.")
         return [
-            self._post_process_mask(logits.float(), int(height), int(width))
-            for logits, (height, width) in zip(mask_logits, target_sizes, strict=True)
+            logits.argmax(0).masked_fill(~seen, NO_LABEL).to(torch.uint8)
+            for logits, seen in self.post_process_maps(mask_logits, target_sizes)
         ]
 
-    def _post_process_mask(self, logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        seen = torch.ones_like(logits[:1])
+    def post_process_maps(
+        self, maps: torch.Tensor, target_sizes: Sequence[Sequence[int]]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Bring maps of what the model sees, for example mask logits, back to the size of the input images.
+
+        Args:
+            maps: (B, C, H, W).
+            target_sizes: height and width of the input images, one per pair.
+
+        Returns:
+            Per pair the map (C, height, width) in fp32, bilinearly resized, and where the model saw the image, bool
+            (height, width): a centre crop leaves a border.
+        """
+        return [
+            self._post_process_map(values.float(), int(height), int(width))
+            for values, (height, width) in zip(maps, target_sizes, strict=True)
+        ]
+
+    def _post_process_map(self, values: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        seen = torch.ones_like(values[:1])
         if self.do_center_crop:
-            crop_height, crop_width = self.crop_size["height"], self.crop_size["width"]
-            frame_height, frame_width = self._resized_size(height, width) if self.do_resize else (height, width)
-            top, left = (frame_height - crop_height) // 2, (frame_width - crop_width) // 2
-            border = (left, frame_width - crop_width - left, top, frame_height - crop_height - top)
+            (frame_height, frame_width), (top, left) = self._frame(height, width)
+            bottom, right = frame_height - values.shape[-2] - top, frame_width - values.shape[-1] - left
             # zeros around the logits scale all classes alike where the resizing blends them in: same likeliest class
-            logits, seen = F.pad(logits, border), F.pad(seen, border)
-        logits = F.interpolate(logits[None], (height, width), mode="bilinear", align_corners=False)[0]
+            values, seen = (F.pad(each, (left, right, top, bottom)) for each in (values, seen))
+        values = F.interpolate(values[None], (height, width), mode="bilinear", align_corners=False)[0]
         seen = F.interpolate(seen[None], (height, width), mode="nearest-exact")[0, 0]
-        return logits.argmax(0).masked_fill(seen == 0, NO_LABEL).to(torch.uint8)
+        return values, seen > 0
+
+    def to_view(self, area: torch.Tensor) -> torch.Tensor:
+        """An area of an input image, bool (height, width) -> the same area in what the model sees, bool (H, W)."""
+        (height, width), (top, left) = self._frame(*area.shape)
+        view = F.adaptive_max_pool2d(area[None].float(), (height, width))[0] > 0
+        if not self.do_center_crop:
+            return view
+        return view[top : top + self.crop_size["height"], left : left + self.crop_size["width"]]
+
+    def _frame(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Size (height, width) of an image after the resizing, and where (top, left) the centre crop in it begins."""
+        frame = self._resized_size(height, width) if self.do_resize else (height, width)
+        return frame, ((frame[0] - self.crop_size["height"]) // 2, (frame[1] - self.crop_size["width"]) // 2)
 
     def _resized_size(self, height: int, width: int) -> tuple[int, int]:
         """Size of an image after the resizing and before the crop."""

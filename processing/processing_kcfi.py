@@ -137,6 +137,9 @@ class KCFIProcessor(ProcessorMixin):
         visual_inputs: what replaces `<image>` (`KCFIConfig.visual_inputs`): "change" (1 token), "bitemporal" (2) or
             "bitemporal_change" (3).
         image_token: the placeholder.
+        tile_size: side in pixels of the images that the model was trained on; `Describer` cuts larger ones into tiles
+            of it. None = that to which the image processor resizes. Training sets it.
+        ground_sampling_distance: m per pixel of these images; None = not known.
 
     Example:
         >>> inputs = processor(images=[[before, after]], text=[processor.prompt()], return_tensors="pt")
@@ -153,6 +156,8 @@ class KCFIProcessor(ProcessorMixin):
         patch_size: int = 16,
         visual_inputs: VisualInputs = "change",
         image_token: str = "<image>",
+        tile_size: int | None = None,
+        ground_sampling_distance: float | None = None,
     ) -> None:
         if visual_inputs not in NUM_IMAGE_TOKENS:
             raise InputError(f"visual_inputs={visual_inputs!r} is not one of {', '.join(NUM_IMAGE_TOKENS)}.")
@@ -163,6 +168,8 @@ class KCFIProcessor(ProcessorMixin):
         tokenizer.padding_side = "left"
         self.patch_size = patch_size
         self.visual_inputs = visual_inputs
+        self.tile_size = tile_size
+        self.ground_sampling_distance = ground_sampling_distance
         self.num_image_tokens = NUM_IMAGE_TOKENS[visual_inputs]
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)

@@ -1,0 +1,398 @@
+"""Describer: pairs of any size -> masks and sentences. The one way that `kcfi caption`, `kcfi evaluate` and the
+`change-captioning` pipeline share.
+
+A pair as large as the images that the model was trained on (`KCFIProcessor.tile_size`) goes through the processor, as
+in training. Larger ones are never squeezed, because a model knows objects at the ground sampling distance it was
+trained at: they are cut into overlapping tiles, the tiles' scores are blended, and the sentence is that of the tile
+which changed most (or there is one for every changed region).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from .image_processing_kcfi import NO_LABEL, InputError, read_pair
+from .places_kcfi import Box, center_of, place_in_image, place_phrase, tells_of_change
+from .processing_kcfi import INSTRUCTIONS, KCFIProcessor
+
+try:
+    from scipy import ndimage
+except ImportError:  # only regions need it
+    ndimage = None
+
+OVERLAP = 0.25  # of a tile's side, at least, with each neighbour
+MERGE = 8  # px: gaps of up to twice this do not part a region
+MIN_REGION = 100  # px: smaller regions get no sentence (25 m2 at 0.5 m/px)
+LONGEST = 64  # tokens of a sentence; LEVIR-CC has at most 39 words
+ENCODED_BY_CPU = 2  # pairs at a time: the best number or close to it, and eight are slower (docs/lab_log.md)
+BEAMS = 5  # sentences among which one that tells of a change is looked for, where the mask marks one
+
+Pair = tuple[Image.Image, Image.Image]  # before and after, of one size
+
+
+@dataclass
+class Region:
+    """A changed region.
+
+    Args:
+        box: in pixels (left, top, right, bottom).
+        pixels: how many of them changed.
+        caption: its sentence; the places that it names are places in the whole image.
+        score: of the sentence, as in `ChangeReport`.
+    """
+
+    box: Box
+    pixels: int
+    caption: str = ""
+    score: float | None = None
+
+
+@dataclass
+class ChangeReport:
+    """What a `Describer` finds in a pair of H x W images.
+
+    Args:
+        caption: the sentence for the pair.
+        caption_box: the part of the images (left, top, right, bottom in pixels) that the sentence describes: all of
+            them, or the tile that changed most. The places that it names are places in the whole images.
+        score: geometric mean of the probabilities of the sentence's tokens, 0 to 1; None for a sentence that the model
+            did not write (see `Describer`).
+        mask: (H, W) uint8 class ids, 0 = no change, 255 = not seen by the model (the border that its centre crop
+            leaves); None without a change detection head.
+        changed_fraction: share of the pixels seen that changed, 0 to 1; None without a head.
+        key_changes: (H, W) norm of the key change features (the paper's Fig. 1), in the model's own units.
+        regions: changed regions, largest first; empty unless they were asked for.
+    """
+
+    caption: str
+    caption_box: Box
+    score: float | None
+    mask: NDArray[np.uint8] | None
+    changed_fraction: float | None
+    key_changes: NDArray[np.float32]
+    regions: list[Region] = field(default_factory=list)
+
+
+def tile_starts(length: int, tile: int) -> list[int]:
+    """Where tiles begin that cover `length` px evenly, overlapping by at least `OVERLAP`; [0] if one is enough."""
+    count = 1 + max(0, int(np.ceil((length - tile) / (tile * (1 - OVERLAP)))))
+    return [int(start) for start in np.linspace(0, max(0, length - tile), count).round()]
+
+
+def tile_boxes(width: int, height: int, tile: int) -> list[Box]:
+    """Boxes, row by row, that cover an image; where the image is narrower than a tile, so are they."""
+    return [
+        (left, top, min(left + tile, width), min(top + tile, height))
+        for top in tile_starts(height, tile)
+        for left in tile_starts(width, tile)
+    ]
+
+
+def taper(length: int) -> torch.Tensor:
+    """Weights (length,) across a tile: 1 in the middle, falling over `OVERLAP` towards both ends, never 0."""
+    nearest_end = torch.minimum(torch.arange(length), torch.arange(length).flip(0)) + 0.5
+    return (nearest_end / (length * OVERLAP)).clamp(max=1)
+
+
+def blend(maps: Iterable[torch.Tensor], boxes: Sequence[Box], shape: Sequence[int]) -> torch.Tensor:
+    """Average the maps (C, h, w) of overlapping boxes into one of `shape` (C, H, W), each weighted by `taper`."""
+    total, weights = torch.zeros(*shape), torch.zeros(*shape[1:])
+    for values, (left, top, right, bottom) in zip(maps, boxes, strict=True):
+        weight = taper(bottom - top)[:, None] * taper(right - left)
+        total[:, top:bottom, left:right] += values * weight
+        weights[top:bottom, left:right] += weight
+    return total / weights
+
+
+def changed_pixels(mask: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Where a mask of class ids marks a change."""
+    return (mask > 0) & (mask != NO_LABEL)
+
+
+def changed_regions(mask: NDArray[np.uint8]) -> list[tuple[Region, NDArray[np.bool_]]]:
+    """Connected changed regions of a mask (H, W), largest first, each with its pixels in a map (H, W).
+
+    See `MERGE` and `MIN_REGION`.
+
+    Raises:
+        InputError: scipy is not installed.
+    """
+    if ndimage is None:
+        raise InputError("Changed regions need scipy: `pip install scipy`.")
+    changed = changed_pixels(mask)
+    labels, _ = ndimage.label(ndimage.maximum_filter(changed, 2 * MERGE + 1, mode="constant"))
+    labels[~changed] = 0
+    regions = []
+    for index, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+        pixels = int((labels[rows, columns] == index).sum())
+        if pixels >= MIN_REGION:
+            box = (columns.start, rows.start, columns.stop, rows.stop)
+            regions.append((Region(box, pixels), labels == index))
+    return sorted(regions, key=lambda region: -region[0].pixels)
+
+
+def write_captions(
+    model: Any, processor: KCFIProcessor, features: Any, prompt_ids: torch.Tensor, **generation: Any
+) -> tuple[list[str], list[float]]:
+    """Sentences for pairs that are encoded: greedily, unless `generation` says otherwise.
+
+    Args:
+        model: KCFIForConditionalGeneration.
+        processor: its processor.
+        features: of `get_image_features`, for B pairs.
+        prompt_ids: (B, T) prompts of one length.
+        **generation: further arguments of `generate()`.
+
+    Returns:
+        B sentences (with `num_return_sequences`: so many times B) and their scores, see `ChangeReport`.
+    """
+    settings = {"max_new_tokens": LONGEST, "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0} | generation
+    output = model.generate(
+        input_ids=prompt_ids,
+        attention_mask=torch.ones_like(prompt_ids),
+        mm_encoder_outputs={"image": features},
+        return_dict_in_generate=True,
+        output_scores=True,
+        **processor.generation_tokens,
+        **settings,
+    )
+    beams = output.get("beam_indices")
+    log_probabilities = model.compute_transition_scores(output.sequences, output.scores, beams, normalize_logits=True)
+    tokens = output.sequences[:, prompt_ids.shape[1] :]
+    ends = torch.isin(tokens, torch.tensor(processor.generation_tokens["eos_token_id"], device=tokens.device)).int()
+    written = ends.cumsum(dim=1) - ends == 0  # up to and with the first end token; padding follows
+    scores = (log_probabilities.masked_fill(~written, 0).sum(dim=1) / written.sum(dim=1)).exp()
+    return [text.rstrip() for text in processor.post_process_image_text_to_text(tokens)], scores.tolist()
+
+
+class Describer:
+    """Describes pairs with one model; `describe` and `describe_pairs` are the entry points.
+
+    Sentences and masks must not contradict each other: where a region, or the tile of a large image that the sentence
+    describes, is marked as changed but the sentence says that nothing is, the likeliest of `BEAMS` other sentences
+    that tells of a change takes its place, and where none does, the plain statement of class and place ("a building
+    has changed in the top left corner ."). The sentence of a pair that fits into one tile stays as the model wrote
+    it: that is what is scored.
+
+    Args:
+        model: KCFIForConditionalGeneration, in evaluation mode.
+        processor: its KCFIProcessor.
+        tile: side in pixels of the images that the model was trained on. Up to it a pair is read at once; larger ones
+            are cut into squares of it, each resized as in training. None = `processor.tile_size`, or else the size to
+            which the processor resizes.
+        batch_size: tiles, or pairs that fit into one, that the model takes at a time; a CPU encodes fewer.
+        instruction: the question put to the model.
+        **generation: further arguments of `generate()`.
+
+    Raises:
+        InputError: a tile smaller than a patch of the vision tower, or an empty batch.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: KCFIProcessor,
+        tile: int | None = None,
+        batch_size: int = 8,
+        instruction: str = INSTRUCTIONS[0],
+        **generation: Any,
+    ) -> None:
+        self.model, self.processor, self.batch_size = model, processor, batch_size
+        self.instruction, self.generation = instruction, generation
+        images, side = processor.image_processor, model.config.image_size
+        resized = images.size.get("shortest_edge") or images.size["height"]
+        self.tile = tile or processor.tile_size or resized
+        patch = model.config.patch_size
+        if self.tile < patch:
+            raise InputError(f"A tile of {self.tile} px is smaller than a patch of the vision tower, {patch} px.")
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size} must be at least 1.")
+        # what the model sees of a training image: a centre crop leaves a border
+        self.view = max(1, round(self.tile * side / resized)) if images.do_center_crop else self.tile
+
+    def describe(self, before: Any, after: Any, regions: bool = False, **reading: Any) -> ChangeReport:
+        """Caption and mask a pair.
+
+        Args:
+            before: path, PIL image, array or tensor, of any size.
+            after: of the same size.
+            regions: also write a sentence for every changed region; needs a change detection head.
+            **reading: settings of `read_pair` (`bands`, `stretch`, `max_image_pixels`).
+
+        Raises:
+            FileNotFoundError: no such file.
+            InputError: a pair that `read_pair` refuses, or regions without a head.
+        """
+        [report] = self.describe_pairs([read_pair(before, after, **reading)], regions)
+        return report
+
+    @torch.no_grad()
+    def describe_pairs(self, pairs: Sequence[Pair], regions: bool = False) -> list[ChangeReport]:
+        """Caption and mask pairs; those that fit into a tile are encoded once and in batches.
+
+        Args:
+            pairs: of `read_pair`.
+            regions: also write a sentence for every changed region; needs a change detection head.
+
+        Raises:
+            InputError: regions without a head.
+        """
+        if regions and self.model.model.change_detection_head is None:
+            raise InputError("This model has no change detection head: it cannot find regions.")
+        reports = self._describe_small([pair for pair in pairs if self.fits(pair[0])], regions)
+        return [next(reports) if self.fits(pair[0]) else self._describe_large(*pair, regions) for pair in pairs]
+
+    def fits(self, image: Image.Image) -> bool:
+        """Whether an image is read at once, as in training."""
+        return max(image.size) <= self.tile
+
+    def _describe_small(self, pairs: Sequence[Pair], regions: bool) -> Iterator[ChangeReport]:
+        """Pairs that fit into a tile: encoded once, for the masks and for all sentences."""
+        for first in range(0, len(pairs), self.batch_size):
+            batch = pairs[first : first + self.batch_size]
+            sizes = [(before.height, before.width) for before, _ in batch]
+            stages = self._stages(batch, as_trained=True)
+            features = self._compare(*stages)
+            sentences, scores = self._write(features)
+            maps = self.processor.image_processor.post_process_maps(self._maps(features), sizes)
+            for index, (values, seen) in enumerate(maps):
+                report, found = _report(values, seen, regions)
+                report.caption, report.score = sentences[index], scores[index]
+                one = [[stage[index : index + 1] for stage in date] for date in stages]
+                for region, pixels in found:
+                    view = self.processor.image_processor.to_view(torch.from_numpy(pixels))
+                    self._tell(region, self._only(one, view), report.caption_box, pixels, report.mask)
+                yield report
+
+    def _describe_large(self, before: Image.Image, after: Image.Image, regions: bool) -> ChangeReport:
+        """A pair that is cut into tiles: detected first, then described where it changed."""
+        width, height = before.size
+        boxes = tile_boxes(width, height, self.view)
+        head = self.model.model.change_detection_head
+        channels = 1 if head is None else 1 + self.model.config.num_change_classes
+        values = blend(self._tile_maps(before, after, boxes), boxes, (channels, height, width))
+        report, found = _report(values, torch.ones(height, width, dtype=torch.bool), regions)
+        changed = np.zeros((height, width), bool) if report.mask is None else changed_pixels(report.mask)
+        evidence = changed if changed.any() else report.key_changes
+        report.caption_box = max(boxes, key=lambda box: evidence[box[1] : box[3], box[0] : box[2]].sum())
+        for told, pixels in [(report, changed), *found]:
+            box = report.caption_box if told is report else self._window(told.box, width, height)
+            left, top, right, bottom = box
+            stages = self._stages([(self._view(before, box), self._view(after, box))])
+            if told is not report:
+                view = torch.zeros(self.view, self.view, dtype=torch.bool)
+                view[: bottom - top, : right - left] = torch.from_numpy(pixels[top:bottom, left:right])
+                stages = self._only(stages, view)
+            self._tell(told, stages, box, pixels, report.mask)
+        return report
+
+    def _tell(
+        self, told: ChangeReport | Region, stages: Any, box: Box, pixels: NDArray[np.bool_], mask: Any
+    ) -> None:
+        """Write the sentence of a region, or of the tile that changed most, about `pixels` of the image in `box`."""
+        features = self._compare(*stages)
+        inside = np.zeros_like(pixels)
+        inside[box[1] : box[3], box[0] : box[2]] = pixels[box[1] : box[3], box[0] : box[2]]
+        marked = int(inside.sum()) >= MIN_REGION
+        (sentence,), (score,) = self._write(features)
+        if marked and not tells_of_change(sentence):
+            others = self._write(features, num_beams=BEAMS, num_return_sequences=BEAMS)
+            telling = [other for other in zip(*others, strict=True) if tells_of_change(other[0])]
+            sentence, score = telling[0] if telling else (self._statement(inside, mask), None)
+        told.caption, told.score = place_in_image(sentence, box, inside), score
+
+    def _statement(self, pixels: NDArray[np.bool_], mask: NDArray[np.uint8]) -> str:
+        """What the mask itself says of its marked pixels."""
+        classes = self.model.config.num_change_classes
+        names = ("something", "something") if classes == 2 else ("something", "a road", "a building")
+        name = names[int(np.bincount(mask[pixels]).argmax())]
+        x, y = center_of(pixels)
+        height, width = mask.shape
+        return f"{name} has changed {place_phrase(x / width, y / height)} ."
+
+    def _window(self, box: Box, width: int, height: int) -> Box:
+        """The tile around the middle of a region, inside the image."""
+        left = int(np.clip((box[0] + box[2] - self.view) // 2, 0, max(0, width - self.view)))
+        top = int(np.clip((box[1] + box[3] - self.view) // 2, 0, max(0, height - self.view)))
+        return left, top, min(left + self.view, width), min(top + self.view, height)
+
+    def _view(self, image: Image.Image, box: Box) -> Image.Image:
+        """A box of a large image; where the image is narrower than the tile, its reflection fills the tile."""
+        view = image.crop(box)
+        if view.size == (self.view, self.view):
+            return view
+        margins = [(0, self.view - view.height), (0, self.view - view.width), (0, 0)]
+        return Image.fromarray(np.pad(np.asarray(view), margins, mode="symmetric"))
+
+    def _tile_maps(self, before: Image.Image, after: Image.Image, boxes: Sequence[Box]) -> Iterator[torch.Tensor]:
+        """`_maps` of every box of a large image, cut to the box where it is narrower than the tile."""
+        size = self.batch_size
+        for first in tqdm(range(0, len(boxes), size), "tiles", unit="batch", disable=len(boxes) <= size, leave=False):
+            batch = boxes[first : first + size]
+            stages = self._stages([(self._view(before, box), self._view(after, box)) for box in batch])
+            maps = F.interpolate(self._maps(self._compare(*stages)), (self.view, self.view), mode="bilinear")
+            for values, (left, top, right, bottom) in zip(maps, batch, strict=True):
+                yield values[:, : bottom - top, : right - left]
+
+    def _stages(self, pairs: Sequence[Pair], as_trained: bool = False) -> tuple[list[Any], list[Any]]:
+        """Stage features of pairs: through the processor as in training, or of views that are seen as a whole."""
+        side = self.model.config.image_size
+        whole = {"size": {"height": side, "width": side}, "do_resize": True, "do_center_crop": False}
+        images = [list(pair) for pair in pairs]
+        inputs = self.processor.image_processor(images, return_tensors="pt", **({} if as_trained else whole))
+        pixels = inputs["pixel_values"].to(self.model.device, self.model.dtype)
+        at_once = ENCODED_BY_CPU if pixels.device.type == "cpu" else len(pixels)
+        parts = [self.model.model.get_stage_features(part)[:2] for part in pixels.split(at_once)]
+        before, after = ([torch.cat(maps) for maps in zip(*date, strict=True)] for date in zip(*parts, strict=True))
+        return before, after
+
+    def _compare(self, before: list[torch.Tensor], after: list[torch.Tensor]) -> Any:
+        """What `get_image_features` gives from the stage features on."""
+        side = self.model.config.image_size
+        return self.model.model.compare(before, after, (side, side))
+
+    def _only(self, stages: Any, view: torch.Tensor) -> tuple[list[Any], list[Any]]:
+        """Stage features of a pair that changed in one area (h, w) of the view alone, and in the patches around it."""
+        before, after = stages
+        patches = F.adaptive_max_pool2d(view[None, None].float(), before[0].shape[-2:])
+        area = F.max_pool2d(patches, 3, stride=1, padding=1).to(before[0].device) > 0
+        return before, [torch.where(area, new, old) for old, new in zip(before, after, strict=True)]
+
+    def _maps(self, features: Any) -> torch.Tensor:
+        """(B, 1 + classes, H, W): norm of the key change features, and the mask logits if there is a head."""
+        config = self.model.config
+        grid, side = (config.image_size // config.patch_size,) * 2, config.image_size
+        norms = features.change_features[..., : config.stage_width].float().norm(dim=-1)  # (B,N), no context
+        maps = F.interpolate(norms[:, None].unflatten(2, grid), (side, side), mode="bilinear")
+        return (maps if features.mask_logits is None else torch.cat([maps, features.mask_logits.float()], 1)).cpu()
+
+    def _write(self, features: Any, **generation: Any) -> tuple[list[str], list[float]]:
+        """`write_captions` with this describer's instruction and settings."""
+        prompt = torch.tensor([self.processor.encode_prompt(self.instruction)], device=self.model.device)
+        prompt = prompt.expand(len(features.pooler_output), -1)
+        return write_captions(self.model, self.processor, features, prompt, **self.generation, **generation)
+
+
+def _report(
+    values: torch.Tensor, seen: torch.Tensor, regions: bool
+) -> tuple[ChangeReport, list[tuple[Region, NDArray[np.bool_]]]]:
+    """Maps (1 or 1 + classes, H, W) of `Describer._maps` -> a report that lacks its sentences yet, and its regions."""
+    mask = changed = None
+    if len(values) > 1:
+        mask = values[1:].argmax(0).masked_fill(~seen, NO_LABEL).to(torch.uint8).numpy()
+        changed = float(changed_pixels(mask).sum() / seen.sum())
+    found = changed_regions(mask) if regions and mask is not None else []
+    height, width = values.shape[1:]
+    whole = (0, 0, width, height)
+    return ChangeReport("", whole, None, mask, changed, values[0].numpy(), [region for region, _ in found]), found
+
+
+__all__ = ["ChangeReport", "Describer", "Region"]

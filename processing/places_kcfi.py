@@ -1,0 +1,100 @@
+"""Sentences against masks: does a sentence tell of a change, and is the place that it names the place in the image?"""
+
+import re
+
+import numpy as np
+from numpy.typing import NDArray
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+
+# The five sentences that every unchanged pair of LEVIR-CC carries, and no changed one.
+UNCHANGED_SENTENCES = (
+    "there is no difference",
+    "the two scenes seem identical",
+    "the scene is the same as before",
+    "no change has occurred",
+    "almost nothing has changed",
+)
+
+# Words of a place, and the row or the column of the image (thirds) that they name. The middle is both.
+_ROWS = {"top": 0, "upper": 0, "bottom": 2, "lower": 2}
+_COLUMNS = {"left": 0, "right": 2}
+_MIDDLE = ("middle", "center", "centre", "central")
+_WORD = rf"(?:{'|'.join([*_ROWS, *_COLUMNS, *_MIDDLE])})(?:most)?"
+# "at the bottom", "in the lower-left corner of the scene". Of a thing ("on the left of the road") it is no place in
+# the image; before a noun ("on the right road") it is that thing's.
+_PLACE = re.compile(
+    rf"\b(?:in|at|on|to|from|near|around) the (?:far |very )?(?P<words>{_WORD}(?:[ -]{_WORD})?)"
+    r"(?:[ -]hand)?(?: (?:corner|side|edge|part|area|half|region|section|portion|end))?"
+    r"(?: (?P<whole>of (?:the|this) (?:scene|image|picture|photo|area|region|map|view)))?"
+    r"(?=\s*(?:[.,;]|$)|\s+(?:and|with|is|are|was|were|has|have|had|by|in|on|along|next|near|beside|while|where|which"
+    r"|that|instead|(?:dis)?appear\w*|becom\w*|became|turn\w*|replac\w*|remain\w*)\b)",
+    re.IGNORECASE,
+)
+_PHRASES = (
+    ("in the top left corner", "at the top", "in the top right corner"),
+    ("on the left", "in the middle", "on the right"),
+    ("in the bottom left corner", "at the bottom", "in the bottom right corner"),
+)
+
+
+def tells_of_change(sentence: str) -> bool:
+    """Whether a sentence is none of the five stock sentences for unchanged pairs."""
+    return " ".join(sentence.lower().split()).rstrip(" .") not in UNCHANGED_SENTENCES
+
+
+def place_phrase(x: float, y: float) -> str:
+    """The words for a point of the image: "in the top left corner", "on the right", "in the middle", ...
+
+    Args:
+        x: share of the width, 0 (left) to 1.
+        y: share of the height, 0 (top) to 1.
+    """
+    return _PHRASES[min(2, int(3 * y))][min(2, int(3 * x))]
+
+
+def center_of(changed: NDArray[np.bool_]) -> tuple[float, float]:
+    """Mean position x, y of the marked pixels of a map (H, W), in pixels from the top left corner."""
+    rows, columns = np.nonzero(changed)
+    return float(columns.mean()) + 0.5, float(rows.mean()) + 0.5
+
+
+def place_in_image(sentence: str, box: Box, changed: NDArray[np.bool_]) -> str:
+    """Rewrite the places that a sentence about a part of an image names: to where that is in the whole image.
+
+    "at the top" of a tile in the bottom right corner becomes "in the bottom right corner". A phrase stands for the
+    changed pixels in that third of the box, for all of the box's where that third has none, and for the middle of that
+    third where nothing is marked. Places beside a thing ("on the left of the road") stay.
+
+    Args:
+        sentence: about `box`.
+        box: part of the image, in pixels.
+        changed: (H, W) pixels of the whole image that the sentence describes.
+    """
+    left, top, right, bottom = box
+    height, width = changed.shape
+    inside = changed[top:bottom, left:right]
+
+    def moved(match: re.Match[str]) -> str:
+        words = [word.removesuffix("most") for word in re.split("[ -]", match["words"].lower())]
+        middle = any(word in _MIDDLE for word in words)
+        row = next((_ROWS[word] for word in words if word in _ROWS), 1 if middle else None)
+        column = next((_COLUMNS[word] for word in words if word in _COLUMNS), 1 if middle else None)
+        (y0, y1), (x0, x1) = _third(row, bottom - top), _third(column, right - left)
+        part = inside[y0:y1, x0:x1]
+        if part.any():
+            x, y = center_of(part)
+            x, y = x + x0, y + y0
+        elif inside.any():
+            x, y = center_of(inside)
+        else:
+            x, y = (x0 + x1) / 2, (y0 + y1) / 2
+        phrase = place_phrase((left + x) / width, (top + y) / height)
+        return f"{phrase} {match['whole']}" if match["whole"] else phrase
+
+    return _PLACE.sub(moved, sentence)
+
+
+def _third(index: int | None, length: int) -> tuple[int, int]:
+    """Where the first, middle or last third of a length begins and ends; the whole length for None."""
+    return (0, length) if index is None else (index * length // 3, (index + 1) * length // 3)
