@@ -112,21 +112,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="AFTER",
         help="image of the later date, of the same size; or the folder of the images with the same names",
     )
-    caption.add_argument("--model", default="kcfi-tiny", help="folder or Hub id (default: the embedded kcfi-tiny)")
+    add_model_options(caption)
     caption.add_argument("--output", default="kcfi-output", type=Path, help="folder for the pictures (%(default)s)")
     caption.add_argument(
-        "--tile",
-        type=int,
-        help="side in px of the squares that larger images are cut into (default: the model's input size). Where the "
-        "model was trained on images that it resized, their side: 256 for LEVIR-CC",
-    )
-    caption.add_argument(
         "--batch_size", type=int, default=8, help="pairs or tiles at a time (%(default)s); CPUs encode 2"
-    )
-    caption.add_argument(
-        "--bf16",
-        action="store_true",
-        help="compute in bf16: faster on CPUs that have it in hardware; sentences may differ",
     )
     caption.add_argument(
         "--compile",
@@ -147,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Caption and mask every pair of a split; write results.json, predictions.json and pairs.png.",
         epilog="example: kcfi evaluate --dataset synthetic --num_pairs 20 --output runs/results.json",
     )
-    evaluate.add_argument("--model", default="kcfi-tiny", help="folder or Hub id (default: the embedded kcfi-tiny)")
+    add_model_options(evaluate)
     evaluate.add_argument(
         "--dataset",
         required=True,
@@ -163,6 +152,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_drawing_options(evaluate)
     evaluate.add_argument("--mask_classes", choices=["change", "building", "road_building"], help="as it was trained")
     evaluate.add_argument("--batch_size", type=int, default=8, help="pairs at a time (%(default)s)")
+    evaluate.add_argument(
+        "--num_workers", type=int, help="processes that read images (default: 2 beside a GPU, else none)"
+    )
     evaluate.add_argument(
         "--feature_cache", metavar="DIR", help="keep the vision tower's features of every image there"
     )
@@ -301,6 +293,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options of commands that describe pairs: which model, where and how it computes, what it is asked."""
+    parser.add_argument("--model", default="kcfi-tiny", help="folder or Hub id (default: the embedded kcfi-tiny)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the first GPU, else the CPU)")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the weights (default: as they were saved on CUDA, else float32). bfloat16 is faster on CPUs that "
+        "have it in hardware; sentences may differ",
+    )
+    parser.add_argument("--instruction", help="what the model is asked (default: the first of the paper's Table I)")
+    parser.add_argument(
+        "--tile",
+        type=int,
+        help="side in px of the images that the model was trained on, and of the squares that larger ones are cut "
+        "into (default: as saved with the model)",
+    )
+
+
 def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     """The options of commands that draw synthetic pairs with real materials."""
     parser.add_argument("--materials", help="library of `kcfi data materials`: draw with real ground and roofs")
@@ -339,7 +350,8 @@ def run_caption(options: argparse.Namespace) -> int:
     """`kcfi caption`; the exit code is 1 if pairs of a list could not be read."""
     from transformers.utils.logging import disable_progress_bar
 
-    from kcfi.captioning import Describer, load, read_pair, save_pictures
+    from kcfi.captioning import save_pictures
+    from kcfi.processing.image_processing_kcfi import read_pair
 
     disable_progress_bar()  # of loading weights, which is over before it can be read
     manifest = options.after is None and options.before.suffix.lower() == ".csv"
@@ -349,16 +361,17 @@ def run_caption(options: argparse.Namespace) -> int:
         return caption_list(options)
     before, after = read_pair(options.before, options.after)
     check_writable(options.output)
-    model, processor = load(options.model, options.bf16)
-    describer = Describer(model, processor, options.tile, options.batch_size, options.compile)
-    report = describer.describe(before, after, options.regions)
+    describer = build_describer(options)
+    [report] = describer.describe_pairs([(before, after)], options.regions)
     options.output.mkdir(parents=True, exist_ok=True)
-    classes = model.config.num_change_classes
+    classes = describer.model.config.num_change_classes
     files = save_pictures(report, after, options.output, options.after.stem, classes, options.heatmap)
 
     if options.json:
         result = {
             "caption": report.caption,
+            "caption_box": report.caption_box,
+            "score": report.score,
             "changed_fraction": report.changed_fraction,
             "mask": None,
             "overlay": None,
@@ -370,6 +383,9 @@ def run_caption(options: argparse.Namespace) -> int:
         print(json.dumps(result))
         return 0
     print(report.caption)
+    if report.caption_box != (0, 0, *after.size):
+        left, top, right, bottom = report.caption_box
+        print(f"described: x {left}-{right}, y {top}-{bottom}, which changed most")
     if report.changed_fraction is not None:
         print(f"changed: {report.changed_fraction:.1%} of the area")
     for region in report.regions:
@@ -380,17 +396,29 @@ def run_caption(options: argparse.Namespace) -> int:
     return 0
 
 
+def build_describer(options: argparse.Namespace) -> Any:
+    """The Describer that the options of `kcfi caption` ask for."""
+    from kcfi.captioning import Describer, compiled_steps, load
+    from kcfi.processing import INSTRUCTIONS
+
+    settings = (options.tile, options.batch_size, options.instruction or INSTRUCTIONS[0])
+    model, processor = load(options.model, options.device, options.dtype)
+    return Describer(model, processor, *settings, **(compiled_steps() if options.compile else {}))
+
+
 def caption_list(options: argparse.Namespace) -> int:
     """`kcfi caption` for two folders or a manifest."""
     from tqdm import tqdm
 
-    from kcfi.captioning import Describer, load
     from kcfi.pair_list import TABLE, describe_list, find_pairs
 
     pairs = find_pairs(options.before, options.after)
     check_writable(options.output)
-    describer = Describer(*load(options.model, options.bf16), options.tile, options.batch_size, options.compile)
-    model, failed = options.model + (" (bf16)" if options.bf16 else ""), 0  # a table has one kind of sentences
+    describer = build_describer(options)
+    # a table has one kind of sentences
+    asked = {"dtype": options.dtype, "tile": options.tile, "instruction": options.instruction}
+    model = options.model + "".join(f" {name}={value}" for name, value in asked.items() if value is not None)
+    failed = 0
     for row in describe_list(describer, pairs, options.output, model, options.regions, options.heatmap):
         failed += row["error"] is not None
         changed = "" if row["changed_fraction"] is None else f" ({row['changed_fraction']:.1%})"
@@ -425,6 +453,11 @@ def run_evaluate(options: argparse.Namespace) -> None:
         materials=options.materials,
         pair_mix=as_dict(options.pair_mix),
         feature_cache=options.feature_cache,
+        device=options.device,
+        dtype=options.dtype,
+        instruction=options.instruction,
+        tile=options.tile,
+        num_workers=options.num_workers,
     )
     print(json.dumps(results, indent=2))
 

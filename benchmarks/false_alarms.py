@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 
 from kcfi.captioning import load
 from kcfi.training.collator import KCFICollator
-from kcfi.training.evaluate import encode
 from kcfi.training.material_library import LibraryMaterials
 from kcfi.training.synthetic import PAIR_KINDS, SyntheticDataset
 
@@ -36,7 +35,7 @@ def measure(model: Any, processor: Any, pairs: SyntheticDataset) -> dict[str, fl
     bins = np.zeros((BINS, 3))  # pixels, sum of probabilities, truly changed
     index = 0
     for batch in loader:
-        logits = encode(model, {"pixel_values": batch["pixel_values"].to(model.device, model.dtype)}).mask_logits
+        logits = model.get_image_features(batch["pixel_values"].to(model.device, model.dtype)).mask_logits
         marks = processor.post_process_masks(logits, batch["sizes"])
         logits = F.interpolate(logits.float(), size=tuple(batch["sizes"][0]), mode="bilinear")
         changes = 1 - logits.softmax(1)[:, 0].cpu().numpy()

@@ -17,12 +17,15 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from kcfi.captioning import Describer, Pair, read_pair, save_pictures
+from kcfi.captioning import Describer, save_pictures
 from kcfi.processing import InputError
+from kcfi.processing.describer_kcfi import Pair
+from kcfi.processing.image_processing_kcfi import read_pair
 
 TABLE = "captions.csv"
-COLUMNS = ["name", "before", "after", "caption", "changed_fraction", "mask", "overlay", "heatmap", "regions"]
-COLUMNS += ["model", "error"]
+COLUMNS = ["name", "before", "after", "caption", "caption_box", "score", "changed_fraction", "mask", "overlay"]
+COLUMNS += ["heatmap", "regions", "model", "error"]
+LISTS = ("caption_box", "regions")  # columns that hold JSON
 IMAGES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2"}
 
 
@@ -95,6 +98,7 @@ def describe_list(
     model: str,
     regions: bool = False,
     heatmap: bool = False,
+    **reading: Any,
 ) -> Iterator[dict[str, Any]]:
     """Describe pairs into OUTPUT/captions.csv, pictures beside it; other processes decode images where a GPU works.
 
@@ -105,6 +109,7 @@ def describe_list(
         model: name of the model, for the table.
         regions: also write a sentence for every changed region.
         heatmap: also draw the strength of the key change features.
+        **reading: settings of `read_pair`.
 
     Yields:
         Rows of the table (`COLUMNS`; None where there is nothing), each once it stands in the file.
@@ -120,7 +125,7 @@ def describe_list(
     idle = describer.model.device.type != "cpu" and len(todo) > describer.batch_size
     workers = min(4, (os.cpu_count() or 1) - 1) if idle else 0
     loader: Any = DataLoader(
-        _Opened(todo), batch_size=None, num_workers=workers, prefetch_factor=1 if workers else None
+        _Opened(todo, reading), batch_size=None, num_workers=workers, prefetch_factor=1 if workers else None
     )
     progress = tqdm(total=len(pairs), initial=len(pairs) - len(todo), desc="pairs", unit="pair")
     with (output / TABLE).open("a", newline="", encoding="utf-8") as file, progress:
@@ -139,10 +144,12 @@ def describe_list(
                     classes = describer.model.config.num_change_classes
                     paths = save_pictures(report, images[1], output, files.name, classes, heatmap)
                     caption = " ".join(report.caption.split())  # a row is a line
-                    row |= {"caption": caption, "changed_fraction": report.changed_fraction, **paths}
+                    row |= {"caption": caption, "caption_box": report.caption_box, "score": report.score}
+                    row |= {"changed_fraction": report.changed_fraction, **paths}
                     if regions:
                         row["regions"] = [vars(region) for region in report.regions]
-                table.writerow({**row, "regions": None if row["regions"] is None else json.dumps(row["regions"])})
+                texts = {name: json.dumps(row[name]) for name in LISTS if row[name] is not None}
+                table.writerow(row | texts)
                 file.flush()
                 progress.update()
                 yield row
@@ -151,8 +158,8 @@ def describe_list(
 class _Opened(Dataset[tuple[PairFiles, Pair | str]]):
     """Pairs with their images, or with what is wrong with them."""
 
-    def __init__(self, pairs: list[PairFiles]) -> None:
-        self.pairs = pairs
+    def __init__(self, pairs: list[PairFiles], reading: dict[str, Any]) -> None:
+        self.pairs, self.reading = pairs, reading
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -160,7 +167,7 @@ class _Opened(Dataset[tuple[PairFiles, Pair | str]]):
     def __getitem__(self, index: int) -> tuple[PairFiles, Pair | str]:
         files = self.pairs[index]
         try:
-            return files, read_pair(files.before, files.after)
+            return files, read_pair(files.before, files.after, **self.reading)
         except (OSError, ValueError) as error:
             return files, " ".join(str(error).split())
 

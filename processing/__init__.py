@@ -1,5 +1,6 @@
 """Images, text and results of the KCFI models; this folder travels to the Hub with the weights."""
 
+from .describer_kcfi import ChangeReport, Describer, Region
 from .image_processing_kcfi import InputError, KCFIImageProcessor, KCFIImageProcessorPil
 from .pipeline_kcfi import ChangeCaptioningPipeline
 from .processing_kcfi import INSTRUCTIONS, KCFIProcessor
@@ -7,8 +8,11 @@ from .processing_kcfi import INSTRUCTIONS, KCFIProcessor
 __all__ = [
     "INSTRUCTIONS",
     "ChangeCaptioningPipeline",
+    "ChangeReport",
+    "Describer",
     "InputError",
     "KCFIImageProcessor",
     "KCFIImageProcessorPil",
     "KCFIProcessor",
+    "Region",
 ]

@@ -1,5 +1,4 @@
-"""Describer: pairs of any size -> masks and sentences. The one way that `kcfi caption`, `kcfi evaluate` and the
-`change-captioning` pipeline share.
+"""Describer: pairs of any size -> masks and sentences, for `kcfi caption`, `kcfi evaluate` and the pipeline alike.
 
 A pair as large as the images that the model was trained on (`KCFIProcessor.tile_size`) goes through the processor, as
 in training. Larger ones are never squeezed, because a model knows objects at the ground sampling distance it was
@@ -9,8 +8,7 @@ which changed most (or there is one for every changed region).
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -79,6 +77,19 @@ class ChangeReport:
     changed_fraction: float | None
     key_changes: NDArray[np.float32]
     regions: list[Region] = field(default_factory=list)
+
+
+class _Told(NamedTuple):
+    """What gets a sentence: the part of the image that the model looks at, and what changed there."""
+
+    report: ChangeReport | Region
+    box: Box
+    pixels: NDArray[np.bool_]  # of the image, (H, W)
+    view: torch.Tensor  # the same as the model sees it, bool (h, w)
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[first : first + size] for first in range(0, len(items), size))
 
 
 def tile_starts(length: int, tile: int) -> list[int]:
@@ -154,20 +165,21 @@ def write_captions(
     Returns:
         B sentences (with `num_return_sequences`: so many times B) and their scores, see `ChangeReport`.
     """
-    settings = {"max_new_tokens": LONGEST, "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0} | generation
+    plain: dict[str, Any] = {"max_new_tokens": LONGEST, "do_sample": False, "num_beams": 1}
+    plain["repetition_penalty"] = 1.0  # instruct models ship another one, made for long answers
+    settings = {**plain, **processor.generation_tokens, **generation}
     output = model.generate(
         input_ids=prompt_ids,
         attention_mask=torch.ones_like(prompt_ids),
         mm_encoder_outputs={"image": features},
         return_dict_in_generate=True,
         output_scores=True,
-        **processor.generation_tokens,
         **settings,
     )
     beams = output.get("beam_indices")
     log_probabilities = model.compute_transition_scores(output.sequences, output.scores, beams, normalize_logits=True)
     tokens = output.sequences[:, prompt_ids.shape[1] :]
-    ends = torch.isin(tokens, torch.tensor(processor.generation_tokens["eos_token_id"], device=tokens.device)).int()
+    ends = torch.isin(tokens, torch.tensor(settings["eos_token_id"], device=tokens.device)).int()
     written = ends.cumsum(dim=1) - ends == 0  # up to and with the first end token; padding follows
     scores = (log_probabilities.masked_fill(~written, 0).sum(dim=1) / written.sum(dim=1)).exp()
     return [text.rstrip() for text in processor.post_process_image_text_to_text(tokens)], scores.tolist()
@@ -256,8 +268,7 @@ class Describer:
 
     def _describe_small(self, pairs: Sequence[Pair], regions: bool) -> Iterator[ChangeReport]:
         """Pairs that fit into a tile: encoded once, for the masks and for all sentences."""
-        for first in range(0, len(pairs), self.batch_size):
-            batch = pairs[first : first + self.batch_size]
+        for batch in _chunks(pairs, self.batch_size):
             sizes = [(before.height, before.width) for before, _ in batch]
             stages = self._stages(batch, as_trained=True)
             features = self._compare(*stages)
@@ -266,10 +277,14 @@ class Describer:
             for index, (values, seen) in enumerate(maps):
                 report, found = _report(values, seen, regions)
                 report.caption, report.score = sentences[index], scores[index]
-                one = [[stage[index : index + 1] for stage in date] for date in stages]
-                for region, pixels in found:
-                    view = self.processor.image_processor.to_view(torch.from_numpy(pixels))
-                    self._tell(region, self._only(one, view), report.caption_box, pixels, report.mask)
+                to_view = self.processor.image_processor.to_view
+                told = [
+                    _Told(region, report.caption_box, pixels, to_view(torch.from_numpy(pixels)))
+                    for region, pixels in found
+                ]
+                for some in _chunks(told, self.batch_size):
+                    one = [[stage[index].expand(len(some), -1, -1, -1) for stage in date] for date in stages]
+                    self._tell(some, one, report.mask)
                 yield report
 
     def _describe_large(self, before: Image.Image, after: Image.Image, regions: bool) -> ChangeReport:
@@ -283,31 +298,31 @@ class Describer:
         changed = np.zeros((height, width), bool) if report.mask is None else changed_pixels(report.mask)
         evidence = changed if changed.any() else report.key_changes
         report.caption_box = max(boxes, key=lambda box: evidence[box[1] : box[3], box[0] : box[2]].sum())
-        for told, pixels in [(report, changed), *found]:
-            box = report.caption_box if told is report else self._window(told.box, width, height)
-            left, top, right, bottom = box
-            stages = self._stages([(self._view(before, box), self._view(after, box))])
-            if told is not report:
-                view = torch.zeros(self.view, self.view, dtype=torch.bool)
-                view[: bottom - top, : right - left] = torch.from_numpy(pixels[top:bottom, left:right])
-                stages = self._only(stages, view)
-            self._tell(told, stages, box, pixels, report.mask)
+        told = [_Told(report, report.caption_box, changed, torch.ones(self.view, self.view, dtype=torch.bool))]
+        for region, pixels in found:
+            box = left, top, right, bottom = self._window(region.box, width, height)
+            view = torch.zeros(self.view, self.view, dtype=torch.bool)
+            view[: bottom - top, : right - left] = torch.from_numpy(pixels[top:bottom, left:right])
+            told.append(_Told(region, box, pixels, view))
+        for some in _chunks(told, self.batch_size):
+            views = [(self._view(before, each.box), self._view(after, each.box)) for each in some]
+            self._tell(some, self._stages(views), report.mask)
         return report
 
-    def _tell(
-        self, told: ChangeReport | Region, stages: Any, box: Box, pixels: NDArray[np.bool_], mask: Any
-    ) -> None:
-        """Write the sentence of a region, or of the tile that changed most, about `pixels` of the image in `box`."""
-        features = self._compare(*stages)
-        inside = np.zeros_like(pixels)
-        inside[box[1] : box[3], box[0] : box[2]] = pixels[box[1] : box[3], box[0] : box[2]]
-        marked = int(inside.sum()) >= MIN_REGION
-        (sentence,), (score,) = self._write(features)
-        if marked and not tells_of_change(sentence):
-            others = self._write(features, num_beams=BEAMS, num_return_sequences=BEAMS)
-            telling = [other for other in zip(*others, strict=True) if tells_of_change(other[0])]
-            sentence, score = telling[0] if telling else (self._statement(inside, mask), None)
-        told.caption, told.score = place_in_image(sentence, box, inside), score
+    def _tell(self, told: Sequence["_Told"], stages: Any, mask: Any) -> None:
+        """Write the sentences of regions, or of the tile that changed most, of one image."""
+        features = self._compare(*self._only(stages, torch.stack([each.view for each in told])))
+        for index, (each, sentence, score) in enumerate(zip(told, *self._write(features), strict=True)):
+            inside = np.zeros_like(each.pixels)
+            left, top, right, bottom = each.box
+            inside[top:bottom, left:right] = each.pixels[top:bottom, left:right]
+            chosen: tuple[str, float | None] = (sentence, score)
+            if inside.sum() >= MIN_REGION and not tells_of_change(sentence):
+                one = type(features)(pooler_output=features.pooler_output[index : index + 1])
+                others = zip(*self._write(one, num_beams=BEAMS, num_return_sequences=BEAMS), strict=True)
+                telling = (other for other in others if tells_of_change(other[0]))
+                chosen = next(telling, (self._statement(inside, mask), None))
+            each.report.caption, each.report.score = place_in_image(chosen[0], each.box, inside), chosen[1]
 
     def _statement(self, pixels: NDArray[np.bool_], mask: NDArray[np.uint8]) -> str:
         """What the mask itself says of its marked pixels."""
@@ -359,10 +374,10 @@ class Describer:
         side = self.model.config.image_size
         return self.model.model.compare(before, after, (side, side))
 
-    def _only(self, stages: Any, view: torch.Tensor) -> tuple[list[Any], list[Any]]:
-        """Stage features of a pair that changed in one area (h, w) of the view alone, and in the patches around it."""
+    def _only(self, stages: Any, views: torch.Tensor) -> tuple[list[Any], list[Any]]:
+        """Stage features of pairs that changed in one area of their views (B, h, w) alone, or in the patches around."""
         before, after = stages
-        patches = F.adaptive_max_pool2d(view[None, None].float(), before[0].shape[-2:])
+        patches = F.adaptive_max_pool2d(views[:, None].float(), before[0].shape[-2:])
         area = F.max_pool2d(patches, 3, stride=1, padding=1).to(before[0].device) > 0
         return before, [torch.where(area, new, old) for old, new in zip(before, after, strict=True)]
 
@@ -378,7 +393,7 @@ class Describer:
         """`write_captions` with this describer's instruction and settings."""
         prompt = torch.tensor([self.processor.encode_prompt(self.instruction)], device=self.model.device)
         prompt = prompt.expand(len(features.pooler_output), -1)
-        return write_captions(self.model, self.processor, features, prompt, **self.generation, **generation)
+        return write_captions(self.model, self.processor, features, prompt, **{**self.generation, **generation})
 
 
 def _report(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -112,6 +113,27 @@ def eight_bit(image: Any) -> Any:
         "bits (0 to 255), or floats from 0 to 1. Wider data has no fixed black and white: stretch it to 8 bits "
         "yourself, both dates with the same limits (data that fills 16 bits: divide by 257)."
     )
+
+
+def read_image(source: Any) -> Image.Image:
+    """Read an image as the model sees it: upright, 8-bit RGB, transparency over white."""
+    image = eight_bit(open_image(source) if isinstance(source, (str, Path, Image.Image)) else source)
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(image)
+    return Image.fromarray(np.asarray(convert_to_rgb(image, return_numpy=True)))
+
+
+def read_pair(before: Any, after: Any) -> tuple[Image.Image, Image.Image]:
+    """Open both dates as the model sees them."""
+    first, second = (read_image(source) for source in (before, after))
+    if first.size != second.size:
+        names = [f"{source} is " if isinstance(source, str | Path) else "" for source in (before, after)]
+        raise InputError(
+            f"The images differ in size: {names[0]}{first.width} x {first.height} px, "
+            f"{names[1]}{second.width} x {second.height} px. They must show one place, pixel by pixel: crop or "
+            "resample one of them."
+        )
+    return first, second
 
 
 class KCFIPairProcessing(BaseImageProcessor):

@@ -7,27 +7,22 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import GenerationConfig, Pipeline
-from transformers.utils import logging
 
-from .image_processing_kcfi import NO_LABEL, image_size, unstack
+from .describer_kcfi import LONGEST, ChangeReport, Describer
+from .image_processing_kcfi import InputError, read_pair, unstack
 from .processing_kcfi import INSTRUCTIONS, KCFIProcessor
-
-logger = logging.get_logger(__name__)
-LARGE = 2  # times the model's input: larger images lose too much when they are shrunk
 
 
 class ChangeCaptioningPipeline(Pipeline):
-    """Describe what changed between two images of one place, and mark where.
-
-    Images are resized to the model's input, and much larger ones are warned of: `kcfi caption` cuts them into tiles.
+    """Describe what changed between two images of one place, and mark where, in images of any size (`Describer`).
 
     Example:
         >>> from transformers import pipeline
         >>> import kcfi  # registers the task
         >>> captioner = pipeline("change-captioning", model="folder-or-hub-id")
         >>> captioner(["before.png", "after.png"])
-        {'caption': 'a house appears next to the road .', 'mask': <PIL.Image.Image ...>, 'changed_fraction': 0.031,
-         'score': 0.87}
+        {'caption': 'a house appears next to the road .', 'caption_box': (0, 0, 256, 256),
+         'mask': <PIL.Image.Image ...>, 'changed_fraction': 0.031, 'score': 0.87}
     """
 
     model: Any  # KCFIForConditionalGeneration; models and processors import nothing of each other
@@ -38,7 +33,7 @@ class ChangeCaptioningPipeline(Pipeline):
     _load_feature_extractor = False  # type: ignore[assignment]
     _load_tokenizer = False  # type: ignore[assignment]
     _pipeline_calls_generate = True
-    _default_generation_config = GenerationConfig(max_new_tokens=64)  # LEVIR-CC: at most 39 words
+    _default_generation_config = GenerationConfig(max_new_tokens=LONGEST)
 
     def __call__(self, pairs: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Caption one pair, or many.
@@ -47,15 +42,20 @@ class ChangeCaptioningPipeline(Pipeline):
             pairs: `[before, after]`, a list of such pairs, or a data set or generator of them; PIL images, paths,
                 arrays or tensors, also stacked (2, C, H, W) or (B, 2, C, H, W). Examples of KCFI's data sets (with
                 `image_before`, `image_after`) count as pairs.
-            **kwargs: `batch_size`, `instruction` (default: the first of Table I), and arguments of `generate()`.
+            **kwargs: `batch_size`; `instruction` (default: the first of Table I); `regions` = True for a sentence per
+                changed region; `tile`, see `Describer`; `reading`, settings of `read_pair` as a dict; and arguments of
+                `generate()`.
 
         Returns:
             For one pair a dict, for a list a list of them, otherwise an iterator:
             `caption` (str);
+            `caption_box`, the part of the images (left, top, right, bottom in pixels) that it describes;
             `mask`, a PIL image (mode L) of class ids at the input's size, 255 where the model did not look;
             `changed_fraction`, the share of pixels it looked at that are of a change class (both None without a change
             detection head);
-            `score` (0 to 1), the geometric mean of the probabilities of the caption's tokens.
+            `score` (0 to 1), the geometric mean of the probabilities of the caption's tokens (None where the mask
+            spoke, see `Describer`);
+            `regions`, if they were asked for: dicts with `box`, `pixels`, `caption` and `score`, largest first.
         """
         if isinstance(pairs, (list, tuple, np.ndarray, torch.Tensor)):
             pairs = unstack(pairs)
@@ -63,60 +63,57 @@ class ChangeCaptioningPipeline(Pipeline):
             pairs = tuple(pairs) if one else pairs  # the base class reads a list as a batch
         return super().__call__(pairs, **kwargs)
 
-    def _sanitize_parameters(
-        self, instruction: str | None = None, **generate_kwargs: Any
+    def _sanitize_parameters(  # type: ignore[override]
+        self,
+        instruction: str | None = None,
+        regions: bool | None = None,
+        tile: int | None = None,
+        reading: Mapping[str, Any] | None = None,
+        **generate_kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        return ({} if instruction is None else {"instruction": instruction}), generate_kwargs, {}
+        describing = {"instruction": instruction, "regions": regions, "tile": tile}
+        forward = {name: value for name, value in describing.items() if value is not None}
+        preprocess = {} if reading is None else {"reading": reading}
+        return preprocess, {**forward, **generate_kwargs}, {} if regions is None else {"regions": regions}
 
-    def preprocess(self, input_: Any, instruction: str = INSTRUCTIONS[0]) -> dict[str, Any]:  # type: ignore[override]
-        """A pair -> one row of model inputs and the input's size."""
+    def preprocess(self, input_: Any, reading: Mapping[str, Any] | None = None) -> dict[str, Any]:  # type: ignore[override]
+        """Open a pair, as the model sees it."""
         if isinstance(input_, Mapping):
             input_ = [input_["image_before"], input_["image_after"]]
-        pair = self.processor.image_processor.fetch_images(input_)
-        inputs = self.processor(images=[pair], text=[self.processor.prompt(instruction)], return_tensors="pt")
-        height, width = image_size(pair[0])
-        side = self.model.config.image_size
-        if max(height, width) > LARGE * side:
-            logger.warning_once(
-                f"Images of {width} x {height} px are shrunk to the model's {side} px, and small objects in them are "
-                "lost: crop them, or let `kcfi caption` (kcfi.captioning.Describer) cut them into tiles."
-            )
-        return {**inputs.to(self.dtype), "target_size": [(height, width)]}
+        if not isinstance(input_, (list, tuple)) or len(input_) != 2:
+            raise InputError(f"The pipeline takes before/after pairs of images, not {type(input_).__name__}.")
+        return {"pairs": [read_pair(*input_, **(reading or {}))]}
 
-    def _forward(self, input_tensors: dict[str, Any], **generate_kwargs: Any) -> Any:
-        """Encode the pairs once, for the masks and for the captions."""
-        target_size = input_tensors.pop("target_size")
-        features = self.model.get_image_features(pixel_values=input_tensors.pop("pixel_values"))
-        end_tokens = self.processor.generation_tokens
-        output = self.model.generate(
-            **input_tensors,
-            mm_encoder_outputs={"image": features},
-            **self._prepare_generate_kwargs(
-                generate_kwargs, return_dict_in_generate=True, output_scores=True, **end_tokens
-            ),
-        )
-        log_probabilities = self.model.compute_transition_scores(
-            output.sequences, output.scores, output.get("beam_indices"), normalize_logits=True
-        )
-        tokens = output.sequences[:, input_tensors["input_ids"].shape[1] :]
-        ends = torch.isin(tokens, torch.tensor(end_tokens["eos_token_id"], device=tokens.device)).int()
-        written = ends.cumsum(dim=1) - ends == 0  # up to and with the first end token; padding follows
-        score = (log_probabilities.masked_fill(~written, 0).sum(dim=1) / written.sum(dim=1)).exp()
-        return {"tokens": tokens, "score": score, "mask_logits": features.mask_logits, "target_size": target_size}
+    def _forward(  # type: ignore[override]
+        self,
+        input_tensors: dict[str, Any],
+        instruction: str = INSTRUCTIONS[0],
+        regions: bool = False,
+        tile: int | None = None,
+        **generate_kwargs: Any,
+    ) -> dict[str, Any]:
+        """Describe the pairs of a batch."""
+        settings = self._prepare_generate_kwargs(generate_kwargs)
+        pairs = input_tensors["pairs"]
+        batched = isinstance(pairs[0], list)  # the base class makes a list of the lists of `preprocess`
+        pairs = [pair for (pair,) in pairs] if batched else pairs
+        describer = Describer(self.model, self.processor, tile, max(len(pairs), 8), instruction, **settings)
+        reports = describer.describe_pairs(pairs, regions)
+        return {"reports": [[report] for report in reports] if batched else reports}
 
-    def postprocess(self, model_outputs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The tensors of one pair -> its result."""
-        mask = changed_fraction = None
-        if model_outputs["mask_logits"] is not None:
-            (ids,) = self.processor.post_process_masks(model_outputs["mask_logits"], model_outputs["target_size"])
-            mask = Image.fromarray(ids.numpy())
-            changed_fraction = (ids[ids != NO_LABEL] > 0).float().mean().item()
-        return {
-            "caption": self.processor.post_process_image_text_to_text(model_outputs["tokens"])[0].rstrip(),
-            "mask": mask,
-            "changed_fraction": changed_fraction,
-            "score": model_outputs["score"].item(),
+    def postprocess(self, model_outputs: Any, regions: bool = False) -> dict[str, Any]:  # type: ignore[override]
+        """The report of one pair -> its result."""
+        report: ChangeReport = model_outputs["reports"][0]
+        result: dict[str, Any] = {
+            "caption": report.caption,
+            "caption_box": report.caption_box,
+            "mask": None if report.mask is None else Image.fromarray(report.mask),
+            "changed_fraction": report.changed_fraction,
+            "score": report.score,
         }
+        if regions:
+            result["regions"] = [vars(region) for region in report.regions]
+        return result
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Save model and processor, with their code and this (the base class would save parts of the processor)."""

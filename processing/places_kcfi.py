@@ -27,8 +27,9 @@ _PLACE = re.compile(
     rf"\b(?:in|at|on|to|from|near|around) the (?:far |very )?(?P<words>{_WORD}(?:[ -]{_WORD})?)"
     r"(?:[ -]hand)?(?: (?:corner|side|edge|part|area|half|region|section|portion|end))?"
     r"(?: (?P<whole>of (?:the|this) (?:scene|image|picture|photo|area|region|map|view)))?"
-    r"(?=\s*(?:[.,;]|$)|\s+(?:and|with|is|are|was|were|has|have|had|by|in|on|along|next|near|beside|while|where|which"
-    r"|that|instead|(?:dis)?appear\w*|becom\w*|became|turn\w*|replac\w*|remain\w*)\b)",
+    r"(?=\s*(?:[.,;]|$)|\s+(?:a|an|the|some|many|several|lots|one|two|three|there|and|with|is|are|was|were|has|have|had"
+    r"|by|in|on|at|to|as|along|next|near|beside|outside|while|where|which|that|instead|(?:dis)?appear\w*|becom\w*|became|turn\w*"
+    r"|replac\w*|remain\w*|chang\w*|vanish\w*|connected|surrounded|parallel)\b)",
     re.IGNORECASE,
 )
 _PHRASES = (

@@ -18,15 +18,15 @@ from PIL import Image
 from pycocoevalcap.rouge.rouge import Rouge
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from kcfi.captioning import load
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.pictures import contact_sheet, overlay
-from kcfi.processing import InputError, KCFIProcessor
-from kcfi.training.arguments import model_source
-from kcfi.training.collator import KCFICollator
+from kcfi.processing import INSTRUCTIONS, Describer, InputError, KCFIProcessor
+from kcfi.processing.describer_kcfi import write_captions
+from kcfi.training.arguments import read_yaml
 from kcfi.training.feature_cache import FeatureCache
-from kcfi.training.levir_cc import NO_LABEL, MaskClasses, load_pairs, num_classes, warn_of_levir_cd
+from kcfi.training.levir_cc import NO_LABEL, MaskClasses, class_ids, load_pairs, num_classes, warn_of_levir_cd
 from kcfi.training.material_library import attributions
 from kcfi.training.metrics import MaskScores, require_java, results
 from kcfi.training.synthetic import SyntheticDataset
@@ -66,48 +66,43 @@ def check_classes(model: KCFIForConditionalGeneration, mask_classes: MaskClasses
         )
 
 
-def encode(model: KCFIForConditionalGeneration, batch: dict[str, Any]) -> Any:
-    """Encode the pairs of a batch once, for the captions, the masks and the losses."""
-    return model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True)
+def validation_dtype(model: str, device: torch.device) -> torch.dtype | None:
+    """What the run that made a model computed its validation scores in: bf16 or fp16 by autocast; None = as saved.
+
+    Only on CUDA, where recipes ask for it: most CPUs are slow in bf16.
+    """
+    recipe = Path(model) / "recipe.yaml"
+    if device.type != "cuda" or not recipe.is_file():
+        return None
+    settings = read_yaml(recipe)
+    return torch.bfloat16 if settings.get("bf16") else torch.float16 if settings.get("fp16") else None
 
 
 def predict(
-    model: KCFIForConditionalGeneration,
-    processor: KCFIProcessor,
-    batch: dict[str, Any],
-    features: Any,
-    max_new_tokens: int,
+    model: Any, processor: KCFIProcessor, batch: dict[str, Any], features: Any, max_new_tokens: int
 ) -> list[PairPrediction]:
-    """Caption (greedily) and mask the pairs of a batch.
+    """Caption and mask the pairs of a batch of a training's validation: what `Describer` says of pairs of its tile.
 
     Args:
         model: in evaluation mode.
         processor: its processor.
         batch: of `KCFICollator` in evaluation mode, on the model's device.
-        features: what `encode` returned for it.
+        features: what `get_image_features` returned for it.
         max_new_tokens: longest caption, in tokens.
     """
-    tokens = cast(Any, model).generate(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        mm_encoder_outputs={"image": features},
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,  # instruct models ship another one, made for long answers
-        **processor.generation_tokens,
-    )
-    captions = processor.post_process_image_text_to_text(tokens[:, batch["input_ids"].shape[1] :])
-    masks: Sequence[Any] = [None] * len(captions)
+    captions, _ = write_captions(model, processor, features, batch["input_ids"], max_new_tokens=max_new_tokens)
+    masks: list[Any] = [None] * len(captions)
     if features.mask_logits is not None:
-        masks = processor.post_process_masks(features.mask_logits, batch["sizes"])
-    rows = zip(
-        batch["filenames"], batch["changed"], batch["references"], captions, masks, batch["true_masks"], strict=True
-    )
-    return [
-        PairPrediction(name, changed, references, caption.rstrip(), None if mask is None else mask.cpu().numpy(), true)
-        for name, changed, references, caption, mask, true in rows
-    ]
+        maps = processor.post_process_masks(features.mask_logits, batch["sizes"])
+        masks = [ids.cpu().numpy() for ids in maps]
+    columns = (batch["filenames"], batch["changed"], batch["references"], captions, masks, batch["true_masks"])
+    return [PairPrediction(*row) for row in zip(*columns, strict=True)]
+
+
+def true_mask(example: Mapping[str, Any], mask_classes: MaskClasses) -> NDArray[np.uint8] | None:
+    """Class ids (H, W) of an example's mask; None without one."""
+    mask = example["mask"]
+    return None if mask is None else class_ids(mask, mask_classes, example["filename"])
 
 
 class Scores:
@@ -185,6 +180,11 @@ def evaluate_model(
     materials: str | None = None,
     pair_mix: Mapping[str, float] | None = None,
     feature_cache: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    instruction: str | None = None,
+    tile: int | None = None,
+    num_workers: int | None = None,
 ) -> dict[str, Any]:
     """Score a model on a split and write results.json, predictions.json and pairs.png into one folder.
 
@@ -203,6 +203,11 @@ def evaluate_model(
         materials: library of `kcfi data materials` that "synthetic" draws with.
         pair_mix: kinds of synthetic pairs, see `SyntheticDataset`.
         feature_cache: folder where the vision tower's features of every image are kept, see `FeatureCache`.
+        device: see `kcfi.captioning.load`.
+        dtype: of the weights, see `kcfi.captioning.load`; None also takes the autocast of the run's validation.
+        instruction: what the model is asked (None: the first of Table I).
+        tile: see `Describer`.
+        num_workers: processes that read images (None: 2 beside a GPU, else none).
 
     Returns:
         What results.json holds; of synthetic pairs also "synthetic": how they were drawn.
@@ -214,25 +219,35 @@ def evaluate_model(
     if meteor:
         require_java()  # now, not after an hour of captions
     pairs = load_pairs(dataset, split, num_pairs, seed, columns, materials, pair_mix)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network: Any = AutoModelForImageTextToText.from_pretrained(
-        model_source(model),
-        dtype="auto" if device.type == "cuda" else torch.float32,  # bf16 is slow on most CPUs
-    )
-    network.to(device).eval()
+    network, processor = load(model, device, dtype)
     if feature_cache:
         network.model.get_stage_features = FeatureCache(network.model, feature_cache)
-    processor = AutoProcessor.from_pretrained(model_source(model))
     mask_classes = mask_classes or ("road_building" if network.config.num_change_classes == 3 else "change")
     check_classes(network, mask_classes)
-    collator = KCFICollator(processor, mask_classes, train=False)
-    loader = DataLoader(pairs, batch_size=batch_size, collate_fn=collator)
+    describer = Describer(
+        network, processor, tile, batch_size, instruction or INSTRUCTIONS[0], max_new_tokens=max_new_tokens
+    )
+    if num_workers is None:
+        num_workers = 0 if network.device.type == "cpu" else 2
+    loader: Any = DataLoader(cast(Any, pairs), batch_size=batch_size, collate_fn=list, num_workers=num_workers)
+    precision = None if dtype else validation_dtype(model, network.device)
 
     scores, predictions = Scores(mask_classes), []
     for batch in tqdm(loader, desc="pairs", unit="batch"):
-        batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-        with torch.no_grad():
-            predictions += predict(network, processor, batch, encode(network, batch), max_new_tokens)
+        images = [(example["image_before"], example["image_after"]) for example in batch]
+        with torch.autocast(network.device.type, precision, enabled=precision is not None):
+            reports = describer.describe_pairs(images)
+        predictions += [
+            PairPrediction(
+                example["filename"],
+                example["changed"],
+                example["captions"],
+                report.caption,
+                report.mask,
+                true_mask(example, mask_classes),
+            )
+            for example, report in zip(batch, reports, strict=True)
+        ]
     scores.update(predictions)
     warn_of_levir_cd(scores.captions)
 

@@ -67,15 +67,6 @@ _CLASS_IDS: dict[MaskClasses, dict[int, int]] = {
 CAPTIONS_FILES = ("LevirCCcaptions.json", "LevirCCcaptions.json.gz")
 FOLDERS = {"image_before": "A", "image_after": "B", "mask": "label"}
 
-# The five sentences that every unchanged pair of LEVIR-CC carries, and no changed one.
-UNCHANGED_SENTENCES = (
-    "there is no difference",
-    "the two scenes seem identical",
-    "the scene is the same as before",
-    "no change has occurred",
-    "almost nothing has changed",
-)
-
 # Pairs that "synthetic" draws when nobody says how many; 500 is the size of the embedded model's test.
 SYNTHETIC_PAIRS = {"train": 5000, "val": 500, "test": 500}
 

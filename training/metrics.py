@@ -28,10 +28,10 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from kcfi.processing import InputError
+from kcfi.processing.places_kcfi import tells_of_change
 from kcfi.training.levir_cc import (
     CLASS_NAMES,
     NO_LABEL,
-    UNCHANGED_SENTENCES,
     MaskClasses,
     name_some,
     num_classes,
@@ -253,13 +253,8 @@ def change_accuracy(predictions: Sequence[str], changed: Sequence[bool]) -> floa
         raise InputError(
             f"{len(predictions)} predictions and {len(changed)} changed flags; expected one each per pair"
         )
-    right = sum(_says_changed(caption) == flag for caption, flag in zip(predictions, changed, strict=True))
+    right = sum(tells_of_change(caption) == flag for caption, flag in zip(predictions, changed, strict=True))
     return 100 * right / len(changed)
-
-
-def _says_changed(caption: str) -> bool:
-    """Tell whether a caption is none of the five stock sentences for unchanged pairs."""
-    return " ".join(caption.lower().split()).rstrip(" .") not in UNCHANGED_SENTENCES
 
 
 class MaskScores:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kcfi.training.levir_cc import UNCHANGED_SENTENCES
+from kcfi.processing.places_kcfi import UNCHANGED_SENTENCES
 from kcfi.training.synthetic_layout import ObjectKind
 
 Ground = Literal["trees", "bareland", "grass", ""]

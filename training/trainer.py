@@ -28,7 +28,7 @@ from kcfi.processing import InputError, KCFIProcessor
 from kcfi.training.arguments import KCFITrainingArguments
 from kcfi.training.collator import IGNORED, KCFICollator, check_packing, training_inputs
 from kcfi.training.dwa import TASKS, DynamicWeightAverage
-from kcfi.training.evaluate import Scores, encode, predict, sample_sheet
+from kcfi.training.evaluate import Scores, predict, sample_sheet
 from kcfi.training.feature_cache import FeatureCache, check_cacheable
 from kcfi.training.levir_cc import NO_LABEL
 from kcfi.training.liger import caption_loss_of
@@ -131,7 +131,7 @@ def evaluation_losses(model: KCFIForConditionalGeneration, batch: dict[str, Any]
     Args:
         model: in evaluation mode.
         batch: of `KCFICollator` in evaluation mode.
-        features: what `encode` returned for it.
+        features: what `get_image_features` returned for it.
 
     Returns:
         (B, 4): sum of the caption loss, its tokens, sum of the mask loss, its pixels.
@@ -470,7 +470,7 @@ class KCFITrainer(Trainer):
         for batch in dataloader:
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.accelerator.autocast():
-                features = encode(model, batch)
+                features = model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True)
                 tokens = self.args.generation_max_new_tokens
                 predictions = predict(model, self.processing_class, batch, features, tokens)
                 losses = evaluation_losses(model, batch, features)

@@ -5,7 +5,8 @@ from PIL import Image
 from transformers import pipeline
 
 from kcfi import KCFIConfig, KCFIForConditionalGeneration
-from kcfi.processing import INSTRUCTIONS, ChangeCaptioningPipeline, KCFIProcessor
+from kcfi.captioning import load
+from kcfi.processing import INSTRUCTIONS, ChangeCaptioningPipeline, Describer, KCFIProcessor
 
 SHORT = {"max_new_tokens": 6}
 
@@ -18,6 +19,7 @@ def make_captioner(make_tokenizer):
         processor = KCFIProcessor.from_towers(
             make_tokenizer("plain"), image_size=32, patch_size=8, **(processor_settings or {})
         )
+        processor.tile_size = 50  # the side of `pair`
         torch.manual_seed(0)
         tiny = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
         config = KCFIConfig(
@@ -55,7 +57,8 @@ def same(result, expected):
 def test_a_pair_gives_a_caption_and_a_mask_of_its_size(captioner, pair):
     assert isinstance(captioner, ChangeCaptioningPipeline)
     result = captioner(pair, **SHORT)
-    assert set(result) == {"caption", "mask", "changed_fraction", "score"}
+    assert set(result) == {"caption", "caption_box", "mask", "changed_fraction", "score"}
+    assert result["caption_box"] == (0, 0, *pair[0].size)
     assert isinstance(result["caption"], str) and result["caption"]
     assert (result["mask"].mode, result["mask"].size) == ("L", pair[0].size)
     ids = np.asarray(result["mask"])
@@ -207,8 +210,12 @@ def test_saved_it_is_loaded_by_its_folder(captioner, pair, tmp_path):
     assert same(reloaded(pair, **SHORT), captioner(pair, **SHORT))
 
 
-def test_images_that_lose_much_when_they_are_shrunk_are_warned_of(captioner, make_pair, caplog):
-    captioner(make_pair(64, 64), **SHORT)
-    assert "are shrunk" not in caplog.text
-    captioner(make_pair(72, 40), **SHORT)
-    assert "Images of 72 x 40 px are shrunk to the model's 32 px" in caplog.text
+def test_a_large_pair_is_cut_into_tiles_and_its_regions_are_described(detector, make_pair):
+    pair = make_pair(100, 70, square=(64, 8, 92, 30))
+    describer = Describer(*load(str(detector)))
+    expected = describer.describe(*pair, regions=True)
+    captioner = pipeline("change-captioning", model=describer.model, processor=describer.processor)
+    for result in (captioner(pair, regions=True), captioner([pair, pair], batch_size=2, regions=True)[1]):
+        assert result["caption"] == expected.caption and result["caption_box"] == expected.caption_box
+        assert np.array_equal(result["mask"], expected.mask) and result["mask"].size == (100, 70)
+        assert result["regions"] == [vars(region) for region in expected.regions] and expected.regions

@@ -9,7 +9,6 @@ from kcfi.training.collator import KCFICollator
 from kcfi.training.evaluate import (
     PairPrediction,
     Scores,
-    encode,
     evaluate_model,
     flat_scores,
     pair_score,
@@ -45,7 +44,9 @@ def test_predictions_do_not_depend_on_the_batch(model, processor, make_pairs, si
         for first in range(0, 4, count):
             batch = collator([pairs[index] for index in range(first, min(4, first + count))])
             with torch.no_grad():
-                found += predict(model, processor, batch, encode(model, batch), max_new_tokens=6)
+                found += predict(
+                    model, processor, batch, model.get_image_features(batch["pixel_values"]), max_new_tokens=6
+                )
         return found
 
     for alone, together in zip(predictions(1), predictions(size), strict=True):
@@ -60,7 +61,9 @@ def test_masks_are_predicted_at_the_size_of_the_images(model, processor, make_pa
     large["mask"] = pair["mask"].resize((50, 40), Image.Resampling.NEAREST)
     batch = KCFICollator(processor, train=False)([large])
     with torch.no_grad():
-        [found] = predict(model.eval(), processor, batch, encode(model, batch), max_new_tokens=1)
+        [found] = predict(
+            model.eval(), processor, batch, model.get_image_features(batch["pixel_values"]), max_new_tokens=1
+        )
     assert found.mask.shape == found.true_mask.shape == (40, 50)
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
+from kcfi.processing.places_kcfi import UNCHANGED_SENTENCES
 from kcfi.training import metrics
-from kcfi.training.levir_cc import UNCHANGED_SENTENCES, read_captions
+from kcfi.training.levir_cc import read_captions
 from kcfi.training.metrics import (
     CAPTION_SCORES,
     KCFIMetric,

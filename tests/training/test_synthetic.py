@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from kcfi.training.levir_cc import UNCHANGED_SENTENCES, LevirCCDataset
+from kcfi.processing.places_kcfi import UNCHANGED_SENTENCES
+from kcfi.training.levir_cc import LevirCCDataset
 from kcfi.training.material_library import LibraryMaterials
 from kcfi.training.single_dates import draw_pair
 from kcfi.training.synthetic import (

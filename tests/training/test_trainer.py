@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.training.arguments import KCFITrainingArguments
 from kcfi.training.collator import KCFICollator, packed_attention_mask
-from kcfi.training.evaluate import encode, predict
+from kcfi.training.evaluate import predict
 from kcfi.training.trainer import KCFITrainer, evaluation_losses, freeze, parameter_groups, trackers
 from tests.training.conftest import needs_deepspeed
 
@@ -551,7 +551,7 @@ def test_two_ranks_train_score_and_save_like_one(
     loaded = KCFIForConditionalGeneration.from_pretrained(tmp_path / "two")
     batch = one.evaluation_collator([make_pairs(5)[index] for index in range(5)])
     with torch.no_grad():
-        features = encode(loaded, batch)
+        features = loaded.get_image_features(batch["pixel_values"])
         torch.testing.assert_close(evaluation_losses(loaded, batch, features), results["losses"])
         predictions = predict(loaded, processor, batch, features, 16)
     assert [pair.caption for pair in predictions] == results["captions"]

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from kcfi import KCFIForConditionalGeneration
 from kcfi.processing import KCFIProcessor
 from kcfi.training.collator import KCFICollator
-from kcfi.training.evaluate import encode, predict
+from kcfi.training.evaluate import predict
 from kcfi.training.trainer import KCFITrainer, evaluation_losses
 from tests.training.conftest import Pairs
 from tests.training.test_trainer import TWO_RANKS, Gradients, arguments, break_gradients, losses
@@ -56,7 +56,7 @@ else:
     assert all(scores == other for other in gather_object([scores]))  # both ranks know what rank 0 scored
     batch = collator.for_evaluation()([Pairs(5)[index] for index in range(5)])
     with torch.no_grad():
-        features = encode(model, batch)
+        features = model.get_image_features(batch["pixel_values"])
         results["losses"] = evaluation_losses(model, batch, features)
         predictions = predict(model, processor, batch, features, 16)
     results["captions"] = [pair.caption for pair in predictions]

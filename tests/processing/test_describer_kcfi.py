@@ -1,0 +1,266 @@
+"""Pairs of any size: tiles, blending, regions, and the sentences of the right places."""
+
+import shutil
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import ndimage
+from transformers import pipeline
+
+from kcfi.captioning import compiled_steps, load
+from kcfi.processing import Describer
+from kcfi.processing.describer_kcfi import (
+    MERGE,
+    MIN_REGION,
+    OVERLAP,
+    blend,
+    changed_regions,
+    taper,
+    tile_boxes,
+    tile_starts,
+)
+from kcfi.processing.image_processing_kcfi import read_pair
+
+SIDE = 32  # px: what the tiny model reads
+
+
+@pytest.fixture(scope="module")
+def describer(detector):
+    return Describer(*load(str(detector)))
+
+
+def model_inputs(describer, before, after):
+    return describer.processor.image_processor([[before, after]], return_tensors="pt")["pixel_values"]
+
+
+# Tiles
+
+
+@pytest.mark.parametrize("tile", [4, 7, 32])
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 56, 57, 199])
+def test_tiles_cover_every_pixel_and_overlap_their_neighbours(length, tile):
+    starts = tile_starts(length, tile)
+    covered = np.zeros(length, int)
+    for start in starts:
+        covered[start : start + tile] += 1
+    assert starts[0] == 0 and covered.all()
+    assert length <= tile or starts[-1] + tile == length
+    for left, right in pairwise(starts):
+        assert left + tile - right >= np.floor(tile * OVERLAP) and right > left
+
+
+def test_one_tile_is_enough_up_to_its_size():
+    assert tile_starts(32, 32) == tile_starts(5, 32) == [0]
+    assert len(tile_starts(33, 32)) == 2
+    assert tile_boxes(20, 40, 32) == [(0, 0, 20, 32), (0, 8, 20, 40)]
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 32, 33])
+def test_the_taper_is_even_and_never_0(length):
+    weights = taper(length)
+    assert len(weights) == length and torch.equal(weights, weights.flip(0))
+    assert weights.min() > 0 and weights.max() <= 1
+    assert (weights.diff()[: length // 2] >= 0).all()
+    assert length < 7 or weights[length // 2] == 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(32, 32), (97, 61), (33, 211), (5, 71), (70, 1)])
+def test_blended_tiles_of_a_picture_give_the_picture(width, height):
+    picture = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
+    boxes = tile_boxes(width, height, SIDE)
+    tiles = (picture[:, top:bottom, left:right] for left, top, right, bottom in boxes)
+    torch.testing.assert_close(blend(tiles, boxes, picture.shape), picture, rtol=0, atol=1e-6)
+
+
+def test_where_tiles_disagree_the_one_whose_middle_is_nearer_counts_more():
+    boxes = tile_boxes(56, 32, SIDE)  # 0-32 and 24-56
+    mixed = blend([torch.zeros(1, 32, 32), torch.ones(1, 32, 32)], boxes, (1, 32, 56))[0, 0]
+    assert (mixed[:24] == 0).all() and (mixed[32:] == 1).all()
+    assert (mixed[24:32].diff() > 0).all() and mixed[27] < 0.5 < mixed[28]
+
+
+# Regions
+
+
+def test_regions_are_sorted_by_size_and_small_ones_left_out():
+    mask = np.zeros((90, 120), np.uint8)
+    mask[2:12, 3:13] = 1  # MIN_REGION px
+    mask[50:70, 40:60] = 2
+    mask[2:11, 100:111] = 1  # one px too few
+    assert 9 * 11 == MIN_REGION - 1
+    regions = changed_regions(mask)
+    assert [(region.box, region.pixels) for region, _ in regions] == [((40, 50, 60, 70), 400), ((3, 2, 13, 12), 100)]
+    for region, pixels in regions:
+        left, top, right, bottom = region.box
+        assert pixels[top:bottom, left:right].all() and pixels.sum() == region.pixels
+
+
+@pytest.mark.parametrize(("gap", "count"), [(2 * MERGE, 1), (2 * MERGE + 1, 2)])
+def test_regions_grow_together_over_small_gaps_only(gap, count):
+    mask = np.zeros((20, 70), np.uint8)
+    mask[4:16, 2:22] = mask[4:16, 22 + gap : 42 + gap] = 1
+    assert [region.pixels for region, _ in changed_regions(mask)] == [480 // count] * count
+
+
+def test_no_change_has_no_region():
+    assert changed_regions(np.zeros((9, 9), np.uint8)) == []
+
+
+# Reading
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr", "F"])
+def test_every_mode_looks_to_the_blend_as_to_the_model(describer, mode, tmp_path):
+    before = Image.effect_noise((40, 20), 80).convert("RGB")
+    before = before.convert(mode) if mode != "F" else before.convert("F").point(lambda value: value / 255 + 0)
+    first, second = read_pair(before, before)
+    assert (first.mode, first.size) == ("RGB", (40, 20)) and first.tobytes() == second.tobytes()
+    assert torch.equal(model_inputs(describer, before, before), model_inputs(describer, first, first))
+
+
+def test_different_sizes_are_one_error_that_names_both(tmp_path):
+    Image.new("RGB", (12, 10)).save(tmp_path / "a.png")
+    Image.new("RGB", (12, 11)).save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"a\.png is 12 x 10 px, .*b\.png is 12 x 11 px\. They must show one place"):
+        read_pair(tmp_path / "a.png", tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"in size: 12 x 10 px, 3 x 3 px"):
+        read_pair(Image.new("RGB", (12, 10)), Image.new("RGB", (3, 3)))
+
+
+def test_an_image_that_its_file_turns_is_described_upright(describer, tmp_path):
+    image = Image.new("RGB", (40, 20))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    report = describer.describe(tmp_path / "turned.jpg", tmp_path / "turned.jpg")
+    assert report.mask.shape == (40, 20)
+
+
+# Description
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(32, 32), (17, 11), (1, 1), (33, 32), (90, 61), (200, 5), (3, 70)], ids=str
+)
+def test_mask_and_heat_map_have_the_size_of_the_images(describer, make_pair, width, height):
+    report = describer.describe(*make_pair(width, height))
+    assert report.mask.shape == report.key_changes.shape == (height, width)
+    assert report.mask.dtype == np.uint8 and np.isfinite(report.key_changes).all()
+    assert report.changed_fraction == 0 and report.caption and report.regions == []
+
+
+@pytest.mark.parametrize("size", [(32, 32), (20, 28)], ids=str)
+def test_one_tile_is_what_the_pipeline_says(describer, make_pair, size):
+    pair = make_pair(*size, square=(8, 8, 18, 24))
+    report = describer.describe(*pair)
+    expected = pipeline("change-captioning", model=describer.model, processor=describer.processor)(pair)
+    assert report.caption == expected["caption"]
+    assert np.array_equal(report.mask, np.asarray(expected["mask"])) and report.mask.any()
+    assert report.changed_fraction == pytest.approx(expected["changed_fraction"])
+
+
+def test_changes_are_found_where_they_are_in_a_large_image(describer, make_pair):
+    squares = [(3, 2, 19, 18), (70, 40, 86, 56), (81, 2, 97, 14)]
+    for square in squares:
+        true = np.zeros((61, 97), bool)
+        true[square[1] : square[3], square[0] : square[2]] = True
+        report = describer.describe(*make_pair(97, 61, square))
+        found = report.mask > 0
+        assert (found & true).sum() / (found | true).sum() > 0.5
+        assert report.changed_fraction == pytest.approx(found.mean())
+        assert report.key_changes[true].mean() > 2 * report.key_changes[~true].mean()
+
+
+def test_the_strip_that_fills_a_narrow_image_up_is_its_mirror_image(describer, make_pair):
+    before, after = make_pair(50, 20, square=(30, 4, 46, 18))
+    mirrored = [
+        Image.fromarray(np.pad(np.asarray(image), ((0, 12), (0, 0), (0, 0)), "symmetric")) for image in (before, after)
+    ]
+    narrow, full = describer.describe(before, after), describer.describe(*mirrored)
+    assert np.array_equal(narrow.mask, full.mask[:20]) and narrow.mask.any()
+
+
+def test_the_sentence_is_that_of_the_tile_which_changed_most(describer, make_pair):
+    before, after = make_pair(80, 32, square=(56, 6, 72, 26))
+    boxes = tile_boxes(80, 32, SIDE)
+    assert boxes[-1][0] == 48
+    alone = describer.describe(before.crop(boxes[-1]), after.crop(boxes[-1]))
+    first = describer.describe(before.crop(boxes[0]), after.crop(boxes[0]))
+    assert describer.describe(before, after).caption == alone.caption != first.caption
+
+
+def test_every_region_gets_the_sentence_of_its_own_surroundings(describer, make_pair):
+    before, after = make_pair(120, 40, square=(8, 8, 24, 32))
+    pixels = np.asarray(after).copy()
+    pixels[4:36, 88:112] = (255, 255, 0)
+    after = Image.fromarray(pixels)
+    report = describer.describe(before, after, regions=True)
+    components, count = ndimage.label(report.mask)
+    assert len(report.regions) == count == 2
+    assert [region.pixels for region in report.regions] == sorted(np.bincount(components.ravel())[1:], reverse=True)
+    large, small = report.regions
+    assert large.box[0] > 80 and small.box[2] < 40
+    assert large.caption and small.caption and large.caption != small.caption
+    middle = ((large.box[0] + large.box[2]) // 2, (large.box[1] + large.box[3]) // 2)
+    window = (middle[0] - 16, middle[1] - 16, middle[0] + 16, middle[1] + 16)
+    assert large.caption == describer.describe(before.crop(window), after.crop(window)).caption
+
+
+def test_a_larger_tile_is_shrunk_to_the_models_input(detector, make_pair):
+    model, processor = load(str(detector))
+    pair = make_pair(64, 64, square=(16, 16, 48, 48))
+    coarse = Describer(model, processor, tile=64).describe(*pair)
+    expected = pipeline("change-captioning", model=model, processor=processor)(pair, tile=64)
+    assert coarse.caption == expected["caption"] and np.array_equal(coarse.mask, np.asarray(expected["mask"]))
+    with pytest.raises(ValueError, match="A tile of 7 px is smaller than a patch of the vision tower, 8 px"):
+        Describer(model, processor, tile=7)
+
+
+def test_a_processor_that_crops_loses_no_border_here(describer, detector, make_pair):
+    model, processor = load(str(detector))
+    processor.image_processor.size = {"shortest_edge": 40}
+    processor.image_processor.crop_size, processor.image_processor.do_center_crop = {"height": 32, "width": 32}, True
+    pair = make_pair(60, 45, square=(0, 0, 16, 16))
+    assert np.array_equal(Describer(model, processor).describe(*pair).mask, describer.describe(*pair).mask)
+
+
+def test_without_a_head_there_is_a_sentence_and_no_mask(make_detector, tmp_path, make_pair):
+    folder = make_detector(tmp_path, use_change_detection_head=False)
+    describer = Describer(*load(str(folder)))
+    before, after = make_pair(80, 32, square=(56, 6, 72, 26))
+    report = describer.describe(before, after)
+    assert report.mask is None and report.changed_fraction is None and report.key_changes.shape == (32, 80)
+    box = (48, 0, 80, 32)  # the tile whose key change features are strongest
+    assert report.caption == describer.describe(before.crop(box), after.crop(box)).caption
+    with pytest.raises(ValueError, match="no change detection head: it cannot find regions"):
+        describer.describe(before, after, regions=True)
+
+
+INDUCTOR = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="on a CPU inductor needs a C++ compiler"),
+]
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=INDUCTOR)])
+def test_compiled_steps_write_the_same_sentences(describer, detector, make_pair, monkeypatch, backend):
+    monkeypatch.setattr("kcfi.processing.describer_kcfi.LONGEST", 12)
+    pairs = [tuple(make_pair(32, 32, square=(number, 2, 8 + 3 * number, 18))) for number in range(5)]
+    torch.compiler.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    compiled = Describer(*load(str(detector)), batch_size=3, **compiled_steps())
+    compiled.generation["compile_config"].backend = backend
+    sentences, expected = ([report.caption for report in each.describe_pairs(pairs)] for each in (compiled, describer))
+    assert graphs["unique_graphs"] >= 1
+    assert sentences == expected and len(set(sentences)) > 1
+
+
+@pytest.mark.parametrize("context", ["after", "bitemporal"])
+def test_the_heat_map_shows_changes_and_not_their_context(make_detector, tmp_path, make_pair, context):
+    describer = Describer(*load(str(make_detector(tmp_path, change_context=context))))
+    report = describer.describe(*make_pair(32, 32))
+    assert (report.key_changes == 0).all()  # equal images; the context alone is far from 0
