@@ -23,8 +23,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from kcfi.pictures import heat_map, overlay
 from kcfi.processing import InputError
+from kcfi.processing.image_processing_kcfi import read_image
 from kcfi.training.arguments import model_source
-from kcfi.training.levir_cc import MASK_BUILDING, MASK_ROAD, read_image
+from kcfi.training.levir_cc import MASK_BUILDING, MASK_ROAD
 
 OVERLAP = 0.25  # of a tile's side, at least, with each neighbour
 MERGE = 8  # px: gaps of up to twice this do not part a region
