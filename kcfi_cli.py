@@ -121,6 +121,24 @@ def build_parser() -> argparse.ArgumentParser:
         "model was trained on images that it resized, their side: 256 for LEVIR-CC",
     )
     caption.add_argument(
+        "--bands",
+        type=int,
+        nargs=3,
+        metavar=("R", "G", "B"),
+        help="which bands of the files are red, green and blue, counted from 1; needed of four bands, for example",
+    )
+    caption.add_argument(
+        "--stretch",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="percentiles that become black and white, as 2 98: needed of 16 bits and of most floats. Each band of "
+        "each image gets its own",
+    )
+    caption.add_argument(
+        "--max_image_pixels", type=int, metavar="N", help="read files of up to so many pixels (178956970)"
+    )
+    caption.add_argument(
         "--batch_size", type=int, default=8, help="pairs or tiles at a time (%(default)s); CPUs encode 2"
     )
     caption.add_argument(

@@ -39,7 +39,7 @@ MAX_IMAGE_PIXELS = 178_956_970  # what PIL refuses as a decompression bomb when 
 
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # also of BigTIFF
 SAMPLES_PER_PIXEL, BITS_PER_SAMPLE, EXTRA_SAMPLES, GDAL_NODATA = 277, 258, 338, 42113  # tags of a TIFF
-ALPHA_SAMPLES = (1, 2)  # values of EXTRA_SAMPLES: alpha that is multiplied into the colours, and alpha beside them
+PREMULTIPLIED, ALPHA = 1, 2  # values of EXTRA_SAMPLES: alpha that PIL divides the colours by, and plain alpha
 MOST_BETWEEN = 0.5  # of an alpha of a TIFF may be neither clear nor opaque
 GDAL_DRIVERS = {"TIFF": "GTiff", "PNG": "PNG", "JPEG2000": "JP2OpenJPEG"}  # no VRT, whose sources may be anywhere
 
@@ -198,7 +198,15 @@ def read_image(
             return _rgb(image)
         return _pil_raster(image, None, name).show(stretch)
     header = _open_header(source, max_image_pixels)
-    if header is None or _pil_reads_less(header) or (header.format == "JPEG2000" and len(header.getbands()) > 1):
+    premultiplied = PREMULTIPLIED in getattr(header, "tag_v2", {}).get(EXTRA_SAMPLES, ())
+    if (
+        header is None
+        or _pil_reads_less(header)
+        or (header.format == "JPEG2000" and len(header.getbands()) > 1)  # PIL halves 16 bits, takes a 4th for alpha
+        or (premultiplied and bands is not None)
+    ):
+        if premultiplied and bands is None:
+            raise InputError(f"{source}: its colours are multiplied by its alpha; to take them so, {WHICH_BANDS}.")
         driver = "GTiff" if header is None else GDAL_DRIVERS[str(header.format)]
         return _gdal_raster(Path(source), driver, bands, max_image_pixels).show(stretch)
     image = _decode(header, str(source))
@@ -264,7 +272,7 @@ def _check_alpha_of_tiff(image: Image.Image, name: str) -> None:
     tags = getattr(image, "tag_v2", None)
     if tags is None or "A" not in image.getbands():
         return
-    if not set(tags.get(EXTRA_SAMPLES, ())) & set(ALPHA_SAMPLES):
+    if not set(tags.get(EXTRA_SAMPLES, ())) & {PREMULTIPLIED, ALPHA}:
         _choose(len(image.getbands()), None, name)
     _check_alpha(np.asarray(image.getchannel("A")) / 255, name)
 
@@ -375,7 +383,8 @@ def _gdal_raster(path: Path, driver: str, bands: Sequence[int] | None, max_image
                 chosen = [position + 1 for position in _choose(file.count, bands, str(path))]
             values, nodata, alpha = file.read(chosen), file.nodata, None
             if bands is None and len(colours) < file.count:
-                alpha = file.read(file.colorinterp.index(ColorInterp.alpha) + 1)
+                band = file.colorinterp.index(ColorInterp.alpha) + 1
+                alpha = file.read(band)
                 alpha = alpha / (np.iinfo(alpha.dtype).max if alpha.dtype.kind in "iu" else 1)
                 _check_alpha(alpha, str(path))
     except RasterioError as error:
