@@ -115,6 +115,24 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_options(caption)
     caption.add_argument("--output", default="kcfi-output", type=Path, help="folder for the pictures (%(default)s)")
     caption.add_argument(
+        "--bands",
+        type=int,
+        nargs=3,
+        metavar=("R", "G", "B"),
+        help="which bands of the files are red, green and blue, counted from 1; needed of four bands, for example",
+    )
+    caption.add_argument(
+        "--stretch",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="percentiles that become black and white, as 2 98: needed of 16 bits and of most floats. Each band of "
+        "each image gets its own",
+    )
+    caption.add_argument(
+        "--max_image_pixels", type=int, metavar="N", help="read files of up to so many pixels (178956970)"
+    )
+    caption.add_argument(
         "--batch_size", type=int, default=8, help="pairs or tiles at a time (%(default)s); CPUs encode 2"
     )
     caption.add_argument(
@@ -359,7 +377,7 @@ def run_caption(options: argparse.Namespace) -> int:
         raise ValueError(f"Give the later image too, or a manifest (.csv) in place of {options.before}.")
     if manifest or options.before.is_dir():
         return caption_list(options)
-    before, after = read_pair(options.before, options.after)
+    before, after = read_pair(options.before, options.after, **reading(options))
     check_writable(options.output)
     describer = build_describer(options)
     [report] = describer.describe_pairs([(before, after)], options.regions)
@@ -396,6 +414,12 @@ def run_caption(options: argparse.Namespace) -> int:
     return 0
 
 
+def reading(options: argparse.Namespace) -> dict[str, Any]:
+    """Settings of `read_pair` that were given."""
+    settings = {name: getattr(options, name) for name in ("bands", "stretch", "max_image_pixels")}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
 def build_describer(options: argparse.Namespace) -> Any:
     """The Describer that the options of `kcfi caption` ask for."""
     from kcfi.captioning import Describer, compiled_steps, load
@@ -419,7 +443,9 @@ def caption_list(options: argparse.Namespace) -> int:
     asked = {"dtype": options.dtype, "tile": options.tile, "instruction": options.instruction}
     model = options.model + "".join(f" {name}={value}" for name, value in asked.items() if value is not None)
     failed = 0
-    for row in describe_list(describer, pairs, options.output, model, options.regions, options.heatmap):
+    for row in describe_list(
+        describer, pairs, options.output, model, options.regions, options.heatmap, **reading(options)
+    ):
         failed += row["error"] is not None
         changed = "" if row["changed_fraction"] is None else f" ({row['changed_fraction']:.1%})"
         line = f"{row['name']}: {row['error'] or row['caption']}{changed}"

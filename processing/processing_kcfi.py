@@ -282,6 +282,8 @@ class KCFIProcessor(ProcessorMixin):
         self, images: Any = None, text: Any = None, **kwargs: Any
     ) -> tuple[Any, ...]:
         """Open images; beside text they form pairs (`group_pairs`), alone they are what the image processor takes."""
+        if images is not None:  # the base class would read them by the saved settings
+            images = self.image_processor.fetch_images(images, **{**kwargs, **kwargs.get("images_kwargs", {})})
         images, text, videos, audio = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         if images is not None and text is not None:
             images = group_pairs(images) or None

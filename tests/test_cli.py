@@ -143,7 +143,7 @@ def test_images_of_different_sizes_are_refused_with_both_sizes(capsys, pair):
 def test_16_bit_images_are_refused_with_the_remedy(capsys, pair):
     Image.fromarray(np.full((45, 70), 3000, np.uint16)).save("deep.png")
     message = refusal(capsys, "caption", pair[0], "deep.png")
-    assert "deep.png" in message and "stretch it to 8 bits" in message
+    assert "deep.png" in message and "--stretch 2 98" in message
 
 
 def test_an_unknown_model_is_named(capsys, pair, tmp_path):

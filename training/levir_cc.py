@@ -33,11 +33,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset, Subset
-from transformers.image_transforms import convert_to_rgb
 from transformers.utils import logging
 
 from kcfi.processing import InputError
-from kcfi.processing.image_processing_kcfi import eight_bit, open_image
+from kcfi.processing.image_processing_kcfi import open_image, read_image
 
 logger = logging.get_logger(__name__)
 
@@ -133,25 +132,6 @@ def grey_mask(mask: Image.Image, filename: str) -> Image.Image:
     if (channels != channels[..., :1]).any():
         raise InputError(f"{filename}: a colour mask; expected grey as in `label` (not `label_rgb`)")
     return Image.fromarray(channels[..., 0])
-
-
-def read_image(path: str | Path | Image.Image) -> Image.Image:
-    """Read an image as inference sees it: upright, 8-bit RGB, transparency over white.
-
-    Args:
-        path: File in any format that PIL reads, or a PIL image.
-
-    Returns:
-        Image of mode "RGB", fully loaded.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        InputError: If the file is no readable image or has more than 8 bits per channel.
-    """
-    image = eight_bit(open_image(path))
-    if not isinstance(image, Image.Image):  # mode F
-        image = Image.fromarray(image)
-    return Image.fromarray(np.asarray(convert_to_rgb(image, return_numpy=True)))
 
 
 def read_mask(path: Path | Image.Image) -> Image.Image:

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoProcessor, BatchFeature
 
 from kcfi import KCFIConfig
@@ -305,3 +306,16 @@ class TestSettings:
         own = KCFIProcessor(processor.image_processor, make_tokenizer("plain"), chat_template=template)
         own.save_pretrained(tmp_path)
         assert AutoProcessor.from_pretrained(tmp_path).prompt() == "Q: <image> ?"
+
+
+def test_settings_of_reading_reach_images_beside_text(make_processor, tmp_path):
+    """The base class opens images before it looks at the arguments of the call."""
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.random.default_rng(0).integers(0, 4000, (40, 40), dtype=np.uint16)).save(tmp_path / name)
+    files, processor = [tmp_path / "a.png", tmp_path / "b.png"], make_processor()
+    expected = processor.image_processor([files], stretch=[2, 98], return_tensors="pt")["pixel_values"]
+    for settings in ({"stretch": [2, 98]}, {"images_kwargs": {"stretch": [2, 98]}}):
+        inputs = processor(images=[files], text=[processor.prompt()], return_tensors="pt", **settings)
+        assert torch.equal(inputs["pixel_values"], expected)
+    with pytest.raises(ValueError, match="max_image_pixels, 99"):
+        processor(images=[files], text=[processor.prompt()], max_image_pixels=99)
