@@ -369,7 +369,7 @@ def run_caption(options: argparse.Namespace) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from kcfi.captioning import save_pictures
-    from kcfi.processing.image_processing_kcfi import read_pair
+    from kcfi.processing.reading_kcfi import read_pair
 
     disable_progress_bar()  # of loading weights, which is over before it can be read
     manifest = options.after is None and options.before.suffix.lower() == ".csv"

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from kcfi.captioning import Describer, save_pictures
 from kcfi.processing import InputError
 from kcfi.processing.describer_kcfi import Pair
-from kcfi.processing.image_processing_kcfi import read_pair
+from kcfi.processing.reading_kcfi import read_pair
 
 TABLE = "captions.csv"
 COLUMNS = ["name", "before", "after", "caption", "caption_box", "score", "changed_fraction", "mask", "overlay"]

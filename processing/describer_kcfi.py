@@ -17,9 +17,10 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .image_processing_kcfi import NO_LABEL, InputError, read_pair
+from .image_processing_kcfi import NO_LABEL
 from .places_kcfi import Box, center_of, place_in_image, place_phrase, tells_of_change
 from .processing_kcfi import INSTRUCTIONS, KCFIProcessor
+from .reading_kcfi import InputError, read_pair
 
 try:
     from scipy import ndimage
@@ -375,7 +376,7 @@ class Describer:
         return self.model.model.compare(before, after, (side, side))
 
     def _only(self, stages: Any, views: torch.Tensor) -> tuple[list[Any], list[Any]]:
-        """Stage features of pairs that changed in one area of their views (B, h, w) alone, or in the patches around."""
+        """Stage features of pairs that changed in one area of their views (B, h, w) alone, and around it."""
         before, after = stages
         patches = F.adaptive_max_pool2d(views[:, None].float(), before[0].shape[-2:])
         area = F.max_pool2d(patches, 3, stride=1, padding=1).to(before[0].device) > 0

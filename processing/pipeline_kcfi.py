@@ -9,8 +9,8 @@ from PIL import Image
 from transformers import GenerationConfig, Pipeline
 
 from .describer_kcfi import LONGEST, ChangeReport, Describer
-from .image_processing_kcfi import InputError, read_pair, unstack
 from .processing_kcfi import INSTRUCTIONS, KCFIProcessor
+from .reading_kcfi import InputError, read_pair, unstack
 
 
 class ChangeCaptioningPipeline(Pipeline):

@@ -10,7 +10,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from .image_processing_kcfi import InputError, KCFIImageProcessor, unstack
+from .image_processing_kcfi import KCFIImageProcessor
+from .reading_kcfi import InputError, unstack
 
 if TYPE_CHECKING:  # transformers saves the files named in such lines: the pipeline travels with the processor
     from .pipeline_kcfi import ChangeCaptioningPipeline  # noqa: F401

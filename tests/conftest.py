@@ -19,8 +19,17 @@ from kcfi.processing import KCFIProcessor
 SIDE = 32  # px: what the model reads
 
 
-def save_detector(folder: Path, threshold: float = 0.25, **settings: object) -> Path:
+def save_detector(
+    folder: Path,
+    threshold: float = 0.25,
+    side: int = SIDE,
+    shortest_edge: int | None = None,
+    tile_size: int | None = None,
+    **settings: object,
+) -> Path:
     """Save a model whose mask is "the plain features of a patch differ by more than `threshold`".
+
+    It reads `side` px; `shortest_edge` and `tile_size` are its processor's.
 
     Its towers are random, so its sentences are letters without a meaning; but they depend on the images.
     """
@@ -33,8 +42,9 @@ def save_detector(folder: Path, threshold: float = 0.25, **settings: object) -> 
     tokenizer = TokenizersBackend(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=special
     )
-    processor = KCFIProcessor.from_towers(tokenizer, image_size=SIDE, patch_size=8)
-    vision = {"model_type": "vit", "image_size": SIDE, "patch_size": 8, "num_hidden_layers": 2}
+    processor = KCFIProcessor.from_towers(tokenizer, image_size=side, patch_size=8, shortest_edge=shortest_edge)
+    processor.tile_size = tile_size
+    vision = {"model_type": "vit", "image_size": side, "patch_size": 8, "num_hidden_layers": 2}
     widths = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     text = Qwen2Config(
         vocab_size=len(tokenizer), num_hidden_layers=2, num_key_value_heads=2, tie_word_embeddings=False, **widths

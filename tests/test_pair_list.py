@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kcfi import captioning
 from kcfi.captioning import Describer, load
 from kcfi.pair_list import COLUMNS, describe_list, find_pairs
+from kcfi.processing import describer_kcfi
 from kcfi_cli import main
 
 SIZES = [(32, 32), (20, 28), (32, 32), (70, 45), (32, 32), (9, 30), (32, 32)]  # the fourth is cut into tiles
@@ -108,6 +108,8 @@ def test_a_list_gets_what_single_pairs_get(describer, folders):
     assert json.loads(written[3]["regions"]) == [
         {**region, "box": list(region["box"])} for region in rows[3]["regions"]
     ]
+    assert json.loads(written[3]["caption_box"]) == list(rows[3]["caption_box"]) != [0, 0, 70, 45]
+    assert json.loads(written[0]["caption_box"]) == [0, 0, 32, 32]
 
 
 def test_a_second_call_adds_what_it_asks_for_and_refuses_other_images_of_the_same_names(describer, folders):
@@ -124,9 +126,10 @@ def test_a_second_call_adds_what_it_asks_for_and_refuses_other_images_of_the_sam
 
 
 def test_a_sentence_of_two_lines_is_one_row_and_a_cut_within_a_character_is_survived(describer, folders, monkeypatch):
-    monkeypatch.setattr(
-        describer, "_sentences", lambda features: ["ein Haus\n fällt weg"] * len(features.pooler_output)
-    )
+    def write(features):
+        return ["ein Haus\n fällt weg"] * len(features.pooler_output), [0.5] * len(features.pooler_output)
+
+    monkeypatch.setattr(describer, "_write", write)
     pairs, output = find_pairs(folders / "A", folders / "B")[:3], folders / "out"
     assert [row["caption"] for row in describe_list(describer, pairs, output, "tiny")] == ["ein Haus fällt weg"] * 3
     data = (output / "captions.csv").read_bytes()
@@ -148,15 +151,15 @@ def test_regions_without_a_head_are_refused_before_anything_is_written(make_dete
     [(8, [3, 3, 3, 1, 3]), (2, [2, 1, 2, 1, 2, 1, 1, 2, 1])],
 )
 def test_small_pairs_are_encoded_together_and_once(describer, folders, monkeypatch, at_once, expected):
-    monkeypatch.setattr(captioning, "ENCODED_BY_CPU", at_once)
+    monkeypatch.setattr(describer_kcfi, "ENCODED_BY_CPU", at_once)
     encoded = []
-    encode = describer.model.get_image_features
+    encode = describer.model.model.get_stage_features
 
     def count(pixel_values):
         encoded.append(len(pixel_values))
-        return encode(pixel_values=pixel_values)
+        return encode(pixel_values)
 
-    monkeypatch.setattr(describer.model, "get_image_features", count)
+    monkeypatch.setattr(describer.model.model, "get_stage_features", count)
     list(describe_list(describer, find_pairs(folders / "A", folders / "B"), folders / "out", "tiny"))
     assert encoded == expected
 

@@ -36,7 +36,7 @@ from torch.utils.data import Dataset, Subset
 from transformers.utils import logging
 
 from kcfi.processing import InputError
-from kcfi.processing.image_processing_kcfi import open_image, read_image
+from kcfi.processing.reading_kcfi import open_image, read_image
 
 logger = logging.get_logger(__name__)
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kcfi.processing import InputError
-from kcfi.processing.image_processing_kcfi import read_image
+from kcfi.processing.reading_kcfi import read_image
 from kcfi.training.arguments import check_names
 from kcfi.training.levir_cc import name_some
 from kcfi.training.synthetic_materials import TextureKind

@@ -1,7 +1,9 @@
 """Pairs of any size: tiles, blending, regions, and the sentences of the right places."""
 
+import json
 import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from scipy import ndimage
 from transformers import pipeline
 
 from kcfi.captioning import compiled_steps, load
-from kcfi.processing import Describer
+from kcfi.processing import INSTRUCTIONS, Describer, describer_kcfi
 from kcfi.processing.describer_kcfi import (
     MERGE,
     MIN_REGION,
@@ -22,9 +24,15 @@ from kcfi.processing.describer_kcfi import (
     tile_boxes,
     tile_starts,
 )
-from kcfi.processing.image_processing_kcfi import read_pair
+from kcfi.processing.places_kcfi import tells_of_change
+from kcfi.processing.reading_kcfi import read_pair
+from kcfi.training.collator import KCFICollator
+from kcfi.training.evaluate import evaluate_model, predict
+from kcfi.training.levir_cc import load_pairs
+from kcfi_cli import main
 
 SIDE = 32  # px: what the tiny model reads
+SCENES = Path(__file__).parents[3] / "shared" / "data" / "real_pairs" / "scenes"
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +245,153 @@ def test_without_a_head_there_is_a_sentence_and_no_mask(make_detector, tmp_path,
     assert report.caption == describer.describe(before.crop(box), after.crop(box)).caption
     with pytest.raises(ValueError, match="no change detection head: it cannot find regions"):
         describer.describe(before, after, regions=True)
+
+
+# One way for all
+
+
+GEOMETRIES = {  # pairs of 40 px
+    "paper": {"side": 40},  # read as they are
+    "released": {"side": 32, "shortest_edge": 40},  # the centre of 32 px
+    "shrunk": {"side": 32},  # as 256 px are resized to the 252 or 224 px of a tower
+}
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_command_evaluation_validation_and_pipeline_say_the_same(make_detector, make_pair, tmp_path, capsys, geometry):
+    model = make_detector(tmp_path / "model", tile_size=40, **GEOMETRIES[geometry])
+    pairs = {f"pair_{number}.png": make_pair(40, 40, (4 + 5 * number, 9, 20 + 5 * number, 30)) for number in range(3)}
+    folders = {name: tmp_path / "set" / "images" / "test" / name for name in ("A", "B", "label")}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    entries = []
+    for name, pair in pairs.items():
+        for folder, image in zip(("A", "B"), pair, strict=True):
+            image.save(folders[folder] / name)
+        entries.append({"filename": name, "split": "test", "changeflag": 1, "sentences": [{"raw": "a house ."}]})
+    (tmp_path / "set" / "LevirCCcaptions.json").write_text(json.dumps({"images": entries}))
+
+    arguments = ["caption", str(folders["A"]), str(folders["B"]), "--model", str(model), "--json"]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    rows = {f"{row['name']}.png": row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert len({row["caption"] for row in rows.values()}) == 3
+    for name, row in rows.items():  # the command's masks become the truth
+        shutil.copy(row["mask"], folders["label"] / name)
+
+    results = tmp_path / "results.json"
+    evaluate_model(str(model), str(tmp_path / "set"), "test", results, meteor=False, batch_size=2)
+    assert json.loads((tmp_path / "predictions.json").read_text()) == {
+        name: row["caption"] for name, row in rows.items()
+    }
+    f1 = json.loads(results.read_text())["mask"]["f1"]
+    assert f1["building"] == 100
+
+    captioner = pipeline("change-captioning", model=str(model))
+    network, processor = load(str(model))
+    batch = KCFICollator(processor, "road_building", train=False)(load_pairs(str(tmp_path / "set"), "test"))
+    with torch.no_grad():
+        features = network.get_image_features(batch["pixel_values"])
+        validation = {pair.filename: pair for pair in predict(network, processor, batch, features, 64)}
+    for name, row in rows.items():
+        result = captioner([str(folders[folder] / name) for folder in ("A", "B")])
+        assert result["caption"] == row["caption"] == validation[name].caption
+        assert result["changed_fraction"] == pytest.approx(row["changed_fraction"]) and row["changed_fraction"] > 0
+        ids, seen = np.asarray(result["mask"]), np.asarray(result["mask"]) != 255
+        assert np.array_equal(ids, validation[name].mask) and seen.all() == (geometry != "released")
+        assert np.array_equal((ids > 0) & seen, np.asarray(Image.open(row["mask"])) > 0)
+
+
+def test_tiles_of_a_cropping_model_are_what_it_sees_of_a_training_image(make_detector, make_pair, tmp_path):
+    describer = Describer(*load(str(make_detector(tmp_path, shortest_edge=40, tile_size=80))))
+    assert (describer.tile, describer.view) == (80, 64)  # 80 px become 40, of which the model sees 32
+    pair = make_pair(200, 150, square=(130, 10, 170, 50))
+    report = describer.describe(*pair)
+    assert (report.mask != 255).all() and report.mask[12:48, 132:168].all()
+    assert report.caption_box[2] - report.caption_box[0] == 64
+    border = describer.describe(*make_pair(80, 80, square=(0, 0, 20, 20)))
+    assert (border.mask[:8] == 255).all() and (border.mask[8:72, 8:72] != 255).all()
+    assert border.changed_fraction == pytest.approx((border.mask == 2).sum() / 64**2)
+
+
+def test_the_question_and_the_arguments_of_generate_reach_the_model(describer, make_pair):
+    pair = make_pair(32, 32, square=(2, 2, 20, 20))
+    model, processor = describer.model, describer.processor
+    plain, asked, short = (
+        Describer(model, processor, **settings).describe(*pair).caption
+        for settings in ({}, {"instruction": INSTRUCTIONS[3]}, {"max_new_tokens": 3})
+    )
+    assert plain != asked and plain.startswith(short) and len(short) <= 3
+
+
+# Places and contradictions
+
+
+CORNERS = {"top left": (0, 0), "top right": (512, 0), "bottom left": (0, 512), "bottom right": (512, 512)}
+
+
+@pytest.mark.parametrize(
+    "corner", [pytest.param(name, marks=[pytest.mark.slow] * (name != "top left")) for name in CORNERS]
+)
+def test_the_place_in_the_sentence_is_the_place_in_the_scene(corner):
+    """A building appears in one corner of a scene of nine tiles; the embedded model names a corner of its tile."""
+    example = load_pairs("synthetic", "test", 4)[3]
+    tiles = [example[key] for key in ("image_before", "image_after")]
+    describer = Describer(*load("kcfi-tiny"))
+    assert "at the bottom right corner" in describer.describe(*tiles).caption
+    before = Image.new("RGB", (768, 768))
+    for x in (0, 256, 512):
+        for y in (0, 256, 512):
+            before.paste(tiles[0], (x, y))
+    after, (left, top) = before.copy(), CORNERS[corner]
+    after.paste(tiles[1], (left, top))
+    report = describer.describe(before, after, regions=True)
+    assert f"in the {corner} corner" in report.caption
+    assert report.caption_box[0] <= left + 220 <= report.caption_box[2]
+    assert report.caption_box[1] <= top + 220 <= report.caption_box[3]
+    assert all("corner" not in region.caption or corner in region.caption for region in report.regions)
+    assert report.regions
+
+
+def test_regions_of_a_small_image_have_sentences_of_their_own(make_detector, make_pair, tmp_path):
+    describer = Describer(*load(str(make_detector(tmp_path, tile_size=64))))
+    before, after = make_pair(64, 64, square=(0, 0, 30, 30))
+    pixels = np.asarray(after).copy()
+    pixels[48:, 48:] = (255, 255, 0)
+    pair = (before, Image.fromarray(pixels))
+    report = describer.describe(*pair, regions=True)
+    assert len(report.regions) == 2 and len({report.caption, *(region.caption for region in report.regions)}) == 3
+    stages = describer._stages([pair], as_trained=True)
+    view = torch.zeros(32, 32, dtype=torch.bool)
+    view[:15, :15] = True  # of 4 x 4 patches the first 2 x 2, and those around them
+    for old, new, only in zip(*stages, describer._only(stages, view[None])[1], strict=True):
+        assert torch.equal(only[..., :3, :3], new[..., :3, :3]) and not torch.equal(new, old)
+        assert torch.equal(only[..., 3, :], old[..., 3, :]) and torch.equal(only[..., 3], old[..., 3])
+
+
+def test_a_marked_region_never_says_that_nothing_changed(describer, make_pair, monkeypatch):
+    scene = make_pair(100, 70, square=(64, 8, 92, 30))
+    expected = describer.describe(*scene, regions=True)
+    monkeypatch.setattr(describer_kcfi, "tells_of_change", lambda sentence: sentence != expected.caption)
+    report = describer.describe(*scene, regions=True)
+    for told in (report, *report.regions):
+        assert told.caption != expected.caption and told.score is not None  # the next likeliest sentence
+    monkeypatch.setattr(describer_kcfi, "tells_of_change", lambda sentence: False)
+    report = describer.describe(*scene, regions=True)
+    for told in (report, *report.regions):  # all deny it: the mask speaks
+        assert (told.caption, told.score) == ("a building has changed in the top right corner .", None)
+    small = make_pair(32, 32, square=(2, 2, 20, 20))
+    as_written = describer.describe(*small)
+    assert as_written.mask.any() and as_written.score is not None  # what is scored stays the model's own
+
+
+@pytest.mark.skipif(not SCENES.is_dir(), reason="no real scenes at hand")
+@pytest.mark.slow
+def test_no_region_of_real_scenes_contradicts_its_mask():
+    describer = Describer(*load("kcfi-tiny"))
+    regions = []
+    for name in ("test_1.png", "test_2.png"):
+        regions += describer.describe(SCENES / "A" / name, SCENES / "B" / name, regions=True).regions
+    assert len(regions) > 10 and all(tells_of_change(region.caption) for region in regions)
 
 
 INDUCTOR = [

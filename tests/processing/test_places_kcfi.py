@@ -76,10 +76,10 @@ def test_places_beside_a_thing_stay(sentence):
 
 
 def test_the_scene_may_be_named():
-    sentence = "in the top left corner of the scene a road appears , and a house at the top of the image ."
+    sentence = "in the top left corner of the scene a road appears , a house at the top of the image ."
     moved = place_in_image(sentence, (80, 80, 120, 120), marked(85, 85, 115, 115))
     assert moved == (
-        "in the bottom right corner of the scene a road appears , and a house in the bottom right corner of the image ."
+        "in the bottom right corner of the scene a road appears , a house in the bottom right corner of the image ."
     )
 
 
