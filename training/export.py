@@ -25,6 +25,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 import kcfi  # noqa: F401 (registers the Auto classes)
+from kcfi.modeling_kcfi.modeling_kcfi import load_tower
 from kcfi.processing import InputError
 from kcfi.training.levir_cc import check_new_folder, read_json
 from kcfi.training.lora import merge_lora
@@ -73,7 +74,7 @@ def check_language_model(model: Any, text_model: str, revision: str | None) -> N
             (`bf16_language_model`), or its vocabulary was extended.
         OSError: no such language model.
     """
-    fetched: Any = AutoModelForCausalLM.from_pretrained(text_model, revision=revision, dtype=model.dtype)
+    fetched: Any = load_tower(AutoModelForCausalLM, text_model, revision=revision, dtype=model.dtype)
     parts = ((fetched.base_model, model.model.language_model), (fetched.get_output_embeddings(), model.lm_head))
     for theirs, ours in parts:
         weights = theirs.state_dict()
