@@ -78,7 +78,7 @@ class KCFICausalLMOutputWithPast(ModelOutput):
 
     Args:
         loss (`torch.Tensor` of shape `()`): sum of the losses below that could be computed, equal weights.
-        logits (`torch.Tensor` of shape `(B, T, vocabulary)`): next-token scores; None in training, given `labels`.
+        logits (`torch.Tensor` of shape `(B, T, vocabulary)`): next-token scores; None with `skip_logits`.
         cache, hidden_states, attentions: of the language model.
         image_hidden_states (`torch.Tensor` of shape `(B, num_image_tokens * N, D)`): what replaced `<image>`.
         caption_loss (`torch.Tensor` of shape `()`): eq. 8, given `labels`.
@@ -464,7 +464,7 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     auto_class = "AutoModelForImageTextToText"
-    caption_loss_function = staticmethod(chunked_caption_loss)  # of training; a fused kernel may take its place
+    caption_loss_function = staticmethod(chunked_caption_loss)  # with `skip_logits`; a fused kernel may take its place
 
     def __init__(self, config: KCFIConfig) -> None:
         super().__init__(config)
@@ -563,6 +563,7 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
         mask_labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, KCFIImageFeatures] | None = None,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Any, ...] | KCFICausalLMOutputWithPast:
         r"""
@@ -572,6 +573,9 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
             Class ids, 255 = no label. A pair without a mask has 255 everywhere and adds nothing to the loss.
         mm_encoder_outputs (`dict`, *optional*):
             `{"image": output of get_image_features}`: pairs that are already encoded, instead of `pixel_values`.
+        skip_logits (`bool`, *optional*, defaults to `False`):
+            With `labels`, compute the caption loss without the logits of all positions, the largest tensor of
+            training, and return none.
 
         Example:
 
@@ -600,7 +604,7 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
         states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
 
         logits = caption_loss = detection_loss = None
-        if self.training and labels is not None:
+        if skip_logits and labels is not None:
             items = kwargs.get("num_items_in_batch")
             caption_loss = self.caption_loss_function(self.lm_head, states, labels, items)
         else:

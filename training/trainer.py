@@ -358,7 +358,7 @@ class KCFITrainer(Trainer):
         inputs = training_inputs(inputs, self.model.model.language_model)
         for module in self.evaluated:
             module.eval()
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False)
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False, skip_logits=True)
         losses = {"caption": outputs.caption_loss}
         if outputs.mask_loss is not None:
             share = (inputs["mask_labels"] != NO_LABEL).sum() / max(self.labelled_pixels, 1)
