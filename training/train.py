@@ -181,7 +181,8 @@ def is_complete(folder: Path) -> bool:
 def check_same_recipe(recipe: Recipe, output_dir: Path) -> None:
     """Refuse to resume a run with other settings than it began with: its recipe.yaml would no longer tell the truth.
 
-    The folder itself may have moved, and a field that recipe.yaml does not know had its default.
+    The folder itself may have moved, a field that recipe.yaml does not know had its default, and how many workers load
+    the pairs is a matter of the machine (`KCFITrainer` refuses it where the order of the pairs depends on it).
 
     Raises:
         InputError: names each setting that differs, with both values.
@@ -193,7 +194,7 @@ def check_same_recipe(recipe: Recipe, output_dir: Path) -> None:
     changed = [
         f"{name}: {began[name]} -> {now.get(name)}"
         for name in dict.fromkeys([*saved, *now])
-        if began[name] != now.get(name) and name != "output_dir"
+        if began[name] != now.get(name) and name not in ("output_dir", "dataloader_num_workers")
     ]
     if changed:
         raise InputError(
