@@ -53,7 +53,7 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
         image.load()
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # a broken PNG may be a SyntaxError
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # the first three: broken PNGs
         raise InputError(f"{name}: cannot be read as an image ({error}).") from error
     if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)

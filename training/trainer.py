@@ -33,7 +33,7 @@ from kcfi.training.feature_cache import FeatureCache, check_cacheable
 from kcfi.training.levir_cc import NO_LABEL
 from kcfi.training.liger import caption_loss_of
 from kcfi.training.lora import save_start
-from kcfi.training.model_card import LICENSE, card_of_run
+from kcfi.training.model_card import CARD_FILE, card_of_run
 from kcfi.training.order import EpochSampler
 from kcfi.training.readable_pairs import ReadablePairs
 from kcfi.training.shards import ShardDataset
@@ -526,13 +526,14 @@ class KCFITrainer(Trainer):
     # Hub
 
     def create_model_card(  # type: ignore[override]  # all else is read from the run
-        self, *, model_name: str | None = None, license: str = LICENSE, tags: Sequence[str] = ()
+        self, *, model_name: str | None = None, license: str | None = None, tags: Sequence[str] = ()
     ) -> None:
         """Write README.md into `output_dir`, the card that `kcfi push` makes; `push_to_hub` calls it.
 
         Args:
             model_name: where the trainer has no `hub_model_id` (None: the name of `output_dir`).
-            license: the Hub's name of the weights' licence.
+            license: the Hub's name of the weights' licence (None: that of what the run began with, where all agree;
+                otherwise the card states none).
             tags: further ones.
         """
         if self.is_world_process_zero():
@@ -540,7 +541,7 @@ class KCFITrainer(Trainer):
             repo_id = self.hub_model_id or model_name or folder.name
             card = card_of_run(folder, repo_id, self.model.config, vars(self.state), license=license, tags=tags)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
     # Checkpoints
 
