@@ -88,8 +88,8 @@ def bug_note(arguments: Sequence[str]) -> str:
 
     return (
         "This looks like a bug of kcfi, not like bad input. To report it, send this traceback with: kcfi "
-        f"{version('kcfi')}, Python {platform.python_version()}, transformers {version('transformers')}, command line: "
-        f"{shlex.join(['kcfi', *arguments])}"
+        f"{version('kcfi')}, Python {platform.python_version()}, transformers {version('transformers')}, "
+        f"command line: {shlex.join(['kcfi', *arguments])}"
     )
 
 
@@ -289,7 +289,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     push.add_argument("folder", type=Path, help="output_dir of `kcfi train`")
     push.add_argument("repo_id", help="owner/name on the Hub; created if missing")
-    push.add_argument("--results", type=Path, help="results file of `kcfi evaluate`, uploaded with the pairs.png beside it (default: results.json of FOLDER)")
+    push.add_argument(
+        "--results",
+        type=Path,
+        help="results file of `kcfi evaluate`; pairs.png beside it is uploaded too (default: results.json of FOLDER)",
+    )
     push.add_argument("--private", action="store_true", help="make a new repository private")
     push.add_argument(
         "--license",

@@ -60,7 +60,7 @@ def check_tower(vision_config: str, image_size: int) -> None:
     """Run one block of a vision tower of transformers on the meta device, where nothing is computed, and look at it.
 
     Many models have the fields of a ViT and are none: SigLIP2-NaFlex wants patches that are cut already, ViT-MAE drops
-    most of them, SAM keeps them in a grid. Code that reads numbers out of tensors cannot run there, and is let through.
+    most of them, SAM keeps them in a grid. Code that reads numbers out of tensors cannot run there: it is let through.
 
     Args:
         vision_config: its config as JSON.
@@ -74,7 +74,8 @@ def check_tower(vision_config: str, image_size: int) -> None:
     patches = (image_size // config.patch_size) ** 2
     try:
         with torch.device("meta"), torch.no_grad():
-            tower: Any = MODEL_MAPPING[type(config)](config).eval()
+            build: Any = MODEL_MAPPING[type(config)]
+            tower = build(config).eval()
             asked = "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
             interpolation = {"interpolate_pos_encoding": True} if asked else {}
             pixels = torch.empty(2, 3, image_size, image_size)

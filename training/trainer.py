@@ -655,7 +655,7 @@ class KCFITrainer(Trainer):
             return
         state = _read_state(checkpoint)
         if state["other_steps"] != self.other_steps:  # the same share of the schedule, in steps of the new size
-            self.lr_scheduler.last_epoch = self.state.global_step - self.other_steps
+            cast(Any, self.lr_scheduler).last_epoch = self.state.global_step - self.other_steps
         self.pairs_seen, self.captions_seen = state["pairs"], state["captions"]
         if self.dwa is not None and "dwa" in state:
             self.dwa.load_state_dict(state["dwa"])

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -74,6 +76,16 @@ def test_a_run_with_a_cache_has_the_losses_and_scores_of_one_without(
     assert logs[1] == pytest.approx(logs[0], rel=1e-3) and scores[1] == pytest.approx(scores[0], rel=1e-2)
     assert trainer.feature_cache.computed == 0  # the second run with it reads everything
     assert logs[2] == pytest.approx(logs[1], rel=1e-6)
+
+
+def test_an_image_that_another_rank_has_computed_meanwhile_is_written_anew_on_windows(
+    model, pixels, tmp_path, windows, monkeypatch
+):
+    cache = FeatureCache(model.eval().model, tmp_path)
+    cache(pixels)
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # as both saw it before
+    cache(pixels)
+    assert cache.computed == 12
 
 
 @pytest.mark.parametrize("fails", [False, True])
