@@ -6,6 +6,8 @@ It stands outside of the package, whose import registers the Auto classes and so
 import argparse
 import json
 import os
+import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 1 for a data set with problems (`kcfi data check`), runs that failed (`kcfi ablate`) or pairs
         of a list that could not be read (`kcfi caption`); 2 behind one line on stderr, for bad input or losses that
         are not finite; 130 on Ctrl-C.
+
+    Raises:
+        Exception: any other error is a bug; a note under its traceback says what a report needs.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -52,31 +57,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if not isinstance(error, input_errors()):
+        if not is_input_error(error):
+            error.add_note(bug_note(arguments))
             raise
         text = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:  # without the number in front
             text = f"{error.filename}: {error.strerror}"
-        print(f"kcfi: error: {' '.join(text.split())}", file=sys.stderr)
+        print(f"kcfi: error: {' '.join([*text.split(), *getattr(error, '__notes__', [])])}", file=sys.stderr)
         return 2
     return 0
 
 
-def input_errors() -> tuple[type[Exception], ...]:
-    """What bad input raises; called, and so importing, only once something was raised."""
-    from huggingface_hub.errors import StrictDataclassError  # a setting that the config of a model refuses
+class UsageError(Exception):
+    """A command line that cannot be run: the bad input that is found before anything heavy is imported."""
 
-    return OSError, ValueError, FloatingPointError, StrictDataclassError
+
+def is_input_error(error: Exception) -> bool:
+    """Whether an error tells of what the user gave (options, files, the Hub, settings), and not of a bug."""
+    if isinstance(error, OSError):  # but a file that an installed package misses is not the user's
+        return "site-packages" not in str(error.filename)
+    if isinstance(error, UsageError | FloatingPointError):
+        return True
+    processing = sys.modules.get("kcfi.processing")  # not loaded: then nothing can have raised its error
+    return processing is not None and isinstance(error, processing.InputError)
+
+
+def bug_note(arguments: Sequence[str]) -> str:
+    """What stands under the traceback of an error that is not about the input."""
+    from importlib.metadata import version
+
+    return (
+        "This looks like a bug of kcfi, not like bad input. To report it, send this traceback with: kcfi "
+        f"{version('kcfi')}, Python {platform.python_version()}, transformers {version('transformers')}, "
+        f"command line: {shlex.join(['kcfi', *arguments])}"
+    )
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises `ValueError` where argparse would print its usage and exit; no abbreviated options."""
+    """Raises `UsageError` where argparse would print its usage and exit; no abbreviated options."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see `{self.prog} --help`)")
+        raise UsageError(f"{message} (see `{self.prog} --help`)")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -275,9 +299,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     push.add_argument("folder", type=Path, help="output_dir of `kcfi train`")
     push.add_argument("repo_id", help="owner/name on the Hub; created if missing")
-    push.add_argument("--results", type=Path, help="results file of `kcfi evaluate` (default: results.json of FOLDER)")
+    push.add_argument(
+        "--results",
+        type=Path,
+        help="results file of `kcfi evaluate`; pairs.png beside it is uploaded too (default: results.json of FOLDER)",
+    )
     push.add_argument("--private", action="store_true", help="make a new repository private")
-    push.add_argument("--license", default="apache-2.0", help="licence of the weights (%(default)s)")
+    push.add_argument(
+        "--license",
+        metavar="NAME",
+        help="licence of the weights, as the Hub calls it (default: that of the towers, where their cards agree)",
+    )
     push.add_argument("--dry-run", type=Path, metavar="DIR", help="write what would be uploaded into a new folder")
     push.add_argument(
         "--text-model",
@@ -344,23 +376,23 @@ def check_writable(folder: Path) -> None:
     """Refuse a folder that cannot be written, or created, before the work is done.
 
     Raises:
-        ValueError: a file stands in its place or above it, or the rights are missing.
+        UsageError: a file stands in its place or above it, or the rights are missing.
     """
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise ValueError(f"--output: {existing} is a file; give a folder, or a path below one.")
+        raise UsageError(f"--output: {existing} is a file; give a folder, or a path below one.")
     if not os.access(existing, os.W_OK):
-        raise ValueError(f"--output: {existing} is not writable; choose another folder.")
+        raise UsageError(f"--output: {existing} is not writable; choose another folder.")
 
 
 def check_results_file(path: Path, example: str = "results.json") -> None:
     """Refuse a file of results that cannot be written; `example` is a name for the message.
 
     Raises:
-        ValueError: it is a folder, or `check_writable` refuses its folder.
+        UsageError: it is a folder, or `check_writable` refuses its folder.
     """
     if path.is_dir():
-        raise ValueError(f"--output: {path} is a folder; give a file, for example {path / example}.")
+        raise UsageError(f"--output: {path} is a folder; give a file, for example {path / example}.")
     check_writable(path.parent)
 
 
@@ -374,7 +406,7 @@ def run_caption(options: argparse.Namespace) -> int:
     disable_progress_bar()  # of loading weights, which is over before it can be read
     manifest = options.after is None and options.before.suffix.lower() == ".csv"
     if options.after is None and not manifest:
-        raise ValueError(f"Give the later image too, or a manifest (.csv) in place of {options.before}.")
+        raise UsageError(f"Give the later image too, or a manifest (.csv) in place of {options.before}.")
     if manifest or options.before.is_dir():
         return caption_list(options)
     before, after = read_pair(options.before, options.after, **reading(options))

@@ -168,7 +168,7 @@ class _Opened(Dataset[tuple[PairFiles, Pair | str]]):
         files = self.pairs[index]
         try:
             return files, read_pair(files.before, files.after, **self.reading)
-        except (OSError, ValueError) as error:
+        except (OSError, InputError) as error:
             return files, " ".join(str(error).split())
 
 

@@ -1,16 +1,39 @@
 """Two pretrained towers -> a KCFI model and the processor that matches it."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig, TimmWrapperImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from kcfi.modeling_kcfi import KCFIConfig, KCFIForConditionalGeneration
-from kcfi.processing import KCFIProcessor
+from kcfi.processing import InputError, KCFIProcessor
 
 
+@contextmanager
+def refusals(what: str = "") -> Iterator[None]:
+    """Where settings or a folder of the user become a model: what is refused there is bad input, not a bug.
+
+    Args:
+        what: stands in front of the message.
+
+    Raises:
+        InputError: for whatever `KCFIConfig`, `from_pretrained` and safetensors raise of what they are given.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, StrictDataclassError, SafetensorError) as error:
+        raise InputError(f"{what}{error}") from error
+
+
+@refusals()
 def join_towers(
     vision: str | dict[str, Any],
     text: str,

@@ -2,12 +2,13 @@
 
 import copy
 import functools
+import inspect
 import json
 from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 # Section III.B removes dropout from the vision tower; these are the names its probabilities have in transformers, and
@@ -54,12 +55,51 @@ def timm_geometry(architecture: str, model_args: str) -> TowerGeometry:
     )
 
 
+@functools.cache
+def check_tower(vision_config: str, image_size: int) -> None:
+    """Run one block of a vision tower of transformers on the meta device, where nothing is computed, and look at it.
+
+    Many models have the fields of a ViT and are none: SigLIP2-NaFlex wants patches that are cut already, ViT-MAE drops
+    most of them, SAM keeps them in a grid. Code that reads numbers out of tensors cannot run there: it is let through.
+
+    Args:
+        vision_config: its config as JSON.
+        image_size: side in pixels of the images it is to read.
+
+    Raises:
+        ValueError: it does not turn an image into the states of its patches, with what it does instead.
+    """
+    config: Any = AutoConfig.for_model(**json.loads(vision_config))
+    config.num_hidden_layers = 1
+    patches = (image_size // config.patch_size) ** 2
+    try:
+        with torch.device("meta"), torch.no_grad():
+            build: Any = MODEL_MAPPING[type(config)]
+            tower = build(config).eval()
+            asked = "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
+            interpolation = {"interpolate_pos_encoding": True} if asked else {}
+            pixels = torch.empty(2, 3, image_size, image_size)
+            shape = tower(pixels, output_hidden_states=[1], **interpolation).hidden_states[1].shape
+        fits = len(shape) == 3 and shape[0] == 2 and shape[1] >= patches and shape[2] == config.hidden_size
+        problem = "" if fits else f"a block gives states of shape {tuple(shape)}"
+    except Exception as error:  # whatever a model that is no ViT stumbles over
+        unknown = "meta tensor" in str(error)
+        problem = "" if unknown else f"it fails with {type(error).__name__}: {' '.join(str(error).split())}"
+    if problem:
+        raise ValueError(
+            f"vision_config of type {config.model_type!r} cannot be the vision tower, which must turn two images of "
+            f"{image_size} x {image_size} px into states of their {patches} patches, of shape (2, at least {patches}, "
+            f"{config.hidden_size}): {problem}. Take a plain ViT (ViT, DeiT, BEiT, DINOv2, DINOv3, CLIP, SigLIP)."
+        )
+
+
 @strict
 class KCFIConfig(PreTrainedConfig):
     r"""Configuration of the KCFI models; the defaults follow the text of the paper (arXiv 2409.12612).
 
     Args:
-        vision_config: any ViT of transformers (ViT, CLIP, SigLIP, DINOv2) or a timm ViT through `timm_wrapper`. Its
+        vision_config: a plain ViT of transformers (ViT, DeiT, BEiT, CLIP, SigLIP, DINOv2, DINOv3) or a timm ViT
+            through `timm_wrapper`; a tower that does not turn an image into states of its patches is refused. Its
             dropout probabilities are set to 0 (section III.B). Default: ViT-L/16 at 256 px.
         text_config: any causal language model. Default: Qwen2-1.5B.
         image_token_id: id of the `<image>` placeholder, inside the vocabulary of the language model.
@@ -163,7 +203,7 @@ class KCFIConfig(PreTrainedConfig):
         # as LLaVA: the language models save the flag in their own config
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         self.validate_architecture()  # `@strict` does it again, but wraps the ValueError in an error of its own
-        if vision.model_type == "dinov2":
+        if getattr(vision, "use_mask_token", False):
             vision.use_mask_token = False  # a parameter that nothing reads has no gradient, which stops DDP
         if vision.model_type == "timm_wrapper":
             vision.do_pooling = False
@@ -186,6 +226,8 @@ class KCFIConfig(PreTrainedConfig):
                 f"image_size={size} is not a multiple of the vision tower's patch size {patch}; the nearest is "
                 f"{max(1, round(size / patch)) * patch}."
             )
+        if self.vision_config.model_type != "timm_wrapper":
+            check_tower(self.vision_config.to_json_string(use_diff=False), size)
         if self.visual_token_pooling < 1 or size % self.visual_token_size:
             raise ValueError(
                 f"visual_token_pooling={self.visual_token_pooling} does not divide the {size // patch} x "

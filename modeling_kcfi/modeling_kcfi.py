@@ -78,7 +78,7 @@ class KCFICausalLMOutputWithPast(ModelOutput):
 
     Args:
         loss (`torch.Tensor` of shape `()`): sum of the losses below that could be computed, equal weights.
-        logits (`torch.Tensor` of shape `(B, T, vocabulary)`): next-token scores; None in training, given `labels`.
+        logits (`torch.Tensor` of shape `(B, T, vocabulary)`): next-token scores; None with `skip_logits`.
         cache, hidden_states, attentions: of the language model.
         image_hidden_states (`torch.Tensor` of shape `(B, num_image_tokens * N, D)`): what replaced `<image>`.
         caption_loss (`torch.Tensor` of shape `()`): eq. 8, given `labels`.
@@ -97,10 +97,29 @@ class KCFICausalLMOutputWithPast(ModelOutput):
     mask_logits: torch.Tensor | None = None
 
 
-def trim_tower(tower: PreTrainedModel, last_block: int) -> PreTrainedModel:
-    """Take away what stands behind the last block read: other blocks, the final norm (section III.B), the pooler.
+def load_tower(kind: Any, name: str, **options: Any) -> PreTrainedModel:
+    """`kind.from_pretrained(name)`, from safetensors alone: a pickle may run the code of whoever made it.
 
-    Nothing reads them, they cost time, and parameters without a gradient stop DDP.
+    Raises:
+        OSError: the model is not there, or not as safetensors; with the way out.
+    """
+    try:
+        tower: PreTrainedModel = kind.from_pretrained(name, use_safetensors=True, **options)
+        return tower
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise OSError(
+            f"{name} has no weights as safetensors, and others (pytorch_model.bin) are pickles, which may run code of "
+            f"whoever made them. If you trust them, write them anew beside the other files of the model: "
+            f"`{kind.__name__}.from_pretrained({name!r}).save_pretrained(FOLDER)`, and give FOLDER. ({error})"
+        ) from error
+
+
+def trim_tower(tower: PreTrainedModel, last_block: int) -> PreTrainedModel:
+    """Take away what nothing reads: blocks behind the last one, final norm (section III.B), pooler, mask token.
+
+    They cost time, and parameters without a gradient stop DDP.
     """
     backbone: Any = getattr(tower, "timm_model", tower)
     lists = [part for part in backbone.modules() if isinstance(part, nn.ModuleList | nn.Sequential)]
@@ -108,16 +127,24 @@ def trim_tower(tower: PreTrainedModel, last_block: int) -> PreTrainedModel:
     del blocks[last_block:]
     if hasattr(backbone, "cls_attn_blocks"):  # XCiT: the class token comes in behind the blocks
         del backbone.cls_attn_blocks[:]
-        class_token = backbone.cls_token.detach()
-        if class_token.is_meta:  # not so buffers of a model that vLLM builds, which stay where they are made
-            class_token = torch.zeros(class_token.shape)
-        del backbone.cls_token
-        backbone.register_buffer("cls_token", class_token)
-    for name in ("layernorm", "post_layernorm", "norm", "fc_norm", "pooler", "attn_pool", "head"):
+        parameter_to_buffer(backbone, "cls_token")
+    for part in backbone.modules():
+        if isinstance(getattr(part, "mask_token", None), nn.Parameter):  # DINOv3, DINOv2 with registers
+            parameter_to_buffer(part, "mask_token")
+    for name in ("layernorm", "post_layernorm", "rms_norm", "norm", "fc_norm", "pooler", "attn_pool", "head"):
         if isinstance(getattr(backbone, name, None), nn.Module):
             setattr(backbone, name, nn.Identity())
     maybe_install_capturing_hooks(tower)  # of hidden states; left to the first forward, that could not be compiled
     return tower
+
+
+def parameter_to_buffer(module: nn.Module, name: str) -> None:
+    """Keep a tensor that the code of a tower names but no output depends on, without a gradient to wait for."""
+    tensor = module.get_parameter(name).detach()
+    if tensor.is_meta:  # not so buffers of a model that vLLM builds, which stay where they are made
+        tensor = torch.zeros(tensor.shape)
+    delattr(module, name)
+    module.register_buffer(name, tensor)
 
 
 class KCFIProjector(nn.Module):
@@ -186,9 +213,8 @@ class KCFIPreTrainedModel(PreTrainedModel):
                 f"This checkpoint leaves out its language model ({source}), which can be loaded neither quantised nor "
                 "onto the disk: load it without, `save_pretrained` it, and load that folder."
             )
-        fetched: Any = AutoModelForCausalLM.from_pretrained(
-            source, revision=self.config.text_model_revision, dtype=self.dtype, **hub_options
-        )
+        revision = self.config.text_model_revision
+        fetched: Any = load_tower(AutoModelForCausalLM, source, revision=revision, dtype=self.dtype, **hub_options)
         base.language_model.load_state_dict(fetched.base_model.state_dict())
         if self is not base:
             self.get_output_embeddings().load_state_dict(fetched.get_output_embeddings().state_dict())
@@ -455,7 +481,7 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     auto_class = "AutoModelForImageTextToText"
-    caption_loss_function = staticmethod(chunked_caption_loss)  # of training; a fused kernel may take its place
+    caption_loss_function = staticmethod(chunked_caption_loss)  # with `skip_logits`; a fused kernel may take its place
 
     def __init__(self, config: KCFIConfig) -> None:
         super().__init__(config)
@@ -493,7 +519,7 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the language model's logits are not a plain linear map of its last state.
         """
-        language_model = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
+        language_model: Any = load_tower(AutoModelForCausalLM, text, dtype=dtype)
         vocabulary = language_model.config.vocab_size
         if settings.setdefault("image_token_id", vocabulary) >= vocabulary:
             language_model.resize_token_embeddings(settings["image_token_id"] + 1)
@@ -507,7 +533,7 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
         config = KCFIConfig(vision_config=vision_config, text_config=language_model.config, **settings)
         config.vision_config.name_or_path = config.text_config.name_or_path = ""  # folders of this machine
         if isinstance(vision, str):
-            vision_tower = AutoModel.from_pretrained(vision, config=config.vision_config, dtype=dtype)
+            vision_tower = load_tower(AutoModel, vision, config=config.vision_config, dtype=dtype)
         else:
             vision_tower = AutoModel.from_config(config.vision_config, dtype=dtype)
 
@@ -554,6 +580,7 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
         mask_labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, KCFIImageFeatures] | None = None,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Any, ...] | KCFICausalLMOutputWithPast:
         r"""
@@ -563,6 +590,9 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
             Class ids, 255 = no label. A pair without a mask has 255 everywhere and adds nothing to the loss.
         mm_encoder_outputs (`dict`, *optional*):
             `{"image": output of get_image_features}`: pairs that are already encoded, instead of `pixel_values`.
+        skip_logits (`bool`, *optional*, defaults to `False`):
+            With `labels`, compute the caption loss without the logits of all positions, the largest tensor of
+            training, and return none.
 
         Example:
 
@@ -591,7 +621,7 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
         states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
 
         logits = caption_loss = detection_loss = None
-        if self.training and labels is not None:
+        if skip_logits and labels is not None:
             items = kwargs.get("num_items_in_batch")
             caption_loss = self.caption_loss_function(self.lm_head, states, labels, items)
         else:

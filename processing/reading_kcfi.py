@@ -103,7 +103,7 @@ def _open_header(path: str | Path, max_image_pixels: int) -> Image.Image | None:
             image = Image.open(path)
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, KeyError) as error:  # KeyError: a compression of TIFF
+    except (OSError, SyntaxError, ValueError, KeyError) as error:  # KeyError: a compression of TIFF
         if isinstance(error, UnidentifiedImageError | KeyError):
             with open(path, "rb") as file:
                 if file.read(4) in TIFF_STARTS:
@@ -121,7 +121,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
                 image.load()
         else:
             image.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # a broken PNG may be a SyntaxError
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # the first three: broken PNGs
         raise InputError(f"{name}: cannot be read as an image ({error}).") from error
     if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)

@@ -125,3 +125,16 @@ def library(tmp_path_factory):
         json.dumps({"sources": [{"name": "made up", "licence": "CC0-1.0", "images": 2}], "entries": entries})
     )
     return root
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """Renaming as on Windows: onto nothing that is there, be it a file or an empty folder."""
+    rename = os.rename
+
+    def rename_onto_nothing(source, target, **options):
+        if os.path.exists(target):
+            raise FileExistsError(17, "Cannot create a file when that file already exists", str(target))
+        rename(source, target, **options)
+
+    monkeypatch.setattr("os.rename", rename_onto_nothing)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,40 @@ def test_wrong_options_are_one_line_too(capsys):
     assert refusal(capsys).endswith("required: command (see `kcfi --help`)")
 
 
+# What is a bug shows its traceback
+
+
+def test_an_error_of_a_library_is_no_bad_input_and_tells_what_a_report_needs(pair, detector, monkeypatch, capsys):
+    def fails(*_):
+        raise ValueError("operands could not be broadcast together")
+
+    monkeypatch.setattr("kcfi.captioning.save_pictures", fails)
+    with pytest.raises(ValueError, match="broadcast") as raised:
+        main(["caption", *pair, "--model", str(detector), "--output", "a folder"])
+    [note] = raised.value.__notes__
+    assert f"kcfi {version('kcfi')}, Python 3." in note and f"transformers {version('transformers')}" in note
+    assert note.endswith(f"command line: kcfi caption {' '.join(pair)} --model {detector} --output 'a folder'")
+    assert capsys.readouterr().err == ""  # the interpreter prints the traceback, and the note under it
+
+
+def test_a_file_that_an_installed_package_misses_is_no_bad_input(monkeypatch, tmp_path):
+    def fails(*_, **__):
+        raise FileNotFoundError(2, "No such file or directory", "/venv/lib/python3.11/site-packages/kcfi/part.json")
+
+    monkeypatch.setattr("kcfi.training.synthetic.synthesize", fails)
+    with pytest.raises(FileNotFoundError):
+        main(["data", "synthesize", "--pairs", "10", "--output", str(tmp_path / "new")])
+
+
+def test_the_process_shows_a_bug_with_its_note_last(environment):
+    code = "import sys, kcfi_cli\nkcfi_cli.run_score = lambda options: 1 / 0\nsys.exit(kcfi_cli.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "score", "a.json", "--references", "b.json"]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = process.stderr.splitlines()
+    assert process.returncode == 1 and lines[0].startswith("Traceback") and "ZeroDivisionError" in lines[-2]
+    assert lines[-1].startswith("This looks like a bug of kcfi") and lines[-1].endswith("--references b.json")
+
+
 # data, evaluate, score
 
 
@@ -202,6 +237,17 @@ def test_synthesized_pairs_are_evaluated_and_their_predictions_scored(capsys, sc
     assert main(["score", *files, *options]) == 0
     scored = json.loads(capsys.readouterr().out)
     assert scored == json.loads(scores.read_text()) and scored["captions"] == report["captions"]
+
+
+def test_what_is_there_is_written_anew_on_windows(capsys, scenes, detector, tmp_path, run, windows):
+    options = ["--dataset", str(scenes), "--split", "test", "--no-meteor", "--output", str(tmp_path / "results.json")]
+    for _ in range(2):
+        assert main(["evaluate", "--model", str(detector), *options]) == 0
+    for folder, command in (("shards", ["data", "convert", str(scenes), "--output"]), ("card", None)):
+        (tmp_path / folder).mkdir()
+        command = command or ["push", str(run), "me/kcfi-own", "--dry-run"]
+        assert main([*command, str(tmp_path / folder)]) == 0, capsys.readouterr().err
+        assert any((tmp_path / folder).iterdir())
 
 
 def test_data_sets_that_cannot_be_used_are_named(capsys, scenes, tmp_path):
@@ -313,6 +359,41 @@ def test_train_refuses_a_setting_of_the_model_that_is_unknown(capsys, tmp_path):
     assert "projector" in refusal(capsys, "train", recipe, *towers, "--model_settings.projector", "mlp")
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (
+            ["--load_best_model_at_end", "true", "--save_strategy", "no"],
+            "save and eval strategy to match",
+        ),  # by Trainer
+        (["--max_steps", "many"], "invalid int value: 'many'"),
+        (["--model_settings", "{"], "is neither JSON nor YAML"),
+        (["--model_settings.projector", "["], "is neither JSON nor YAML"),
+        (["--model_settings.vision_feature_layers", "[99]"], "must be ascending block numbers"),  # by KCFIConfig
+        (["--vision_config", '{"model_type": "vit_mae"}'], "'vit_mae' cannot be the vision tower"),
+        (["--vision_config", '{"model_type": "vitt"}'], "vitt"),
+    ],
+)
+def test_settings_that_a_library_refuses_are_one_line(capsys, tmp_path, option, said):
+    settings = {"--vision_config": '{"model_type": "vit"}', "--text_model": str(tmp_path), "--num_train_pairs": "1"}
+    settings |= {"--output_dir": str(tmp_path / "run"), "--eval_strategy": "epoch"}
+    settings |= dict(zip(option[::2], option[1::2], strict=True))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("dataset: synthetic\nuse_cpu: true\nmetric_for_best_model: mask_f1\n")
+    assert said in refusal(capsys, "train", recipe, *[text for setting in settings.items() for text in setting])
+
+
+@pytest.mark.parametrize("broken", ["config.json", "model.safetensors"])
+def test_a_model_to_train_on_that_is_damaged_is_one_line(capsys, tmp_path, make_detector, broken):
+    model = make_detector(tmp_path / "model")
+    (model / broken).write_text('{"model_type": "kcfi", "flow_residual": "both"}')
+    options = ["--model", model, "--output_dir", tmp_path / "run", "--use_cpu", "true"]
+    assert main(["train", "debug", *map(str, options)]) == 2
+    printed = capsys.readouterr()
+    last = printed.err.splitlines()[-1]  # behind the progress bar of loading
+    assert last.startswith(f"kcfi: error: Cannot load the model '{model}': ")
+
+
 def test_train_refuses_a_data_set_that_is_missing(capsys, tmp_path):
     options = ["--dataset", tmp_path / "nowhere", "--output_dir", tmp_path / "run"]
     assert refusal(capsys, "train", "debug", *options) == f"{tmp_path / 'nowhere'}: no such folder"
@@ -353,6 +434,13 @@ def test_a_dry_run_writes_a_folder_that_captions(capsys, pair, run):
         assert main(["caption", *pair, "--model", model]) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
+
+
+def test_push_asks_for_a_licence_that_does_not_follow(capsys, run, tmp_path):
+    text = (run / "recipe.yaml").read_text().replace("model: kcfi-tiny", "model: nobody/nothing")
+    (run / "recipe.yaml").write_text(text)
+    message = refusal(capsys, "push", run, "me/kcfi-own", "--dry-run", tmp_path / "pushed")
+    assert message.startswith("Give --license, ") and "(nobody/nothing: not known here)" in message
 
 
 def test_push_refuses_what_is_no_finished_run(capsys, run, tmp_path, detector):

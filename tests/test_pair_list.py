@@ -194,3 +194,16 @@ def test_the_table_of_another_model_is_not_mixed_with_this_one(describer, folder
     (folders / "out" / "captions.csv").write_text("filename,words\na,b\n")
     with pytest.raises(ValueError, match="is not a table of kcfi caption"):
         next(describe_list(describer, pairs, folders / "out", "one"))
+
+
+def test_a_bug_is_no_pair_that_cannot_be_read(tmp_path, detector, make_pair, monkeypatch):
+    def fails(*_):
+        raise ValueError("operands could not be broadcast together")
+
+    for name, image in zip(("before.png", "after.png"), make_pair(40, 30), strict=True):
+        image.save(tmp_path / name)
+    (tmp_path / "list.csv").write_text("before,after\nbefore.png,after.png\n")
+    monkeypatch.setattr("kcfi.pair_list.read_pair", fails)
+    pairs = find_pairs(tmp_path / "list.csv")
+    with pytest.raises(ValueError, match="broadcast"):
+        list(describe_list(Describer(*load(str(detector))), pairs, tmp_path / "out", "detector"))

@@ -280,7 +280,7 @@ def parse_recipe(recipe: str | Path, overrides: Sequence[str] = (), starts: bool
     for name, value in _overrides(overrides):
         group, _, entry = name.partition(".")
         if entry:
-            values[group] = {**as_dict(values.get(group)), entry: yaml.safe_load(" ".join(value))}
+            values[group] = {**as_dict(values.get(group)), entry: _parse_yaml(" ".join(value))}
         elif value == ["null"] and name in optional:
             values[name] = None
         else:
@@ -289,7 +289,10 @@ def parse_recipe(recipe: str | Path, overrides: Sequence[str] = (), starts: bool
     deepspeed = None if starts else values.pop("deepspeed", None)
     parser = _Parser(GROUPS, allow_abbrev=False)
     parser.set_defaults(**{name: None for name, value in values.items() if value is None})
-    model, data, training = parser.parse_args_into_dataclasses(_argv(values), look_for_args_file=False)
+    try:
+        model, data, training = parser.parse_args_into_dataclasses(_argv(values), look_for_args_file=False)
+    except ValueError as error:  # of TrainingArguments, for settings that do not go together
+        raise InputError(str(error)) from error
     training.deepspeed = training.deepspeed or deepspeed
     model.vision_config, model.model_settings = as_dict(model.vision_config), as_dict(model.model_settings)
     model.lora = as_dict(model.lora)
@@ -372,10 +375,17 @@ def as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
     Raises:
         InputError: the text is not a dictionary.
     """
-    parsed = yaml.safe_load(value) if isinstance(value, str) else value
+    parsed = _parse_yaml(value) if isinstance(value, str) else value
     if not isinstance(parsed, dict | None):
         raise InputError(f"{value!r} is not a dictionary: write it as JSON, for example '{{\"num_labels\": 2}}'.")
     return dict(parsed or {})
+
+
+def _parse_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{text!r} is neither JSON nor YAML: {error}") from error
 
 
 def model_source(model: str) -> str:
@@ -402,7 +412,7 @@ def model_source(model: str) -> str:
 
 
 class _Parser(HfArgumentParser):
-    """Raises `ValueError` where argparse would print its usage and exit."""
+    """Raises `InputError` where argparse would print its usage and exit."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message.removeprefix("argument "))

@@ -111,14 +111,14 @@ def check_shards(root: Path, columns: Mapping[str, str]) -> tuple[list[str], dic
         for file in files:
             try:
                 shards.append((split, open_shard(file, str(root), split, columns)))
-            except ValueError as error:
+            except InputError as error:
                 problems.append(str(error))
 
     def rows() -> Iterator[tuple[str, dict[str, Any]]]:
         for split, shard in shards:
             try:
                 table = shard.read()
-            except ValueError as error:
+            except InputError as error:
                 problems.append(str(error))
                 continue
             for number in range(len(table)):
@@ -225,7 +225,7 @@ def check_images(
     try:
         mask = sources["mask"]
         ids = class_ids(found["mask"], "road_building", str(getattr(mask, "filename", mask)))
-    except ValueError as error:
+    except InputError as error:
         return [*problems, str(error)], None
     return problems, np.bincount(ids.ravel(), minlength=num_classes("road_building"))
 

@@ -262,7 +262,7 @@ def evaluate_model(
     picture_sheet(pairs, predictions).save(output.with_name("pairs.png"))
     part = output.with_suffix(".part")  # the results come last and complete: `kcfi ablate` takes them for the end
     part.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    part.rename(output)
+    part.replace(output)
     return report
 
 

@@ -10,6 +10,7 @@ python -m kcfi.training.export runs/tiny hub_configs/kcfi-tiny
 
 import argparse
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,27 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 import kcfi  # noqa: F401 (registers the Auto classes)
+from kcfi.modeling_kcfi.modeling_kcfi import load_tower
 from kcfi.processing import InputError
-from kcfi.training.levir_cc import check_new_folder, read_json
+from kcfi.towers import refusals
+from kcfi.training.levir_cc import check_new_folder, move_into_place, read_json
 from kcfi.training.lora import merge_lora
-from kcfi.training.model_card import LICENSE, RECIPE_FILE, card_of_run
+from kcfi.training.model_card import (
+    CARD_FILE,
+    RECIPE_FILE,
+    RESULTS_FILE,
+    SHEET_FILE,
+    card_of_run,
+    licenses_of_origins,
+    read_recipe,
+    shared_license,
+)
 
 LANGUAGE_MODEL = ("model.language_model.", "lm_head.")
 SETTINGS = ("config.json", "processor_config.json", "tokenizer_config.json")
@@ -51,10 +62,8 @@ def save(
         InputError: the weights are damaged, or the language model is not that of `text_model`.
         OSError: a file is missing.
     """
-    try:
+    with refusals(f"The weights in {source} cannot be read: "):
         model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
-    except SafetensorError as error:
-        raise InputError(f"The weights in {source} cannot be read: {error}") from error
     model = merge_lora(model)
     weights = model.state_dict()
     if text_model:
@@ -73,7 +82,7 @@ def check_language_model(model: Any, text_model: str, revision: str | None) -> N
             (`bf16_language_model`), or its vocabulary was extended.
         OSError: no such language model.
     """
-    fetched: Any = AutoModelForCausalLM.from_pretrained(text_model, revision=revision, dtype=model.dtype)
+    fetched: Any = load_tower(AutoModelForCausalLM, text_model, revision=revision, dtype=model.dtype)
     parts = ((fetched.base_model, model.model.language_model), (fetched.get_output_embeddings(), model.lm_head))
     for theirs, ours in parts:
         weights = theirs.state_dict()
@@ -134,12 +143,26 @@ def check_run(folder: Path) -> None:
         raise InputError(f"{folder} holds a model of type {kind!r}, not 'kcfi'.")
 
 
+def check_license(folder: Path, license: str | None) -> None:
+    """Refuse to push a run under a licence that nobody has named.
+
+    Raises:
+        InputError: none is given, and what the run began with does not agree on one; says what each of it says.
+    """
+    licenses = licenses_of_origins(read_recipe(folder)[1])
+    if license is None and shared_license(licenses) is None:
+        said = "; ".join(f"{name}: {of or 'not known here'}" for name, of in licenses.items())
+        raise InputError(
+            f"Give --license, the licence of the weights: it does not follow from what the run began with ({said})."
+        )
+
+
 def push(
     folder: Path,
     repo_id: str,
     results: Path | None = None,
     private: bool = False,
-    license: str = LICENSE,
+    license: str | None = None,
     dry_run: Path | None = None,
     text_model: str | None = None,
 ) -> str:
@@ -150,7 +173,7 @@ def push(
         repo_id: `owner/name` of the model on the Hub; created if missing.
         results: results file of `kcfi evaluate` for the card (None: results.json of `folder`, if there is one).
         private: whether a new repository is private.
-        license: the Hub's name of the weights' licence.
+        license: the Hub's name of the weights' licence (None: that of what the run began with, where all agree).
         dry_run: new folder to write, exactly as it would be uploaded, instead of uploading it.
         text_model: Hub id of the language model, to leave its weights out.
 
@@ -160,11 +183,12 @@ def push(
     Raises:
         FileNotFoundError: no finished run, or no results file.
         FileExistsError: `dry_run` is not empty.
-        InputError: not a KCFI model, an invalid `repo_id`, a file that cannot be read, or a language model that cannot
-            be left out.
+        InputError: not a KCFI model, an invalid `repo_id`, a file that cannot be read, a language model that cannot be
+            left out, or a licence that is neither given nor known.
         OSError: the Hub cannot be reached, or refuses.
     """
-    validate_repo_id(repo_id)
+    with refusals():
+        validate_repo_id(repo_id)
     if "/" not in repo_id:
         raise InputError(f"{repo_id!r} names no owner: write owner/name, for example me/{repo_id}.")
     if text_model and Path(text_model).exists():
@@ -172,7 +196,10 @@ def push(
     if dry_run:
         check_new_folder(dry_run)
     check_run(folder)
-    state, config = read_json(folder / TRAINER_STATE_NAME), AutoConfig.from_pretrained(folder)
+    state = read_json(folder / TRAINER_STATE_NAME)
+    with refusals(f"{folder / CONFIG_NAME}: "):
+        config = AutoConfig.from_pretrained(folder)
+    check_license(folder, license)
     reference = None
     if text_model:
         reference = text_model, extract_commit_hash(cached_file(text_model, CONFIG_NAME), None)
@@ -184,9 +211,12 @@ def push(
     with tempfile.TemporaryDirectory(dir=dry_run.parent if dry_run else None) as temporary:
         content = Path(temporary) / "content"
         save(folder, content, "auto", reference)
-        (content / "README.md").write_text(card, encoding="utf-8")
+        (content / CARD_FILE).write_text(card, encoding="utf-8")
+        sheet = (results or folder / RESULTS_FILE).with_name(SHEET_FILE)
+        if sheet.is_file() and SHEET_FILE in card:
+            shutil.copy(sheet, content)
         if dry_run:
-            content.rename(dry_run)
+            move_into_place(content, dry_run)
             return str(dry_run)
         hub = HfApi()
         try:

@@ -83,7 +83,7 @@ class FeatureCache:
     def _write(self, file: Path, stages: list[torch.Tensor]) -> None:
         part = file.with_suffix(f".{os.getpid()}.part")  # complete or invisible, also to other ranks
         save_file({f"stage_{number}": stage.cpu().contiguous() for number, stage in enumerate(stages)}, part)
-        part.rename(file)
+        part.replace(file)
 
 
 def _hash(model: KCFIModel) -> str:

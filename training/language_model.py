@@ -35,6 +35,7 @@ from transformers import (
 
 from kcfi.processing import INSTRUCTIONS, KCFIProcessor
 from kcfi.training.levir_cc import MASK_ROAD
+from kcfi.training.model_card import write_tower_card
 from kcfi.training.synthetic import Change, SyntheticDataset
 from kcfi.training.synthetic_layout import ObjectKind
 
@@ -269,6 +270,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train()
     model.save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
+    write_tower_card(arguments.output, "python -m kcfi.training.language_model")
 
 
 if __name__ == "__main__":

@@ -413,6 +413,13 @@ def check_new_folder(folder: Path) -> None:
         raise FileExistsError(f"{folder} exists and is not an empty folder: choose a new one")
 
 
+def move_into_place(folder: Path, output: Path) -> None:
+    """Give a folder that is complete its name: `output`, new or empty (onto which Windows renames nothing)."""
+    if output.exists():
+        output.rmdir()
+    folder.rename(output)
+
+
 def load_pairs(
     dataset: str,
     split: str,

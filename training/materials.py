@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from kcfi.pictures import contact_sheet, overlay
 from kcfi.processing import InputError
-from kcfi.training.levir_cc import MASK_BUILDING, MASK_ROAD, check_new_folder
+from kcfi.training.levir_cc import MASK_BUILDING, MASK_ROAD, check_new_folder, move_into_place
 from kcfi.training.material_library import KEEP_OFF, LAND, OPEN, VILLA_AREA, Material
 from kcfi.training.material_sources import SURFACES, Picture, Place, Source, read_source
 from kcfi.training.synthetic_materials import Array, TextureKind
@@ -458,5 +458,5 @@ def write_library(roots: Sequence[str | Path], output: str | Path) -> dict[str, 
         library.thin()
         library.write_json([(source, len(found)) for source, found in zip(sources, places, strict=True)])
         library.draw_sheet().save(folder / "contact_sheet.png")
-        folder.rename(output)
+        move_into_place(folder, output)
     return dict(Counter(entry.kind for entry in library.entries))

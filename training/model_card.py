@@ -5,21 +5,24 @@
 
 import csv
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import metadata, requires
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, metadata_load
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from kcfi import embedded_model
 from kcfi.modeling_kcfi import KCFIConfig
 from kcfi.processing import InputError
 from kcfi.training.levir_cc import CLASS_NAMES, read_json
 
-LICENSE = "apache-2.0"
-RECIPE_FILE, RESULTS_FILE = "recipe.yaml", "results.json"
+RECIPE_FILE, RESULTS_FILE, CARD_FILE = "recipe.yaml", "results.json", "README.md"
+SHEET_FILE = "pairs.png"  # of `kcfi evaluate`, beside its results
 ENERGY_FILE = "emissions.csv"  # of `report_to: codecarbon`, a line per start
 ORIGINS = ("model", "vision_model", "text_model")  # fields of a recipe: what a run starts from
 TAGS = ("kcfi", "remote-sensing", "change-captioning", "change-detection")
@@ -54,7 +57,7 @@ out. A KCFI model, after "Enhancing Perception of Key Changes in Remote Sensing 
 
 ## How to load it
 
-With `kcfi` installed:
+Needs {{ needs }}. With `kcfi` installed:
 
 ```python
 from PIL import Image
@@ -67,7 +70,7 @@ pair = [Image.open("before.png"), Image.open("after.png")]
 inputs = processor(images=[pair], text=[processor.prompt()], return_tensors="pt")
 tokens = model.generate(**inputs, **processor.generation_tokens, max_new_tokens=64)
 print(processor.post_process_image_text_to_text(tokens[:, inputs["input_ids"].shape[1] :])[0])
-```
+{{ mask }}```
 
 or `kcfi caption before.png after.png --model {{ repo_id }}`. Without `kcfi`, leave out `import kcfi` and let
 transformers run the code of this repository (read it first, and pin it with `revision=`):
@@ -76,6 +79,16 @@ transformers run the code of this repository (read it first, and pin it with `re
 model = AutoModelForImageTextToText.from_pretrained("{{ repo_id }}", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("{{ repo_id }}", trust_remote_code=True)
 ```
+
+In one call, from image files or PIL images, with the mask at their size:
+
+```python
+from transformers import pipeline
+
+captioner = pipeline("change-captioning", model="{{ repo_id }}", trust_remote_code=True)
+result = captioner(["before.png", "after.png"])
+print(result["caption"], result["changed_fraction"])
+{{ save_mask }}```
 
 ## Intended use and limits
 
@@ -99,6 +112,10 @@ For research on remote sensing change captioning, and for drafts that a person c
 
 {{ environment }}
 
+## Licence
+
+{{ license }}
+
 ## Citation
 
 ```bibtex
@@ -113,6 +130,13 @@ For research on remote sensing change captioning, and for drafts that a person c
 }
 ```
 """
+
+# Lines of the examples of a model with a change detection head
+MASK_EXAMPLE = """
+mask_logits = model.get_image_features(inputs["pixel_values"]).mask_logits  # (1, {classes}, H, W)
+[mask] = processor.post_process_masks(mask_logits, [pair[0].size[::-1]])  # class ids at the size of the images
+"""
+SAVE_MASK_EXAMPLE = 'result["mask"].save("mask.png")  # class ids; 255 where the model did not look\n'
 
 
 class DataSet(NamedTuple):
@@ -154,7 +178,7 @@ def card_of_run(
     config: KCFIConfig,
     state: dict[str, Any],
     results: Path | None = None,
-    license: str = LICENSE,
+    license: str | None = None,
     tags: Sequence[str] = (),
 ) -> str:
     """The card of a run, from its folder.
@@ -165,27 +189,77 @@ def card_of_run(
         config: as in `model_card`.
         state: as in `model_card`.
         results: another results file than that of the folder.
-        license: as in `model_card`.
+        license: as in `model_card`; None: that of what the run began with, where one is known for all of it.
         tags: as in `model_card`.
 
     Raises:
         FileNotFoundError: `results` does not exist.
         InputError: the recipe or the results file cannot be read.
     """
-    recipe_file = folder / RECIPE_FILE
-    recipe = recipe_file.read_text(encoding="utf-8") if recipe_file.is_file() else ""
-    try:
-        settings = yaml.safe_load(recipe) or {}
-    except yaml.YAMLError as error:
-        raise InputError(f"{recipe_file} is not a YAML file: {error}") from error
+    recipe, settings = read_recipe(folder)
     named = [settings[key] for key in (*ORIGINS, "dataset") if key in settings]
     if results is None and (folder / RESULTS_FILE).is_file():
         results = folder / RESULTS_FILE
     scores = None if results is None else read_results(results)
     if scores is not None:
         named.append(scores["dataset"])
-    energy = read_energy(folder / ENERGY_FILE)
-    return model_card(repo_id, config, recipe, state, scores, list(filter(is_hub_id, named)), license, tags, energy)
+    sheet = results is not None and results.with_name(SHEET_FILE).is_file()
+    energy, licenses = read_energy(folder / ENERGY_FILE), licenses_of_origins(settings)
+    hub_ids = list(filter(is_hub_id, named))
+    license = license or shared_license(licenses)
+    return model_card(repo_id, config, recipe, state, scores, hub_ids, license, tags, energy, licenses, sheet)
+
+
+def read_recipe(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Text and values of the recipe.yaml of a run; both empty where there is none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    file = folder / RECIPE_FILE
+    recipe = file.read_text(encoding="utf-8") if file.is_file() else ""
+    try:
+        return recipe, yaml.safe_load(recipe) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"{file} is not a YAML file: {error}") from error
+
+
+def licenses_of_origins(settings: dict[str, Any]) -> dict[str, str | None]:
+    """What every model that a recipe begins with says of its licence, by its name there; None: nothing is known."""
+    return {settings[key]: license_of(settings[key]) for key in ORIGINS if settings.get(key)}
+
+
+def shared_license(licenses: Mapping[str, str | None]) -> str | None:
+    """The licence that all of `licenses_of_origins` name; "other" is a different one in every card."""
+    names = set(licenses.values())
+    license = names.pop() if len(names) == 1 else None
+    return None if license == "other" else license
+
+
+def license_of(model: str) -> str | None:
+    """The licence that the card of a model names: of a folder, of the Hub, or of the embedded model.
+
+    The folder of a run without a card has the licence of what it began with. None where that is not known, or the Hub
+    cannot be reached.
+    """
+    folder = Path(embedded_model() if model == "kcfi-tiny" else model)
+    card: Path | None = folder / CARD_FILE
+    if not folder.is_dir():
+        try:
+            card = Path(hf_hub_download(model, CARD_FILE)) if is_hub_id(model) else None
+        except OSError:
+            card = None
+    fields = metadata_load(card) if card and card.is_file() else None
+    license = (fields or {}).get("license")
+    if license is None and folder.is_dir():
+        license = shared_license(licenses_of_origins(read_recipe(folder)[1]))
+    return str(license) if license else None
+
+
+def write_tower_card(folder: Path, command: str) -> None:
+    """Write the card of a tower that this project makes from random weights and drawings, with its licence."""
+    text = f"---\nlicense: apache-2.0\n---\n\nMade by `{command}`, from random weights and drawn scenes alone.\n"
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
 class Energy(NamedTuple):
@@ -252,9 +326,11 @@ def model_card(
     state: dict[str, Any],
     results: dict[str, Any] | None = None,
     hub_ids: Collection[str] = (),
-    license: str = LICENSE,
+    license: str | None = None,
     tags: Sequence[str] = (),
     energy: Energy | None = None,
+    licenses: Mapping[str, str | None] = MappingProxyType({}),
+    sheet: bool = False,
 ) -> str:
     """The text of a model card: YAML metadata, and what a user has to know.
 
@@ -265,16 +341,18 @@ def model_card(
         state: content of trainer_state.json.
         results: content of results.json; None = not evaluated.
         hub_ids: which names in recipe and results are repositories on the Hub; all others are folders of a machine.
-        license: the Hub's name of a licence.
+        license: the Hub's name of a licence; None = it is not known, and not stated.
         tags: further ones than `TAGS`.
         energy: None = it was not tracked.
+        licenses: of `licenses_of_origins`.
+        sheet: whether the picture `SHEET_FILE` lies beside the card.
     """
     settings = _without_folders(yaml.safe_load(recipe) or {})
     data_set = find_data_set(settings["dataset"], hub_ids) if settings else None
     base_models = [settings[key] for key in ORIGINS if settings.get(key) in hub_ids]
     name = repo_id.split("/")[-1]
     scores = eval_results(results, hub_ids) if results else None
-    metadata = ModelCardData(
+    card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag=TASK,
         language="en",
@@ -304,17 +382,21 @@ def model_card(
             f"electricity of {energy.place}"
         )
     card = ModelCard.from_template(
-        metadata,
+        card_data,
         template_str=TEMPLATE,
         name=name,
         repo_id=repo_id,
         output="and a pixel mask of *where*" if config.use_change_detection_head else "(no mask: it has no head)",
         architecture=_architecture(config, settings),
+        needs=_needs(config),
+        mask=MASK_EXAMPLE.format(classes=config.num_change_classes) if config.use_change_detection_head else "",
+        save_mask=SAVE_MASK_EXAMPLE if config.use_change_detection_head else "",
         limits=_limits(config, settings, data_set),
         data=_training_data(settings, data_set, re.findall("^# materials: (.+)$", recipe, re.MULTILINE)),
         procedure=_procedure(settings, state),
-        results=_results(results, hub_ids) if results else "Not evaluated on a test split.",
+        results=_results(results, hub_ids, sheet) if results else "Not evaluated on a test split.",
         environment="\n".join(environment) or "Not recorded.",
+        license=_license(license, licenses),
     )
     return f"{card}\n"
 
@@ -471,7 +553,20 @@ def _procedure(settings: dict[str, Any], state: dict[str, Any]) -> str:
     return f"{text}:\n\n```yaml\n{values}```"
 
 
-def _results(results: dict[str, Any], hub_ids: Collection[str]) -> str:
+def _needs(config: KCFIConfig) -> str:
+    """What must be installed to load a model, with the versions that `kcfi` itself asks for."""
+    packages = ["torch", "torchvision", "pillow", *["timm"] * (config.vision_config.model_type == "timm_wrapper")]
+    wanted = next(line for line in requires("kcfi") or [] if re.match(r"transformers\b", line))
+    return f"Python {metadata('kcfi')['Requires-Python']}, `{wanted}`, {', '.join(packages)}"
+
+
+def _license(license: str | None, licenses: Mapping[str, str | None]) -> str:
+    text = f"`{license}`." if license else "Not stated."
+    said = [f"`{_without_folders(name)}`: {of or 'not known'}" for name, of in licenses.items()]
+    return f"{text} Of what the run began with, by their cards: {', '.join(said)}." if said else text
+
+
+def _results(results: dict[str, Any], hub_ids: Collection[str], sheet: bool) -> str:
     data_set = find_data_set(results["dataset"], hub_ids)
     what = f"`{Path(results['model']).name}` on {data_set.name}, split `{results['split']}`"
     mix = results.get("synthetic", {}).get("pair_mix", {})
@@ -497,4 +592,6 @@ def _results(results: dict[str, Any], hub_ids: Collection[str]) -> str:
         rows = [[name, *(mask[score][name] for score in MASK_METRICS)] for name in mask["f1"]]
         parts.append(_table(["mask", *MASK_METRICS.values()], rows))
         parts.append(f"Mean IoU, background included: {mask['mean_iou']:.1f}.")
+    if sheet:
+        parts.append(f"Some of these pairs, with what the model says of them:\n\n![pairs]({SHEET_FILE})")
     return "\n\n".join(parts)

@@ -9,8 +9,9 @@
   on several, the last round of batches is filled up with the first pairs of the epoch (accelerate's `even_batches`),
   which are visited twice: at most ranks x batch size - 1 of them.
 - **Resume**: Trainer skips the batches that were trained on as lists of indices, before anything is read or decoded.
-  The rest of the epoch is what an uninterrupted run visits, on each rank, if the numbers of ranks and workers and the
-  batch size are those of the run (`KCFITrainer` and `kcfi train --resume` refuse others).
+  The rest of the epoch is what an uninterrupted run visits, on each rank, if the numbers of ranks and (with shards) of
+  workers, the batch size and the accumulation are those of the run. `KCFITrainer` refuses others within an epoch;
+  between two they are free, since each epoch has an order of its own.
 """
 
 from collections.abc import Iterator, Sequence

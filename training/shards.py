@@ -41,6 +41,7 @@ from kcfi.training.levir_cc import (
     UnreadablePairError,
     check_new_folder,
     find_captions,
+    move_into_place,
     read_all_captions,
 )
 
@@ -297,7 +298,7 @@ def write_shards(root: str | Path, output: str | Path) -> None:
                 datasets.Dataset.from_list(rows, features=FEATURES).to_parquet(file)
                 bar.update(len(rows))
         (folder / "README.md").write_text(dataset_card(sources, folder), encoding="utf-8")
-        folder.rename(output)
+        move_into_place(folder, output)
 
 
 def _row(source: LevirCCDataset, index: int) -> dict[str, Any]:

@@ -12,7 +12,9 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import InputError, KCFIProcessor
-from kcfi.towers import join_towers
+from kcfi.towers import join_towers, refusals
 from kcfi.training.arguments import (
     ModelArguments,
     Recipe,
@@ -67,27 +69,48 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_same_recipe(recipe, output_dir)
         print(f"{output_dir} is finished: there is nothing to resume.")
         return
+    checkpoint = find_checkpoint(output_dir, options.resume)
+    if options.resume:
+        check_same_recipe(recipe, output_dir)
+    with error_kept(output_dir, recipe.training.process_index):
+        trainer = train(recipe, checkpoint)
     # leaves the process group: a rank whose threads still wait for the others is aborted at its exit
-    train(recipe, options.resume).accelerator.end_training()
+    trainer.accelerator.end_training()
 
 
-def train(recipe: Recipe, resume: bool = False) -> KCFITrainer:
+@contextmanager
+def error_kept(output_dir: Path, rank: int = 0) -> Iterator[None]:
+    """Write the traceback of a run that fails into its folder, and say so in a note of the error.
+
+    Args:
+        output_dir: folder of the run; bad input that is found before it is there leaves none.
+        rank: number of this process; each has a file of its own.
+    """
+    file = output_dir / (f"error_rank{rank}.txt" if rank else "error.txt")
+    file.unlink(missing_ok=True)  # of an earlier start
+    try:
+        yield
+    except Exception as error:
+        if output_dir.is_dir() or not isinstance(error, InputError | OSError):
+            output_dir.mkdir(parents=True, exist_ok=True)
+            file.write_text(traceback.format_exc(), encoding="utf-8")
+            error.add_note(f"The traceback is in {file}.")
+        raise
+
+
+def train(recipe: Recipe, checkpoint: str | None = None) -> KCFITrainer:
     """Load data, build model, build trainer, train, save.
 
     Args:
         recipe: of `parse_recipe`.
-        resume: go on from the newest complete checkpoint of `output_dir`.
+        checkpoint: of `find_checkpoint`, to go on from.
 
     Raises:
         FileNotFoundError: no such data set.
-        InputError: settings that do not fit together, nothing to resume, other settings than those of the run to
-            resume, or a run that would be overwritten.
+        InputError: settings that do not fit together.
     """
     args, data = recipe.training, recipe.data
     output_dir = Path(str(args.output_dir))
-    checkpoint = find_checkpoint(output_dir, resume)
-    if resume:
-        check_same_recipe(recipe, output_dir)
     source: dict[str, Any] = {
         "seed": data.dataset_seed,
         "columns": as_dict(data.columns),
@@ -135,8 +158,10 @@ def build_model(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCF
     if new:
         raise InputError(f"`model` is a finished model: leave out {', '.join(new)}.")
     source = model_source(args.model)
-    model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
-    return merge_lora(model), AutoProcessor.from_pretrained(source)
+    with refusals(f"Cannot load the model {args.model!r}: "):
+        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+        processor = AutoProcessor.from_pretrained(source)
+    return merge_lora(model), processor
 
 
 def new_model(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCFIProcessor]:
@@ -181,7 +206,8 @@ def is_complete(folder: Path) -> bool:
 def check_same_recipe(recipe: Recipe, output_dir: Path) -> None:
     """Refuse to resume a run with other settings than it began with: its recipe.yaml would no longer tell the truth.
 
-    The folder itself may have moved, and a field that recipe.yaml does not know had its default.
+    The folder itself may have moved, a field that recipe.yaml does not know had its default, and how many workers load
+    the pairs is a matter of the machine (`KCFITrainer` refuses it where the order of the pairs depends on it).
 
     Raises:
         InputError: names each setting that differs, with both values.
@@ -193,7 +219,7 @@ def check_same_recipe(recipe: Recipe, output_dir: Path) -> None:
     changed = [
         f"{name}: {began[name]} -> {now.get(name)}"
         for name in dict.fromkeys([*saved, *now])
-        if began[name] != now.get(name) and name != "output_dir"
+        if began[name] != now.get(name) and name not in ("output_dir", "dataloader_num_workers")
     ]
     if changed:
         raise InputError(
@@ -213,12 +239,18 @@ def save_recipe(recipe: Recipe, output_dir: Path) -> None:
 
 
 def git_revision() -> str:
-    """Commit of the code that runs, with "-dirty" if it was changed; "unknown" outside a git checkout."""
+    """Commit of the code that runs, with "-dirty" if it was changed; "unknown" outside a git checkout of it.
+
+    Installed into an environment inside somebody's repository it is no part of that one: git does not track this file.
+    """
     if shutil.which("git") is None:
         return "unknown"
-    command = ["git", "describe", "--always", "--dirty"]
-    git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return git.stdout.strip() or "unknown"
+    file = Path(__file__).resolve()
+    for command in (["ls-files", "--error-unmatch", file.name], ["describe", "--always", "--dirty"]):
+        git = subprocess.run(["git", *command], cwd=file.parent, capture_output=True, text=True, check=False)
+        if git.returncode:
+            return "unknown"
+    return git.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
@@ -33,7 +33,7 @@ from kcfi.training.feature_cache import FeatureCache, check_cacheable
 from kcfi.training.levir_cc import NO_LABEL
 from kcfi.training.liger import caption_loss_of
 from kcfi.training.lora import save_start
-from kcfi.training.model_card import LICENSE, card_of_run
+from kcfi.training.model_card import CARD_FILE, card_of_run
 from kcfi.training.order import EpochSampler
 from kcfi.training.readable_pairs import ReadablePairs
 from kcfi.training.shards import ShardDataset
@@ -189,7 +189,8 @@ class KCFITrainer(Trainer):
       sum of the two losses on the first caption of every pair. A few pairs are drawn each time, into
       `samples/step-N.png` and for TensorBoard.
     - **Resume**: order of pairs (`order.py`), instructions, captions and augmentation drawn are functions of (seed,
-      epoch); the dynamic weight average is part of the checkpoint. On another number of ranks it is refused.
+      epoch); the dynamic weight average is part of the checkpoint. Another number of ranks, batch size or accumulation
+      is taken between two epochs and refused within one, as another number of loader workers is for shards.
 
     Args:
         model: a `KCFIForConditionalGeneration`; it is frozen here, as `args` say.
@@ -239,10 +240,11 @@ class KCFITrainer(Trainer):
             with gathered(model.model.language_model):
                 check_packing(model.model.language_model.eval(), prompt + captions)
         self.evaluated = freeze(model, args)
-        model.caption_loss_function = caption_loss_of(model, args)  # type: ignore[method-assign]
+        self.caption_loss = caption_loss_of(model, args)
+        self.feature_cache = None
         if args.feature_cache:
             check_cacheable(args, data_collator)
-            model.model.get_stage_features = FeatureCache(model.model, args.feature_cache)  # type: ignore[method-assign]
+            self.feature_cache = FeatureCache(model.model, args.feature_cache)
         args.report_to = trackers(args.report_to)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         if args.max_unreadable:
@@ -263,12 +265,23 @@ class KCFITrainer(Trainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(KCFIProgressCallback)
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trainer's; until it ends the model has the caption loss and the feature cache of the settings."""
+        model = self.model
+        model.caption_loss_function = self.caption_loss  # type: ignore[method-assign]
+        if self.feature_cache is not None:
+            model.model.get_stage_features = self.feature_cache  # type: ignore[method-assign]
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            del model.caption_loss_function
+            if self.feature_cache is not None:
+                del model.model.get_stage_features
+
     # Data
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
-        pairs: Any = self.train_dataset if train_dataset is None else train_dataset
-        if isinstance(pairs, ReadablePairs):
-            pairs = pairs.pairs
+        pairs = self._pairs(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if isinstance(pairs, ShardDataset):
             lanes = self.args.world_size * max(1, self.args.dataloader_num_workers)
@@ -276,6 +289,11 @@ class KCFITrainer(Trainer):
         else:
             self.sampler = EpochSampler([len(pairs)], seed)
         return self.sampler
+
+    def _pairs(self, train_dataset: Dataset[Any] | None = None) -> Any:
+        """The training pairs, without those who stand in for unreadable ones."""
+        pairs: Any = self.train_dataset if train_dataset is None else train_dataset
+        return pairs.pairs if isinstance(pairs, ReadablePairs) else pairs
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset[Any] | None = None) -> DataLoader[Any]:
         """Trainer's, with prompts and references instead of training rows."""
@@ -358,7 +376,7 @@ class KCFITrainer(Trainer):
         inputs = training_inputs(inputs, self.model.model.language_model)
         for module in self.evaluated:
             module.eval()
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False)
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False, skip_logits=True)
         losses = {"caption": outputs.caption_loss}
         if outputs.mask_loss is not None:
             share = (inputs["mask_labels"] != NO_LABEL).sum() / max(self.labelled_pixels, 1)
@@ -508,13 +526,14 @@ class KCFITrainer(Trainer):
     # Hub
 
     def create_model_card(  # type: ignore[override]  # all else is read from the run
-        self, *, model_name: str | None = None, license: str = LICENSE, tags: Sequence[str] = ()
+        self, *, model_name: str | None = None, license: str | None = None, tags: Sequence[str] = ()
     ) -> None:
         """Write README.md into `output_dir`, the card that `kcfi push` makes; `push_to_hub` calls it.
 
         Args:
             model_name: where the trainer has no `hub_model_id` (None: the name of `output_dir`).
-            license: the Hub's name of the weights' licence.
+            license: the Hub's name of the weights' licence (None: that of what the run began with, where all agree;
+                otherwise the card states none).
             tags: further ones.
         """
         if self.is_world_process_zero():
@@ -522,7 +541,7 @@ class KCFITrainer(Trainer):
             repo_id = self.hub_model_id or model_name or folder.name
             card = card_of_run(folder, repo_id, self.model.config, vars(self.state), license=license, tags=tags)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
     # Checkpoints
 
@@ -566,35 +585,87 @@ class KCFITrainer(Trainer):
                 "pairs": self.pairs_seen,
                 "captions": self.captions_seen,
                 "order": self._order(),
+                "other_steps": self.other_steps,
             }
             if self.dwa is not None:
                 state["dwa"] = self.dwa.state_dict()
             (Path(output_dir) / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def _order(self) -> dict[str, int]:
-        """What the order of the pairs depends on, beside the seed and the data."""
-        return {
+        """What the place of a step in its epoch depends on, beside the seed and the data.
+
+        Loader workers read in turn: only shards have an order that is made for their number.
+        """
+        order = {
             "processes": self.args.world_size,
-            "workers": self.args.dataloader_num_workers,
             "batch": self._train_batch_size,
+            "accumulation": self.args.gradient_accumulation_steps,
         }
+        if isinstance(self._pairs(), ShardDataset):
+            order["workers"] = self.args.dataloader_num_workers
+        return order
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """Trainer's, and the place to go on from where earlier epochs had optimizer steps of another size.
+
+        Steps are counted on, since checkpoints are named by them: `other_steps` of them are more (or, negative, fewer)
+        than this run would have made until here.
+
+        Returns:
+            Epochs to skip, and batches of the next one to skip.
+
+        Raises:
+            InputError: the run was stopped within an epoch, and this one would visit other pairs in the rest of it.
+        """
+        place = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        self.other_steps = 0
+        if resume_from_checkpoint is None:
+            return place
+        state = _read_state(resume_from_checkpoint)
+        self.other_steps = state["other_steps"]
+        if state["order"] != self._order():
+            epochs = float(self.state.epoch or 0)
+            if not epochs.is_integer() or self.args.max_steps > 0 or self.is_deepspeed_enabled:
+                raise InputError(
+                    f"{resume_from_checkpoint} was written by a run with {state['order']}, this one has "
+                    f"{self._order()}: pairs would be lost or visited twice. Resume with the same (torchrun "
+                    "--nproc_per_node, per_device_train_batch_size, gradient_accumulation_steps, "
+                    "dataloader_num_workers), or from a checkpoint at the end of an epoch (without max_steps and "
+                    "DeepSpeed)."
+                )
+            self.other_steps = self.state.global_step - int(epochs) * num_update_steps_per_epoch
+        if self.other_steps:
+            epoch, step = divmod(self.state.global_step - self.other_steps, num_update_steps_per_epoch)
+            place = epoch, step * self.args.gradient_accumulation_steps
+            self.state.max_steps += self.other_steps
+        return place
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        state = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
-        order = state.get("order", self._order())  # older checkpoints do not say
-        if order != self._order():
-            raise InputError(
-                f"{checkpoint} was written by a run with {order}, this one has {self._order()}: pairs would "
-                "be lost or visited twice. Resume with the same (torchrun --nproc_per_node, dataloader_num_workers, "
-                "per_device_train_batch_size)."
-            )
+        state = _read_state(checkpoint)
+        if state["other_steps"] != self.other_steps:  # the same share of the schedule, in steps of the new size
+            cast(Any, self.lr_scheduler).last_epoch = self.state.global_step - self.other_steps
         self.pairs_seen, self.captions_seen = state["pairs"], state["captions"]
         if self.dwa is not None and "dwa" in state:
             self.dwa.load_state_dict(state["dwa"])
             self._weights = self.dwa.weights
+
+
+def _read_state(checkpoint: str) -> dict[str, Any]:
+    """What `KCFITrainer` wrote beside Trainer's own state."""
+    state: dict[str, Any] = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
+    return state
 
 
 class _EpochCallback(TrainerCallback):

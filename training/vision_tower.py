@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 from transformers import TimmWrapperConfig, TimmWrapperModel, Trainer, TrainingArguments
 
 from kcfi.processing import KCFIImageProcessor
+from kcfi.training.model_card import write_tower_card
 from kcfi.training.synthetic import Scene, SyntheticDataset
 from kcfi.training.synthetic_layout import Shapes, crop
 
@@ -130,6 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train()
     tower.save_pretrained(arguments.output)
     processor.save_pretrained(arguments.output)
+    write_tower_card(arguments.output, "python -m kcfi.training.vision_tower")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """The embedded model: its files, its card, and that it does on drawn pairs what its card says."""
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import kcfi
@@ -35,6 +37,16 @@ def test_card_states_the_number_of_parameters(describer):
     assert stated and float(stated.group(1)) == pytest.approx(millions, abs=0.05)
 
 
+def test_the_example_of_the_card_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("before.png", "after.png"):
+        shutil.copy(Path(kcfi.__file__).parent / "example" / name, name)
+    code = re.search(r"```python\n(.*?)```", (FOLDER / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    exec(compile(code, "README.md", "exec"), {})
+    assert "houses" in capsys.readouterr().out
+    assert set(np.unique(np.asarray(Image.open("mask.png")))) <= {0, 1, 2}
+
+
 def test_unseen_drawn_pairs_are_told_apart_and_masked(describer):
     pairs, masks, captions = SyntheticDataset(24, split="test", seed=77), MaskScores("road_building"), []
     for example in (pairs[index] for index in range(len(pairs))):
@@ -47,8 +59,6 @@ def test_unseen_drawn_pairs_are_told_apart_and_masked(describer):
 
 def test_the_example_pair_has_a_change(describer):
     example = Path(kcfi.__file__).parent / "example"
-    from PIL import Image
-
     before, after = Image.open(example / "before.png"), Image.open(example / "after.png")
     report = describer.describe(before, after)
     assert np.count_nonzero(report.mask) and report.caption

@@ -14,6 +14,9 @@ VISION = {
     "clip": {"model_type": "clip_vision_model", "intermediate_size": 37, "projection_dim": 32, **SIDE},
     "siglip": {"model_type": "siglip_vision_model", "intermediate_size": 37, **SIDE},
     "dinov2": {"model_type": "dinov2", "mlp_ratio": 2, **SIDE},
+    "dinov2_with_registers": {"model_type": "dinov2_with_registers", "mlp_ratio": 2, **SIDE},
+    "dinov3": {"model_type": "dinov3_vit", "intermediate_size": 37, **SIDE},
+    "beit": {"model_type": "beit", "intermediate_size": 37, "use_mask_token": True, **SIDE},
     "timm": {
         "model_type": "timm_wrapper",
         "architecture": "vit_tiny_patch16_224",

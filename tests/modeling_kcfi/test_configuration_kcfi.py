@@ -5,7 +5,7 @@ from transformers import AutoConfig
 
 from kcfi.modeling_kcfi import KCFIConfig
 
-TOWERS = ["vit", "clip", "siglip", "dinov2", "timm"]
+TOWERS = ["vit", "clip", "siglip", "dinov2", "dinov2_with_registers", "dinov3", "beit", "timm"]
 
 
 def test_defaults_are_the_papers():
@@ -100,6 +100,37 @@ def test_towers_that_are_no_vit_are_refused(vision):
         KCFIConfig(vision_config=vision["vit"] | {"image_size": [16, 32]})
     with pytest.raises(ValueError, match="'resnet18' is not a ViT"):
         KCFIConfig(vision_config={"model_type": "timm_wrapper", "architecture": "resnet18"})
+
+
+SIZE = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("siglip2_vision_model", "missing 2 required positional arguments: 'pixel_attention_mask'"),  # NaFlex
+        ("vit_mae", r"states of shape \(2, 5, 32\)"),  # drops three quarters of the patches
+        ("sam_vision_model", r"states of shape \(2, 4, 4, 32\)"),
+        ("pixtral", r"states of shape \(1, 32, 32\)"),  # one long row of all images
+        ("videomae", "not enough values to unpack"),
+        ("glm4v_vision", "missing 1 required positional argument: 'grid_thw'"),
+    ],
+)
+def test_a_tower_that_has_the_fields_of_a_vit_and_is_none_is_refused(model_type, reason):
+    with pytest.raises(ValueError, match=rf"'{model_type}' cannot be the vision tower.*{reason}"):
+        KCFIConfig(vision_config={"model_type": model_type, **SIZE})
+
+
+@pytest.mark.parametrize("model_type", ["deit", "data2vec-vision", "vit_msn", "ijepa", "idefics3_vision", "mlcd"])
+def test_other_plain_vits_are_taken(model_type):
+    assert KCFIConfig(vision_config={"model_type": model_type, **SIZE}).num_patches == 16
+
+
+def test_a_tower_that_reads_one_size_only_is_refused_at_another(vision):
+    one_size = {"model_type": "aimv2_vision_model", **SIZE}
+    assert KCFIConfig(vision_config=one_size).image_size == 16
+    with pytest.raises(ValueError, match=r"cannot be the vision tower.*32 x 32 px"):
+        KCFIConfig(vision_config=one_size, image_size=32)
 
 
 @pytest.mark.parametrize("tower", TOWERS)

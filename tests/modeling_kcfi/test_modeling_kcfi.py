@@ -1,14 +1,17 @@
 """The whole model: towers of every kind, what fills `<image>`, losses, joining, generation, saving."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration, KCFIModel, modeling_kcfi
 
-TOWERS = ["vit", "clip", "siglip", "dinov2", "timm"]
+TOWERS = ["vit", "clip", "siglip", "dinov2", "dinov2_with_registers", "dinov3", "beit", "timm"]
 LANGUAGE_MODELS = ["qwen2", "qwen3", "llama", "gpt2", "opt"]
 
 
@@ -269,15 +272,15 @@ def test_training_scores_few_positions_at_a_time_with_equal_gradients(
     make_model, make_inputs, monkeypatch, chunk, calls, num_items
 ):
     monkeypatch.setattr(modeling_kcfi, "CHUNK", chunk)
-    model, inputs = make_model().eval(), make_inputs()
+    model, inputs = make_model().train(), make_inputs()
     labels = inputs["input_ids"].clone()
     labels[:, :16] = -100
     rows = []
     model.lm_head.register_forward_hook(lambda _module, _args, logits: rows.append(logits.shape[:-1].numel()))
 
-    def loss_and_gradients():
+    def loss_and_gradients(**options):
         model.zero_grad()
-        outputs = model(**inputs, labels=labels, num_items_in_batch=num_items)
+        outputs = model(**inputs, labels=labels, num_items_in_batch=num_items, **options)
         in_forward = len(rows)
         outputs.loss.backward()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -285,9 +288,8 @@ def test_training_scores_few_positions_at_a_time_with_equal_gradients(
 
     plain, _, plain_gradients = loss_and_gradients()
     rows.clear()
-    model.train()
-    chunked, in_forward, gradients = loss_and_gradients()
-    assert chunked.logits is None and plain.logits is not None
+    chunked, in_forward, gradients = loss_and_gradients(skip_logits=True)
+    assert chunked.logits is None and plain.logits is not None  # in training mode too, unless they are skipped
     assert in_forward == calls and max(rows) <= chunk
     torch.testing.assert_close(chunked.loss, plain.loss)
     torch.testing.assert_close(gradients, plain_gradients)
@@ -417,6 +419,16 @@ def test_the_language_model_s_attention_is_the_one_that_is_registered(make_confi
 
 
 # ---- joining pretrained towers ----
+
+
+@pytest.mark.parametrize("pickled", ["vision", "text"])
+def test_a_tower_in_a_pickle_is_refused_with_the_remedy(save_tower, save_language_model, pickled):
+    folders = {"vision": save_tower("vit")[1], "text": save_language_model()[1]}
+    file = Path(folders[pickled]) / "model.safetensors"
+    torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+    file.unlink()
+    with pytest.raises(OSError, match=rf"{pickled} has no weights as safetensors.*pytorch_model.bin.*save_pretrained"):
+        join(**folders)
 
 
 @pytest.fixture

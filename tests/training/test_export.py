@@ -78,6 +78,17 @@ def test_a_language_model_left_out_is_fetched_at_its_commit(tmp_path, model, pro
     assert_same_weights(AutoModelForImageTextToText.from_pretrained(tmp_path / "whole"), model.state_dict())
 
 
+def test_a_language_model_left_out_is_not_fetched_from_a_pickle(tmp_path, model, processor, hub_text_model):
+    save(save_run(tmp_path / "run", model, processor), tmp_path / "slim", "auto", hub_text_model)
+    file = next((tmp_path / "hub").rglob("model.safetensors"))
+    torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+    file.unlink()
+    with pytest.raises(OSError, match="me/lm has no weights as safetensors"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "slim")
+    with pytest.raises(OSError, match="me/lm has no weights as safetensors"):
+        save(tmp_path / "run", tmp_path / "again", "auto", hub_text_model)
+
+
 def test_a_language_model_left_out_is_fetched_where_kcfi_is_not_installed(tmp_path, model, processor, hub_text_model):
     save(save_run(tmp_path / "run", model, processor), tmp_path / "slim", "auto", hub_text_model)
     lines = [

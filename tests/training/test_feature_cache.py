@@ -1,10 +1,12 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from kcfi.training.collator import KCFICollator
 from kcfi.training.feature_cache import FeatureCache
 from kcfi.training.trainer import KCFITrainer
-from tests.training.test_trainer import arguments, losses
+from tests.training.test_trainer import arguments, break_gradients, losses
 
 
 @pytest.fixture
@@ -72,8 +74,34 @@ def test_a_run_with_a_cache_has_the_losses_and_scores_of_one_without(
         logs.append([line["loss"] for line in losses(trainer)])
         scores.append(trainer.evaluate()["eval_mask_f1"])
     assert logs[1] == pytest.approx(logs[0], rel=1e-3) and scores[1] == pytest.approx(scores[0], rel=1e-2)
-    assert trainer.model.model.get_stage_features.computed == 0  # the second run with it reads everything
+    assert trainer.feature_cache.computed == 0  # the second run with it reads everything
     assert logs[2] == pytest.approx(logs[1], rel=1e-6)
+
+
+def test_an_image_that_another_rank_has_computed_meanwhile_is_written_anew_on_windows(
+    model, pixels, tmp_path, windows, monkeypatch
+):
+    cache = FeatureCache(model.eval().model, tmp_path)
+    cache(pixels)
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # as both saw it before
+    cache(pixels)
+    assert cache.computed == 12
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_is_itself_again_when_its_training_ends(model, processor, make_pairs, tmp_path, fails):
+    args = arguments(tmp_path, train_vision_tower=False, max_steps=1, feature_cache=str(tmp_path / "cache"))
+    trainer = KCFITrainer(
+        model, args, KCFICollator(processor), train_dataset=make_pairs(4), processing_class=processor
+    )
+    if fails:
+        break_gradients(model)
+        with pytest.raises(FloatingPointError):
+            trainer.train()
+    else:
+        trainer.train()
+    assert trainer.feature_cache.computed > 0
+    assert "get_stage_features" not in vars(model.model) and "caption_loss_function" not in vars(model)
 
 
 @pytest.mark.parametrize(

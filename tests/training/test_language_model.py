@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from kcfi.processing import KCFIProcessor
 from kcfi.training.language_model import WORDS, Sketches, SketchReader, build_tokenizer, collate, main, sketch
+from kcfi.training.model_card import license_of
 from kcfi.training.synthetic import Change, ObjectChange, SyntheticDataset
 
 
@@ -76,3 +77,4 @@ def test_pretraining_command_writes_a_language_model_that_loads(tmp_path):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert model.config.vocab_size == len(tokenizer)
     assert tokenizer("<row 3>")["input_ids"] == [tokenizer.convert_tokens_to_ids("<row 3>")]
+    assert license_of(str(tmp_path)) == "apache-2.0"

@@ -3,17 +3,22 @@
 import copy
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
+from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.trainer import TRAINER_STATE_NAME
 
 from kcfi import KCFIForConditionalGeneration, KCFIProcessor
+from kcfi.processing import InputError
 from kcfi.training.arguments import KCFITrainingArguments, parse_recipe
 from kcfi.training.collator import KCFICollator
 from kcfi.training.export import push
@@ -24,6 +29,7 @@ from kcfi.training.model_card import (
     card_of_run,
     eval_results,
     find_data_set,
+    license_of,
     model_card,
 )
 from kcfi.training.train import save_recipe
@@ -88,14 +94,14 @@ def test_every_score_of_a_results_file_has_a_name_in_the_card(scores):
 
 def test_metadata_reads_back_through_the_hubs_own_classes(tmp_path, run, scores):
     (run / "results.json").write_text(json.dumps(scores))
-    card = card_of_run(run, "me/kcfi-levir", AutoConfig.from_pretrained(run), STATE)
+    card = card_of_run(run, "me/kcfi-levir", AutoConfig.from_pretrained(run), STATE, license="mit")
     (tmp_path / "README.md").write_text(card, encoding="utf-8")
     metadata = metadata_load(tmp_path / "README.md")
     fields = {key: value for key, value in metadata.items() if key != "model-index"}
     assert fields == {
         "language": "en",
         "library_name": "transformers",
-        "license": "apache-2.0",
+        "license": "mit",
         "pipeline_tag": "image-text-to-text",
         "base_model": TOWERS,
         "base_model_relation": "finetune",
@@ -219,7 +225,7 @@ def test_a_model_without_head_or_perceiver_is_described_as_one(run, model):
 def test_a_dry_run_holds_the_model_and_nothing_of_training(tmp_path, run, model):
     before = sorted(path.relative_to(run) for path in run.rglob("*"))
     folder = tmp_path / "new" / "pushed"
-    assert push(run, "me/kcfi-levir", dry_run=folder) == str(folder)
+    assert push(run, "me/kcfi-levir", dry_run=folder, license="mit") == str(folder)
     names = {path.name for path in folder.rglob("*")}
     assert names == {path.name for path in run.iterdir()} - {
         "recipe.yaml", "trainer_state.json", "training_args.bin", "checkpoint-8",
@@ -235,16 +241,103 @@ def test_a_dry_run_holds_the_model_and_nothing_of_training(tmp_path, run, model)
     assert type(AutoProcessor.from_pretrained(folder)) is KCFIProcessor
 
 
-def test_the_first_example_of_the_card_runs(tmp_path, run, make_pairs, monkeypatch, capsys):
+@pytest.fixture
+def pushed(tmp_path, run, make_pairs, monkeypatch):
+    """A folder of `kcfi push --dry-run`, and the examples of its card, for a pair of files in the current folder."""
     folder = tmp_path / "pushed"
-    push(run, "me/kcfi-levir", dry_run=folder)
-    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[1]
+    push(run, "me/kcfi-levir", dry_run=folder, license="mit")
     monkeypatch.chdir(tmp_path)
     pair = make_pairs()[1]
     pair["image_before"].save("before.png")
     pair["image_after"].save("after.png")
-    exec(compile(code.replace("me/kcfi-levir", str(folder)), "README.md", "exec"), {})
-    assert capsys.readouterr().out.strip()
+    card = (folder / "README.md").read_text(encoding="utf-8").replace("me/kcfi-levir", str(folder))
+    return re.findall(r"```python\n(.*?)```", card, re.S)
+
+
+def test_the_examples_of_the_card_run(pushed, capsys):
+    assert len(pushed) == 3
+    names = {}
+    for code in pushed:
+        exec(compile(code, "README.md", "exec"), names)
+    assert len(capsys.readouterr().out.splitlines()) == 2  # of the first and the last
+    assert names["mask"].shape == (32, 32) and names["mask_logits"].shape == (1, 2, 32, 32)
+    assert np.array_equal(np.asarray(Image.open("mask.png")), names["mask"].numpy())
+
+
+def test_the_last_example_of_the_card_runs_without_kcfi(pushed, tmp_path):
+    code = f"import sys; sys.modules['kcfi'] = None\n{pushed[-1]}"
+    environment = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() and Image.open(tmp_path / "mask.png").size == (32, 32)
+
+
+def test_a_card_without_a_head_has_examples_without_a_mask(run, model):
+    config = copy.deepcopy(model.config)
+    config.use_change_detection_head = False
+    text = body(card_of_run(run, "me/kcfi-levir", config, STATE))
+    assert "change-captioning" in text and "mask_logits" not in text and 'result["mask"]' not in text
+
+
+def test_the_card_tells_what_a_model_needs(run, model):
+    text = body(card_of_run(run, "me/kcfi-levir", model.config, STATE))
+    assert re.search(r"Needs Python >=3\.11, `transformers[<>=\d.,]+`, torch, torchvision, pillow\. With", text)
+
+
+def test_the_sheet_of_pairs_goes_with_the_card(tmp_path, run, scores):
+    (run / "results.json").write_text(json.dumps(scores))
+    push(run, "me/kcfi-levir", dry_run=tmp_path / "without", license="mit")
+    assert "pairs.png" not in (tmp_path / "without" / "README.md").read_text()
+    Image.new("RGB", (9, 9), "red").save(run / "pairs.png")
+    push(run, "me/kcfi-levir", dry_run=tmp_path / "with", license="mit")
+    assert "![pairs](pairs.png)" in (tmp_path / "with" / "README.md").read_text()
+    assert (tmp_path / "with" / "pairs.png").read_bytes() == (run / "pairs.png").read_bytes()
+
+
+def tower(folder, license=None):
+    folder.mkdir()
+    if license:
+        (folder / "README.md").write_text(f"---\nlicense: {license}\n---\n")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "expected"),
+    [("mit", "mit", "mit"), ("mit", "apache-2.0", None), ("mit", None, None), ("other", "other", None)],
+)
+def test_a_licence_is_that_of_the_towers_or_asked_for(tmp_path, model, processor, vision, text, expected):
+    towers = tower(tmp_path / "vit", vision), tower(tmp_path / "lm", text)
+    run = save_run(tmp_path / "run", model, processor, "--vision_model", towers[0], "--text_model", towers[1])
+    new = tmp_path / "new"
+    if expected:
+        push(run, "me/kcfi-own", dry_run=new)
+    else:
+        said = rf"Give --license.*vit: {vision}; .*lm: {text or 'not known here'}\)"
+        with pytest.raises(InputError, match=said):
+            push(run, "me/kcfi-own", dry_run=new)
+        assert not new.exists()
+        push(run, "me/kcfi-own", dry_run=new, license="openrail")
+    card = ModelCard.load(new / "README.md")
+    assert card.data.license == (expected or "openrail")
+    assert f"`vit`: {vision}, `lm`: {text or 'not known'}." in card.text
+    assert ModelCard(card_of_run(run, "me/kcfi-own", model.config, STATE)).data.license == expected
+
+
+def test_a_run_that_began_with_a_model_of_this_project_needs_no_licence(tmp_path, model, processor):
+    first = save_run(tmp_path / "first", model, processor, recipe="debug")  # from kcfi-tiny
+    assert license_of("kcfi-tiny") == "apache-2.0" == license_of(str(first))
+    run = save_run(tmp_path / "run", model, processor, "--model", str(first), recipe="debug")
+    push(run, "me/kcfi-own", dry_run=tmp_path / "pushed")
+    assert ModelCard.load(tmp_path / "pushed" / "README.md").data.license == "apache-2.0"
+
+
+def test_the_card_of_a_tower_of_the_hub_is_read_where_it_is_at_hand(hub_text_model, tmp_path):
+    name, commit = hub_text_model
+    assert license_of(name) is None
+    card = tmp_path / "hub" / "models--me--lm" / "snapshots" / commit / "README.md"
+    card.write_text("---\nlicense: gemma\n---\n")
+    assert license_of(name) == "gemma" and license_of("nobody/nothing") is None
 
 
 def test_what_cannot_be_pushed_is_named(tmp_path, run):
@@ -252,16 +345,16 @@ def test_what_cannot_be_pushed_is_named(tmp_path, run):
     with pytest.raises(
         ValueError, match=r"other.json is no results file of `kcfi evaluate`: it has no dataset, split"
     ):
-        push(run, "me/kcfi-levir", run / "other.json", dry_run=tmp_path / "new")
+        push(run, "me/kcfi-levir", run / "other.json", dry_run=tmp_path / "new", license="mit")
     (run / "model.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"The weights in .* cannot be read"):
-        push(run, "me/kcfi-levir", dry_run=tmp_path / "new")
+        push(run, "me/kcfi-levir", dry_run=tmp_path / "new", license="mit")
     (run / "recipe.yaml").write_text("a: [")
     with pytest.raises(ValueError, match=r"recipe.yaml is not a YAML file"):
-        push(run, "me/kcfi-levir", dry_run=tmp_path / "new")
+        push(run, "me/kcfi-levir", dry_run=tmp_path / "new", license="mit")
     (run / "trainer_state.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no trainer_state.json, so it is no finished run"):
-        push(run, "me/kcfi-levir", dry_run=tmp_path / "new")
+        push(run, "me/kcfi-levir", dry_run=tmp_path / "new", license="mit")
     with pytest.raises(ValueError, match="names no owner"):
         push(run, "kcfi-levir", dry_run=tmp_path / "new")
     assert not (tmp_path / "new").exists() and not list(tmp_path.glob("tmp*"))
@@ -275,7 +368,9 @@ def test_the_trainer_writes_the_card_of_kcfi_push(tmp_path, run, model, processo
     for name, value in STATE.items():
         setattr(trainer.state, name, value)
     trainer.create_model_card(model_name="kcfi-levir")
-    push(run, "kcfi/kcfi-levir", dry_run=tmp_path / "pushed")
+    assert "license" not in ModelCard.load(run / "README.md").data.to_dict()  # it is not known
+    trainer.create_model_card(model_name="kcfi-levir", license="mit")
+    push(run, "kcfi/kcfi-levir", dry_run=tmp_path / "pushed", license="mit")
     pushed = (tmp_path / "pushed" / "README.md").read_text()
     assert (run / "README.md").read_text() == pushed.replace("kcfi/kcfi-levir", "kcfi-levir")
 

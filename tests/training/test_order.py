@@ -146,17 +146,47 @@ def test_without_any_readable_pair_the_first_is_named(folder, broken):
         visits(folder, broken["folder"], max_unreadable=0.9)
 
 
-@pytest.mark.parametrize("other", ["processes", "workers", "batch"])
-def test_a_run_is_not_resumed_with_what_would_change_its_order(folder, other):
+@pytest.mark.parametrize("other", ["processes", "workers", "batch", "accumulation"])
+def test_a_run_is_not_resumed_within_an_epoch_with_what_would_change_its_order(folder, other):
     pairs = ShardDataset(str(folder / "shards"), "train")
     visits(folder, pairs, save_steps=STOP)
     state = folder / "run" / f"checkpoint-{STOP}" / "kcfi_state.json"
     saved = json.loads(state.read_text())
-    assert saved["order"] == {"processes": 1, "workers": 0, "batch": BATCH}
+    assert saved["order"] == {"processes": 1, "workers": 0, "batch": BATCH, "accumulation": 1}
     saved["order"][other] = 3
     state.write_text(json.dumps(saved))
     with pytest.raises(ValueError, match=rf"written by a run with .*'{other}': 3.*this one has .*'{other}': [^3]"):
         visits(folder, pairs, resume=STOP)
+
+
+def test_the_order_of_a_folder_does_not_depend_on_the_workers_it_is_resumed_with(folder):
+    pairs = LevirCCDataset(folder / "pairs", "train")
+    full = visits(folder, pairs, save_steps=STOP)
+    resumed = visits(folder, pairs, resume=STOP, workers=2)
+    assert resumed.visited == full.visited[BATCH * STOP :]
+    assert [line["loss"] for line in losses(resumed)] == [line["loss"] for line in losses(full)]
+
+
+def rates(trainer, epoch):
+    """Learning rates of the steps of an epoch (1 = the first)."""
+    return [line["learning_rate"] for line in losses(trainer) if epoch - 1 < line["epoch"] <= epoch]
+
+
+@pytest.mark.parametrize("change", [{"per_device_train_batch_size": 4}, {"gradient_accumulation_steps": 3}], ids=str)
+def test_between_two_epochs_a_run_goes_on_with_steps_of_another_size(folder, change):
+    pairs, epoch = LevirCCDataset(folder / "pairs", "train"), PAIRS // BATCH
+    full = visits(folder, pairs, save_steps=1, num_train_epochs=3)
+    other = visits(folder, pairs, num_train_epochs=3, **change)
+    steps = len(rates(other, 1))
+    resumed = visits(folder, pairs, resume=epoch, save_steps=1, num_train_epochs=3, **change)
+    assert resumed.visited == full.visited[PAIRS:]
+    assert rates(resumed, 1) == rates(full, 1) and rates(resumed, 3) == rates(other, 3)
+    assert resumed.state.epoch == 3 and resumed.state.global_step == epoch + 2 * steps
+
+    again = visits(folder, pairs, resume=epoch + steps + 1, num_train_epochs=3, **change)  # within the last epoch
+    pairs_of_a_step = 4 if "per_device_train_batch_size" in change else 3 * BATCH
+    assert again.visited == resumed.visited[PAIRS + pairs_of_a_step :]
+    assert [line["loss"] for line in losses(again)] == [line["loss"] for line in losses(resumed)]
 
 
 @pytest.mark.slow
@@ -180,3 +210,8 @@ def test_ranks_and_workers_visit_every_pair_once_and_resume_exactly(folder, rank
             assert run["full"][: steps * BATCH] == batches[rank::ranks].ravel().tolist()
             assert len(run["full"]) == 2 * steps * BATCH
             assert run["resumed"] == run["full"][BATCH * STOP :]
+    if ranks == 2:  # one rank takes over between two epochs
+        alone = visits(folder, ShardDataset(str(folder / "shards"), "train"), resume=steps)
+        assert sorted(alone.visited) == sorted(runs[0]["names"]) and alone.state.epoch == 2
+        with pytest.raises(ValueError, match=r"with .*'processes': 2.*this one has .*'processes': 1"):
+            visits(folder, ShardDataset(str(folder / "shards"), "train"), resume=STOP)

@@ -12,10 +12,12 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TimmWrapperConfig, TimmWrapperModel
 
+from kcfi.processing import InputError
 from kcfi.training import train
 from kcfi.training.arguments import ModelArguments, parse_recipe
 from kcfi.training.collator import KCFICollator
 from kcfi.training.synthetic import SyntheticDataset
+from kcfi.training.trainer import KCFITrainer
 from tests.training.conftest import needs_deepspeed
 
 
@@ -184,6 +186,65 @@ def test_accelerate_starts_one_process_per_device_of_its_launch_file(launched, r
     assert done.returncode == 0, done.stderr[-4000:]
     state = json.loads((tmp_path / "run" / "checkpoint-1" / "kcfi_state.json").read_text())
     assert (state["order"]["processes"], state["pairs"]) == (4, 4)
+
+
+def git(folder, *command):
+    settings = ("-c", "user.name=me", "-c", "user.email=me@here")
+    return subprocess.run(["git", *settings, *command], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def test_the_revision_is_that_of_our_own_repository_and_of_no_other_around_it(tmp_path, monkeypatch):
+    (tmp_path / "theirs.py").touch()
+    git(tmp_path, "init")
+    git(tmp_path, "add", "theirs.py")
+    git(tmp_path, "commit", "-m", "theirs")
+    installed = tmp_path / ".venv" / "kcfi" / "training" / "train.py"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    monkeypatch.setattr(train, "__file__", str(installed))
+    assert train.git_revision() == "unknown"
+    git(tmp_path, "add", str(installed))
+    git(tmp_path, "commit", "-m", "ours")
+    assert train.git_revision() == git(tmp_path, "rev-parse", "--short", "HEAD").strip()
+
+
+@pytest.mark.parametrize("kind", [InputError, RuntimeError])
+def test_a_run_that_fails_leaves_its_traceback_in_its_folder(recipe, tmp_path, monkeypatch, kind):
+    def fails(*_):
+        raise kind("of the last step")
+
+    monkeypatch.setattr(KCFITrainer, "training_step", fails)
+    file = tmp_path / "run" / "error.txt"
+    with pytest.raises(kind, match="of the last step") as raised:
+        train.main([str(recipe)])
+    assert raised.value.__notes__ == [f"The traceback is in {file}."]
+    text = file.read_text()
+    assert text.startswith("Traceback") and "trainer.train(" in text and f"{kind.__name__}: of the last step" in text
+    monkeypatch.undo()
+    train.main([str(recipe), "--max_steps", "1", "--eval_strategy", "no"])
+    assert not file.exists()  # of the start before
+
+
+def test_bad_input_before_there_is_a_run_leaves_no_folder_and_a_refused_start_no_file(recipe, tmp_path):
+    with pytest.raises(FileNotFoundError) as raised:
+        train.main([str(recipe), "--dataset", str(tmp_path / "nowhere")])
+    assert not (tmp_path / "run").exists() and not hasattr(raised.value, "__notes__")
+    (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    with pytest.raises(InputError, match="holds a run"):
+        train.main([str(recipe)])
+    assert not (tmp_path / "run" / "error.txt").exists()
+
+
+def test_each_rank_has_a_file_of_its_own(tmp_path):
+    with pytest.raises(RuntimeError), train.error_kept(tmp_path / "run", rank=3):
+        raise RuntimeError
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["error_rank3.txt"]
+
+
+def test_another_number_of_loader_workers_is_no_other_recipe(recipe, tmp_path):
+    train.save_recipe(parse_recipe(recipe), tmp_path / "run")
+    train.check_same_recipe(parse_recipe(recipe, ["--dataloader_num_workers", "2"]), tmp_path / "run")
 
 
 def test_a_field_that_a_run_did_not_know_had_its_default(recipe, tmp_path):

@@ -8,6 +8,7 @@ from transformers import AutoModel, TimmWrapperConfig, TimmWrapperModel
 from kcfi.processing import KCFIImageProcessor
 from kcfi.towers import join_towers
 from kcfi.training.arguments import parse_recipe
+from kcfi.training.model_card import license_of
 from kcfi.training.synthetic import SyntheticDataset
 from kcfi.training.vision_tower import CLASSES, LAYERS, Dates, Namer, main, objects
 
@@ -63,3 +64,4 @@ def test_a_tower_beside_an_image_processor_of_kcfi_is_joined_with_its_normalisat
 def test_pretraining_command_writes_a_tower_that_loads(tmp_path):
     main(["--output", str(tmp_path), "--steps", "1"])
     assert len(AutoModel.from_pretrained(tmp_path).timm_model.blocks) == LAYERS[-1] + 1
+    assert license_of(str(tmp_path)) == "apache-2.0"

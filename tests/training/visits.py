@@ -37,7 +37,7 @@ def visits(folder, pairs, resume=0, save_steps=0, workers=0, **more):
     processor = KCFIProcessor.from_pretrained(folder / "model")
     trainer = Visits(
         KCFIForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float32),
-        arguments(folder / "run", **settings, **save, **more),
+        arguments(folder / "run", **{**settings, **save, **more}),
         KCFICollator(processor, augment=True),
         train_dataset=pairs,
         processing_class=processor,
