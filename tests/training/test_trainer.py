@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainerCallback, TrainingArguments
 
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.training.arguments import KCFITrainingArguments
@@ -350,6 +350,65 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(make_trai
     assert torch.equal(trainer.model.model.projector.linear_1.weight, before)
 
 
+# Plain Trainer
+
+
+class PlainCollator:
+    """What `transformers.Trainer` gives to the model: inputs and labels alone."""
+
+    def __init__(self, processor):
+        self.collator = KCFICollator(processor, captions_per_pair=1)
+
+    def __call__(self, examples):
+        batch = self.collator([{**example, "captions": ["no change has occurred ."]} for example in examples])
+        batch["attention_mask"] = packed_attention_mask(batch.pop("segment_ids"), "sdpa", torch.float32)
+        del batch["filenames"]
+        return batch
+
+
+def plain_trainer(model, processor, folder, pairs, keep=None, **settings):
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=1,
+        max_grad_norm=0,
+        remove_unused_columns=False,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        ddp_find_unused_parameters=True,
+        **settings,
+    )
+    callbacks = [] if keep is None else [keep]
+    return Trainer(
+        model, args, PlainCollator(processor), train_dataset=pairs, eval_dataset=pairs, callbacks=callbacks
+    )
+
+
+def test_a_plain_trainer_trains_both_losses_alike_under_any_accumulation(model, processor, make_pairs, tmp_path):
+    gradients = []
+    for size, accumulation in ((4, 1), (1, 4)):
+        keep = Gradients()
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        trainer = plain_trainer(copy.deepcopy(model), processor, tmp_path, make_pairs(4), keep, **settings)
+        trainer.train()
+        gradients.append(keep.first)
+    for name in ("model.change_detection_head.linear.weight", "model.projector.linear_1.weight"):
+        assert gradients[0][name].abs().max() > 1e-4
+        torch.testing.assert_close(gradients[1][name], gradients[0][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("masks", "label_names"), [("all", None), ("none", ["labels"])])
+def test_a_plain_trainer_evaluates_and_predicts_with_a_loss(
+    model, processor, make_pairs, tmp_path, masks, label_names
+):
+    settings = {"label_names": label_names, "per_device_eval_batch_size": 2}
+    trainer = plain_trainer(model, processor, tmp_path, make_pairs(4, masks=masks), **settings)
+    with torch.no_grad():
+        expected = model(**PlainCollator(processor)([make_pairs(4, masks=masks)[index] for index in range(4)])).loss
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert trainer.predict(make_pairs(4, masks=masks)).metrics["test_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
 # Evaluation
 
 
@@ -499,15 +558,24 @@ def test_a_resumed_run_has_bit_identical_losses(make_trainer, make_pairs, settin
 
 
 @pytest.fixture
-def run_two_ranks(launched):
+def launch(launched):
+    """Runs a script of this folder on two ranks."""
+
+    def run(script, *options):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command += [str(Path(__file__).with_name(script)), *map(str, options)]
+        done = subprocess.run(command, capture_output=True, text=True, env=launched, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    return run
+
+
+@pytest.fixture
+def run_two_ranks(launch):
     """What two_ranks.py finds with the model in a folder."""
 
     def run(folder, name, settings, *checkpoint):
-        script = str(Path(__file__).with_name("two_ranks.py"))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-        command += [str(folder), name, json.dumps(settings), *checkpoint]
-        done = subprocess.run(command, capture_output=True, text=True, env=launched, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
+        launch("two_ranks.py", folder, name, json.dumps(settings), *checkpoint)
         return torch.load(folder / f"{name}.pt", weights_only=True)
 
     return run
@@ -518,6 +586,20 @@ def saved(trainer, folder):
     trainer.model.save_pretrained(folder / "model")
     trainer.processing_class.save_pretrained(folder / "model")
     return folder
+
+
+@pytest.mark.slow
+def test_a_plain_trainer_on_two_ranks_trains_both_losses_like_one(launch, model, processor, make_pairs, tmp_path):
+    keep = Gradients()
+    one = plain_trainer(model, processor, tmp_path, make_pairs(4), keep, per_device_train_batch_size=4)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    launch("plain_two_ranks.py", tmp_path)
+    one.train()
+    two = torch.load(tmp_path / "plain.pt", weights_only=True)
+    assert two.keys() == keep.first.keys()
+    for name, gradient in keep.first.items():
+        torch.testing.assert_close(two[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("deepspeed", ALL_KINDS)
