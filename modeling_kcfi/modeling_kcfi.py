@@ -437,8 +437,8 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     auto_class = "AutoModelForImageTextToText"
-    # Trainer then divides by the accumulation and ranks average: both losses are means over micro-batches. Otherwise it
-    # would count the caption's tokens over the whole step, and leave the mask loss as many times too large.
+    # Trainer then divides by the accumulation, and ranks average: both losses are means over the micro-batches. Else
+    # it would count the tokens of the whole step for the caption loss, and add up the mask losses.
     accepts_loss_kwargs = False
     caption_loss_function = staticmethod(chunked_caption_loss)  # of training; a fused kernel may take its place
 

@@ -379,9 +379,7 @@ def plain_trainer(model, processor, folder, pairs, keep=None, **settings):
         **settings,
     )
     callbacks = [] if keep is None else [keep]
-    return Trainer(
-        model, args, PlainCollator(processor), train_dataset=pairs, eval_dataset=pairs, callbacks=callbacks
-    )
+    return Trainer(model, args, PlainCollator(processor), train_dataset=pairs, eval_dataset=pairs, callbacks=callbacks)
 
 
 def test_a_plain_trainer_trains_both_losses_alike_under_any_accumulation(model, processor, make_pairs, tmp_path):
