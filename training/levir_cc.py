@@ -273,7 +273,7 @@ def find_captions(root: Path) -> Path:
         if (root / name).is_file():
             return root / name
     raise FileNotFoundError(
-        f"{root}: no {' or '.join(CAPTIONS_FILES)} in this folder, and no {{split}}/label as of masks without sentences"
+        f"{root}: no {' or '.join(CAPTIONS_FILES)} in this folder, and no {{split}}/label as of masks alone"
     )
 
 

@@ -386,7 +386,7 @@ def results(
     described = [row for row in zip(predictions, references, changed, strict=True) if row[1]]
     if not described and mask is None:
         raise InputError(f"{dataset}, split '{split}': no pair has a sentence, and none a mask to score")
-    num_changed = sum(flag for _, _, flag in described)
+    num_changed = sum(bool(flag) for _, _, flag in described)
     scores: dict[str, Any] = {
         "model": model,
         "dataset": dataset,
