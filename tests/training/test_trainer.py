@@ -63,7 +63,7 @@ def arguments(folder, **settings):
 
 
 TWO_RANKS = {
-    "max_steps": 8,
+    "max_steps": 12,
     "max_grad_norm": 0,
     "weight_decay": 0.1,
     "train_language_model": True,
