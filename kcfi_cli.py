@@ -259,7 +259,7 @@ def build_parser() -> argparse.ArgumentParser:
     check = data.add_parser(
         "check",
         help="find what is wrong with a folder",
-        description="Read every file of a LEVIR-CC or LEVIR-MCI folder, or every row of a folder of parquet shards, "
+        description="Read every file of a LEVIR-CC, LEVIR-MCI or LEVIR-CD folder, or every row of a folder of shards, "
         "print each problem and what each split holds. The exit code is 1 if there are problems.",
         epilog="example: kcfi data check LEVIR-MCI",
     )

@@ -81,7 +81,7 @@ class KCFICausalLMOutputWithPast(ModelOutput):
         logits (`torch.Tensor` of shape `(B, T, vocabulary)`): next-token scores; None with `skip_logits`.
         cache, hidden_states, attentions: of the language model.
         image_hidden_states (`torch.Tensor` of shape `(B, num_image_tokens * N, D)`): what replaced `<image>`.
-        caption_loss (`torch.Tensor` of shape `()`): eq. 8, given `labels`.
+        caption_loss (`torch.Tensor` of shape `()`): eq. 8, given `labels`; 0 when they are -100 everywhere.
         mask_loss (`torch.Tensor` of shape `()`): eq. 9, given `mask_labels`.
         mask_logits (`torch.Tensor` of shape `(B, num_change_classes, H, W)`): class scores per pixel.
     """
@@ -444,7 +444,7 @@ def check_output_layer(name: str, language_model: PreTrainedModel) -> None:
 
 
 def chunked_caption_loss(
-    lm_head: nn.Module, states: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None = None
+    lm_head: nn.Module, states: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int
 ) -> torch.Tensor:
     """Eq. 8 without the logits of all positions, the largest tensor of training: `CHUNK` of them at a time.
 
@@ -452,7 +452,7 @@ def chunked_caption_loss(
         lm_head: states of width D -> logits.
         states: (B, T, D), last states of the language model.
         labels: (B, T) ids of the tokens at these positions, -100 where nothing is learned.
-        num_items: what the sum over the tokens is divided by; their number if None.
+        num_items: what the sum over the tokens is divided by.
 
     Returns:
         The loss, in fp32. With several chunks the backward pass computes the logits again.
@@ -468,8 +468,7 @@ def chunked_caption_loss(
         total = score(states, labels)
     else:
         total = torch.stack([checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]).sum()
-    items = (labels != -100).sum() if num_items is None else num_items
-    return total / (items.to(total.device) if torch.is_tensor(items) else items)
+    return total / (num_items.to(total.device) if torch.is_tensor(num_items) else num_items)
 
 
 @auto_docstring(
@@ -481,6 +480,9 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     auto_class = "AutoModelForImageTextToText"
+    # Trainer then divides by the accumulation, and ranks average: both losses are means over the micro-batches. Else
+    # it would count the tokens of the whole step for the caption loss, and add up the mask losses.
+    accepts_loss_kwargs = False
     caption_loss_function = staticmethod(chunked_caption_loss)  # with `skip_logits`; a fused kernel may take its place
 
     def __init__(self, config: KCFIConfig) -> None:
@@ -621,9 +623,11 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
         states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
 
         logits = caption_loss = detection_loss = None
+        if labels is not None and kwargs.get("num_items_in_batch") is None:
+            # the mean over the learned tokens; without one, for pairs without a caption, 0 and no division by it
+            kwargs["num_items_in_batch"] = (labels[:, 1:] != -100).sum().clamp(min=1)
         if skip_logits and labels is not None:
-            items = kwargs.get("num_items_in_batch")
-            caption_loss = self.caption_loss_function(self.lm_head, states, labels, items)
+            caption_loss = self.caption_loss_function(self.lm_head, states, labels, kwargs["num_items_in_batch"])
         else:
             logits = self.lm_head(states)
             if labels is not None:  # eq. 8

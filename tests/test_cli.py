@@ -258,7 +258,7 @@ def test_data_sets_that_cannot_be_used_are_named(capsys, scenes, tmp_path):
     assert evaluate(tmp_path / "nowhere") == f"{tmp_path / 'nowhere'}: no such folder"
     assert "no LevirCCcaptions.json" in evaluate(tmp_path)
     assert evaluate("nobody/nothing").startswith("nobody/nothing: neither a folder nor a data set on the Hub")
-    assert "no pair of split 'tset'; splits in the file: test, train, val" in evaluate(scenes, "--split", "tset")
+    assert "no pair of split 'tset'; its splits: test, train, val" in evaluate(scenes, "--split", "tset")
     assert "expected at least 1" in evaluate(scenes, "--num_pairs", "0")
     assert "No model ./nothing" in evaluate(scenes)
 

@@ -84,8 +84,11 @@ def _has_begun(folder: Path) -> bool:
 
 
 def _is_scored(folder: Path, meteor: bool) -> bool:
-    """Whether a run has all its scores; without Java those of METEOR are missing."""
-    return (folder / RESULTS).exists() and not (meteor and "meteor" not in flat_scores(read_report(folder)))
+    """Whether a run has all its scores; without Java those of METEOR are missing, beside the others of captions."""
+    if not (folder / RESULTS).exists():
+        return False
+    scores = flat_scores(read_report(folder))
+    return not meteor or "meteor" in scores or "bleu_4" not in scores
 
 
 def _evaluation(recipe: Recipe, folder: Path, meteor: bool) -> list[str]:

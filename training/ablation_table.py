@@ -217,7 +217,8 @@ def write_tables(plan: AblationSet, output: Path, errors: Mapping[str, str]) -> 
         failed = [f"seed {seed} failed: {errors[run]}" for seed, run in runs.items() if run in errors]
         lines.append(Line(row, cells, sum(run in reports for run in runs.values()), failed))
 
-    data = {f"{Path(one['dataset']).name} ({one['split']}, {one['pairs']['all']} pairs)" for one in reports.values()}
+    pairs = {run: one["pairs"]["all"] + one.get("pairs_without_captions", 0) for run, one in reports.items()}
+    data = {f"{Path(one['dataset']).name} ({one['split']}, {pairs[run]} pairs)" for run, one in reports.items()}
     title = f"{plan.title}: {', '.join(sorted(data)) or 'no results yet'}, seeds {', '.join(map(str, plan.seeds))}"
     (output / "table.md").write_text(f"# {title}\n\n{_markdown(plan, lines)}", encoding="utf-8")
     _write_csv(output / "table.csv", title, lines)

@@ -64,7 +64,9 @@ class DataArguments:
 
     dataset: str = field(
         default="synthetic",
-        metadata={"help": "'synthetic', a LEVIR-CC / LEVIR-MCI folder, a folder of parquet shards, or a Hub id."},
+        metadata={
+            "help": "'synthetic', a LEVIR-CC / LEVIR-MCI / LEVIR-CD folder, a folder of parquet shards, a Hub id."
+        },
     )
     columns: dict[str, Any] | str | None = field(
         default=None,

@@ -31,6 +31,8 @@ class KCFICollator:
     prompt and to itself (`packed_attention_mask`), and its positions go on where the prompt's end. So the loss and its
     gradients are those of one row per caption, without encoding pair and prompt again for each.
 
+    **A pair without captions** is a row of its prompt, without a label: its mask alone trains.
+
     Args:
         processor: of the model.
         mask_classes: classes to make of the masks.
@@ -72,15 +74,15 @@ class KCFICollator:
             Training: `labels` (B, T), -100 on prompt and padding; `segment_ids` (B, T), 0 on the prompt, k on caption
             k, -1 on padding, which `packed_attention_mask` turns into the model's `attention_mask` (`KCFITrainer`
             does); `position_ids` (B, T). Evaluation: `attention_mask` (B, T); `labels` (B, T') holds the first caption
-            alone; and `references`, `changed`, `sizes` (height, width) and `true_masks` (class ids at that size, or
-            None).
+            alone, if there is one; and `references`, `changed`, `sizes` (height, width) and `true_masks` (class ids at
+            that size, or None).
 
         Raises:
-            ValueError: a pair without captions, or a mask with unknown values; names the pair.
+            InputError: a pair with neither captions nor a mask, or a mask with unknown values; names the pair.
         """
         for example in examples:
-            if not example["captions"]:
-                raise InputError(f"{example['filename']}: no captions.")
+            if not example["captions"] and example["mask"] is None:
+                raise InputError(f"{example['filename']}: neither captions nor a mask.")
         if self.train and self.augment:
             examples = [augment(example, self._chance(example, "augment ")) for example in examples]
         masks = [
@@ -132,8 +134,9 @@ class KCFICollator:
 
     def _prompts(self, examples: Sequence[dict[str, Any]], batch: dict[str, Any], masks: list[Any]) -> dict[str, Any]:
         """One prompt per pair, and what its prediction is compared with."""
-        prompt = self.processor.encode_prompt()
-        answers = [self.processor.encode_caption(example["captions"][0].strip()) for example in examples]
+        prompt, encode_caption = self.processor.encode_prompt(), self.processor.encode_caption
+        firsts = [example["captions"][:1] for example in examples]
+        answers = [[token for caption in first for token in encode_caption(caption.strip())] for first in firsts]
         return {
             **batch,
             **self._padded([prompt] * len(examples), "left"),
@@ -201,8 +204,10 @@ def training_inputs(batch: Mapping[str, Any], language_model: Any) -> dict[str, 
     inputs["attention_mask"] = packed_attention_mask(
         batch["segment_ids"], language_model.config._attn_implementation, language_model.dtype
     )
-    learned = (batch["labels"] != IGNORED).any(dim=0).nonzero()
-    inputs["logits_to_keep"] = batch["labels"].shape[1] - int(learned[0]) + 1
+    learned = (batch["labels"] != IGNORED).any(dim=0).nonzero().flatten().tolist()
+    length = batch["labels"].shape[1]
+    first = learned[0] if learned else length - 1  # without captions one is scored: all ranks need the same gradients
+    inputs["logits_to_keep"] = length - first + 1
     inputs["labels"] = batch["labels"][:, -inputs["logits_to_keep"] :]
     return inputs
 
@@ -243,5 +248,5 @@ def check_packing(language_model: Any, longest: int) -> None:
 
 def _pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
     """Rows of ids -> (R, longest), int64."""
-    tensors = [torch.tensor(row) for row in rows]
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)

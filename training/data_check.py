@@ -23,7 +23,7 @@ from kcfi.training.levir_cc import (
     find_captions,
     is_datasets_name,
     num_classes,
-    read_all_captions,
+    open_folder,
     read_pair,
 )
 
@@ -36,6 +36,7 @@ class SplitCounts:
 
     Attributes:
         pairs, changed, captions: By the captions file.
+        without_captions: Pairs without a sentence: they train and score masks alone.
         masks: Pairs with a mask.
         disagreeing: Pairs whose `changeflag` says changed and whose mask is empty, or the reverse.
         pixels: Mask pixels of background, road and building.
@@ -44,6 +45,7 @@ class SplitCounts:
     pairs: int = 0
     changed: int = 0
     captions: int = 0
+    without_captions: int = 0
     masks: int = 0
     disagreeing: int = 0
     pixels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(num_classes("road_building"), np.int64))
@@ -55,55 +57,58 @@ class SplitCounts:
             pair: Of the captions file.
             pixels: Mask pixels per class, None without a readable mask.
         """
+        shown = pixels is not None and bool(pixels[1:].any())
+        changed = shown if pair.changed is None else pair.changed
         self.pairs += 1
-        self.changed += pair.changed
+        self.changed += changed
         self.captions += len(pair.captions)
+        self.without_captions += not pair.captions
         if pixels is not None:
             self.masks += 1
-            self.disagreeing += pair.changed != bool(pixels[1:].any())
+            self.disagreeing += changed != shown
             self.pixels += pixels
 
 
 def check_folder(
     root: str | Path, columns: Mapping[str, str] | None = None
 ) -> tuple[list[str], dict[str, SplitCounts]]:
-    """Read every file of a LEVIR-CC or LEVIR-MCI folder, or of its shards, and find everything that is wrong.
+    """Read every file of a folder of pairs, or of its shards, and find everything that is wrong.
 
     Args:
-        root: Folder in the layout of `levir_cc.py`, where a split without the folder `label` has no masks; or a folder
+        root: Folder in a layout of `levir_cc.py`, where a split without the folder `label` has no masks; or a folder
             of parquet shards.
         columns: What shards call our columns, where the names differ.
 
     Returns:
         One line per problem, naming the file, and the counts of each split. A `changeflag` that disagrees with the
-        mask is counted and no problem: LEVIR-MCI has such pairs.
+        mask is counted and no problem: LEVIR-MCI has such pairs. So is a pair without a sentence that has a mask.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or neither a captions file nor a shard in it.
+        FileNotFoundError: If there is no such folder, or neither a captions file, nor masks, nor a shard in it.
         InputError: If the captions file is no such JSON, or `columns` is given for a folder without shards.
     """
     if Path(root).is_dir() and is_datasets_name(str(root)):
         return check_shards(Path(root), columns or {})
-    captions = find_captions(Path(root))
+    images, pairs, problems = open_folder(Path(root))
     if columns:
         raise InputError(f"columns are for parquet shards; {root} has none")
-    images = Path(root) / "images"
-    pairs, problems = read_all_captions(captions)
+    # what names the pairs
+    source = Path(root) / "*" / FOLDERS["image_before"] if images == Path(root) else find_captions(Path(root))
     for pair in pairs:
-        problems += check_count(pair, str(captions))
-    problems += misplaced(images, pairs, captions.name)
+        problems += check_count(pair, str(source))
+    problems += misplaced(images, pairs, source.name)
     counts: dict[str, SplitCounts] = defaultdict(SplitCounts)
     with ThreadPool() as pool:  # PIL decodes outside Python's lock
         checked = pool.imap(partial(check_pair, images), pairs)
         for pair, (found, pixels) in zip(pairs, tqdm(checked, "checking", len(pairs), unit="pair"), strict=True):
-            problems += found
+            problems += found or check_labels(pair, str(source), pixels)
             counts[pair.split].add(pair, pixels)
     return problems, dict(counts)
 
 
 def check_shards(root: Path, columns: Mapping[str, str]) -> tuple[list[str], dict[str, SplitCounts]]:
     """`check_folder` for a folder of parquet shards; only the rows that can be read are counted."""
-    from kcfi.training.shards import Shard, data_files, open_shard  # `datasets` takes a second to import
+    from kcfi.training.shards import Shard, data_files, open_shard, row_pair  # `datasets` takes a second to import
 
     problems: list[str] = []
     shards: list[tuple[str, Shard]] = []
@@ -132,21 +137,36 @@ def check_shards(root: Path, columns: Mapping[str, str]) -> tuple[list[str], dic
         if (split, row["filename"]) in seen:
             problems.append(f"{name} occurs more than once in split '{split}'")
         seen.add((split, row["filename"]))
-        if row["changed"] not in (0, 1):
-            problems.append(f"{name}: changed is {row['changed']!r}; expected true or false, or 1 or 0")
-        pair = CaptionedPair(row["filename"], row["changed"] == 1, row["captions"] or [], split)
+        try:
+            pair = row_pair(row, name, split)
+        except InputError as error:
+            problems.append(str(error))
+            pair = row_pair({**row, "changed": False}, name, split)
         problems += check_count(pair, str(root))
         found, pixels = check_row(row, name)
-        problems += found
+        problems += found or check_labels(pair, str(root), pixels)
         counts[split].add(pair, pixels)
     return problems, dict(counts)
 
 
 def check_count(pair: CaptionedPair, source: str) -> list[str]:
-    """A line if a pair has not `CAPTIONS_PER_PAIR` captions."""
-    count = len(pair.captions)
-    expected = CAPTIONS_PER_PAIR
-    return [] if count == expected else [f"{source}: {pair.filename} has {count} captions; expected {expected}"]
+    """A line if a pair has captions, and not `CAPTIONS_PER_PAIR` of them."""
+    count, expected = len(pair.captions), CAPTIONS_PER_PAIR
+    return [] if count in (0, expected) else [f"{source}: {pair.filename} has {count} captions; expected {expected}"]
+
+
+def check_labels(pair: CaptionedPair, source: str, pixels: NDArray[np.int64] | None) -> list[str]:
+    """A line if a pair has nothing to learn from, or nothing that tells whether it changed.
+
+    Args:
+        pair: Whose images are in order.
+        source: Where it is named.
+        pixels: Of its mask; None without one.
+    """
+    if pixels is not None or (pair.captions and pair.changed is not None):
+        return []
+    missing = "a flag" if pair.captions else "a sentence"
+    return [f"{source}: {pair.filename} has neither {missing} nor a mask"]
 
 
 def misplaced(images: Path, pairs: Sequence[CaptionedPair], captions: str) -> list[str]:
@@ -166,7 +186,7 @@ def misplaced(images: Path, pairs: Sequence[CaptionedPair], captions: str) -> li
     problems = [
         f"{folder}: no pair of split '{folder.name}' in {captions}"
         for folder in sorted(images.glob("[!.]*"))
-        if folder.is_dir() and folder.name not in listed
+        if folder.name not in listed and any((folder / name).is_dir() for name in FOLDERS.values())
     ]
     for split, filenames in listed.items():
         for key, name in FOLDERS.items():
@@ -234,13 +254,13 @@ def counts_table(counts: Mapping[str, SplitCounts]) -> str:
     """Lay out the counts of each split, one line per split under a line of titles.
 
     Args:
-        counts: Of `check_folder`.
+        counts: Of `check_folder`. "captions" is how many there are, "without" how many pairs have none.
     """
     classes = [f"{name} px" for name in CLASS_NAMES["road_building"]]
-    rows = [["split", "pairs", "changed", "unchanged", "captions", "with mask", *classes]]
+    rows = [["split", "pairs", "changed", "unchanged", "captions", "without", "with mask", *classes]]
     for split, count in counts.items():
-        numbers = [count.pairs, count.changed, count.pairs - count.changed, count.captions, count.masks, *count.pixels]
-        rows.append([split, *map(str, numbers)])
+        numbers = [count.pairs, count.changed, count.pairs - count.changed, count.captions, count.without_captions]
+        rows.append([split, *map(str, [*numbers, count.masks, *count.pixels])])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(

@@ -28,9 +28,10 @@ from kcfi.training.arguments import read_yaml
 from kcfi.training.feature_cache import FeatureCache
 from kcfi.training.levir_cc import NO_LABEL, MaskClasses, class_ids, load_pairs, num_classes, warn_of_levir_cd
 from kcfi.training.material_library import attributions
-from kcfi.training.metrics import MaskScores, require_java, results
+from kcfi.training.metrics import CAPTION_SCORES, MaskScores, require_java, results
 from kcfi.training.synthetic import SyntheticDataset
 
+CAPTION_METRICS = (*CAPTION_SCORES, "cider_d_changed", "change_accuracy")  # entries of `flat_scores` about captions
 SAMPLES = 3  # pairs of each kind, changed and unchanged, that are shown at every evaluation of a training
 
 
@@ -39,7 +40,7 @@ class PairPrediction:
     """What the model says of one pair, beside what is true.
 
     Args:
-        filename, changed, references: of the data set.
+        filename, changed, references: of the data set; no references where it has masks alone.
         caption: generated.
         mask: predicted class ids (H, W), uint8, at the size of the images; 255 = not seen; None without a head.
         true_mask: class ids (H, W), uint8; None without labels.
@@ -108,6 +109,7 @@ def true_mask(example: Mapping[str, Any], mask_classes: MaskClasses) -> NDArray[
 class Scores:
     """Collects predictions, batch by batch, and scores them; the trainer and `evaluate_model` consume it.
 
+    A pair without references counts in the scores of masks alone, one without a mask in those of captions.
     `samples` are the first `SAMPLES` pairs that changed and as many that did not, each behind its position.
     """
 
@@ -156,8 +158,10 @@ def flat_scores(report: Mapping[str, Any]) -> dict[str, float]:
     Args:
         report: what results.json holds.
     """
-    row = {**report["captions"]["all"], "change_accuracy": report["change_accuracy"]}
-    row["cider_d_changed"] = report["captions"]["changed"]["cider_d"]
+    row: dict[str, Any] = {}
+    if "captions" in report:
+        row = {**report["captions"]["all"], "change_accuracy": report["change_accuracy"]}
+        row["cider_d_changed"] = report["captions"]["changed"]["cider_d"]
     if "mask" in report:
         row |= {f"mask_f1_{name}": value for name, value in report["mask"]["f1"].items()}
         row["mask_f1"] = row.pop("mask_f1_change")
@@ -267,16 +271,17 @@ def evaluate_model(
 
 
 def pair_score(pair: PairPrediction) -> float:
-    """Score of one pair x 100, to sort pairs by: mean of ROUGE-L and, with masks, F1 of the changed pixels."""
-    words = [sentence.lower().strip(" .") for sentence in pair.references]
-    rouge_l = 100 * float(Rouge().calc_score([pair.caption.lower().strip(" .") or "-"], words))
-    if pair.mask is None or pair.true_mask is None:
-        return rouge_l
-    counted = (pair.mask != NO_LABEL) & (pair.true_mask != NO_LABEL)
-    predicted, true = pair.mask[counted] > 0, pair.true_mask[counted] > 0
-    changed_pixels = int(predicted.sum() + true.sum())
-    f1 = 200 * int((predicted & true).sum()) / changed_pixels if changed_pixels else 100.0
-    return (rouge_l + f1) / 2
+    """Score of one pair x 100, to sort pairs by: mean of ROUGE-L and F1 of the changed pixels, of what it has."""
+    scores = []
+    if pair.references:
+        words = [sentence.lower().strip(" .") for sentence in pair.references]
+        scores.append(100 * float(Rouge().calc_score([pair.caption.lower().strip(" .") or "-"], words)))
+    if pair.mask is not None and pair.true_mask is not None:
+        counted = (pair.mask != NO_LABEL) & (pair.true_mask != NO_LABEL)
+        predicted, true = pair.mask[counted] > 0, pair.true_mask[counted] > 0
+        changed_pixels = int(predicted.sum() + true.sum())
+        scores.append(200 * int((predicted & true).sum()) / changed_pixels if changed_pixels else 100.0)
+    return sum(scores) / max(len(scores), 1)
 
 
 def telling_pairs(predictions: Sequence[PairPrediction], count: int) -> list[tuple[str, int]]:
@@ -345,5 +350,6 @@ def draw_pairs(pairs: Any, chosen: Sequence[tuple[int, PairPrediction]], titles:
             for mask in (pair.true_mask, pair.mask)
         ]
         rows.append([example["image_before"], after, *masked])
-        captions.append(f"{title}: {pair.filename}\npredicted: {pair.caption}\ntrue: {pair.references[0]}")
+        true = pair.references[0] if pair.references else "(no sentence)"
+        captions.append(f"{title}: {pair.filename}\npredicted: {pair.caption}\ntrue: {true}")
     return contact_sheet(rows, captions, ["before", "after", "true mask", "predicted mask"])

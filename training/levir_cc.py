@@ -1,8 +1,10 @@
-"""LEVIR-CC and LEVIR-MCI folders as pairs of images with captions and, in LEVIR-MCI, masks.
+"""LEVIR-CC and LEVIR-MCI folders as pairs of images with captions and, in LEVIR-MCI, masks; LEVIR-CD has masks alone.
 
 ```
 ROOT/LevirCCcaptions.json[.gz]              sentences, split and changed flag of every pair
 ROOT/images/{split}/{A,B,label}/NAME.png    before, after and mask (LEVIR-CC proper has no `label`)
+
+ROOT/{split}/{A,B,label}/NAME.png           LEVIR-CD, WHU-CD and others: no sentences, a pair is changed if its mask is
 ```
 
 Every data set of this project yields the same example, a dictionary:
@@ -11,8 +13,8 @@ Every data set of this project yields the same example, a dictionary:
 |---|---|
 | `image_before`, `image_after` | PIL RGB, one size |
 | `mask` | PIL "L" holding the file values 0 (background), 128 (road), 255 (building), or None |
-| `captions` | list of sentences |
-| `changed` | bool, the data set's own flag |
+| `captions` | list of sentences, empty in a data set of masks alone |
+| `changed` | bool, the data set's own flag; where it has none, whether the mask shows a change |
 | `filename`, `split` | str |
 
 `class_ids` is the one place that turns file values into the classes a model is trained on. The same pairs as parquet
@@ -189,17 +191,17 @@ class UnreadablePairError(InputError):
 
 @dataclass(frozen=True)
 class CaptionedPair:
-    """What LevirCCcaptions.json says about one pair.
+    """What LevirCCcaptions.json, or a data set without it, says about one pair.
 
     Attributes:
         filename: Name of both images and of the mask, without a folder.
-        changed: The `changeflag`.
-        captions: The raw sentences, stripped; at least one.
+        changed: The `changeflag`; None where the data set has no flag and the mask tells.
+        captions: The raw sentences, stripped; none where it has masks alone.
         split: "train", "val" or "test".
     """
 
     filename: str
-    changed: bool
+    changed: bool | None
     captions: list[str]
     split: str
 
@@ -212,16 +214,19 @@ class CaptionedPair:
         Raises:
             FileNotFoundError: If a file is missing.
             UnreadablePairError: If a file is no image, the mask is coloured, or the sizes differ.
+            InputError: If neither a flag nor a mask tells whether the pair changed.
         """
         images, problems = read_pair(sources)
         for problem in problems:
             raise problem if isinstance(problem, FileNotFoundError) else UnreadablePairError(str(problem)) from problem
+        if self.changed is None and "mask" not in images:
+            raise InputError(f"{self.filename}: neither a flag nor a mask tells whether it changed")
         return {
             "image_before": images["image_before"],
             "image_after": images["image_after"],
             "mask": images.get("mask"),
             "captions": list(self.captions),
-            "changed": self.changed,
+            "changed": bool(np.any(images["mask"])) if self.changed is None else self.changed,
             "filename": self.filename,
             "split": self.split,
         }
@@ -238,7 +243,9 @@ def find_captions(root: Path) -> Path:
     for name in CAPTIONS_FILES:
         if (root / name).is_file():
             return root / name
-    raise FileNotFoundError(f"{root}: no {' or '.join(CAPTIONS_FILES)} in this folder")
+    raise FileNotFoundError(
+        f"{root}: no {' or '.join(CAPTIONS_FILES)} in this folder, and no {{split}}/label as of masks alone"
+    )
 
 
 def read_captions(path: Path, split: str) -> list[CaptionedPair]:
@@ -253,16 +260,40 @@ def read_captions(path: Path, split: str) -> list[CaptionedPair]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        InputError: If the file is no such JSON, has no pair of this split, or a pair of any split lacks a field, lacks
-            sentences or occurs twice.
+        InputError: If the file is no such JSON, has no pair of this split, or a pair of any split lacks a field, has
+            an empty sentence or occurs twice.
     """
-    pairs, problems = read_all_captions(path)
+    return _of_split(*read_all_captions(path), split, path)
+
+
+def _of_split(pairs: list[CaptionedPair], problems: list[str], split: str, source: Path) -> list[CaptionedPair]:
+    """The pairs of one split, if none of any split has a problem."""
     if problems:
         raise InputError(problems[0])
     found = sorted({pair.split for pair in pairs})
     if split not in found:
-        raise InputError(f"{path}: no pair of split '{split}'; splits in the file: {', '.join(found) or 'none'}")
+        raise InputError(f"{source}: no pair of split '{split}'; its splits: {', '.join(found) or 'none'}")
     return [pair for pair in pairs if pair.split == split]
+
+
+def open_folder(root: Path) -> tuple[Path, list[CaptionedPair], list[str]]:
+    """Find the pairs of every split: those of the captions file or, where there is none, the files of `{split}/A`.
+
+    Args:
+        root: Folder in one of the two layouts of the module's docstring.
+
+    Returns:
+        The folder that holds the splits, their pairs, and the problems of the captions file.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or neither a captions file nor a `{split}/label` in it.
+        InputError: If the captions file is no such JSON.
+    """
+    splits = sorted(label.parent for label in root.glob("*/label"))
+    if splits and not any((root / name).is_file() for name in CAPTIONS_FILES):
+        names = [(path.name, split.name) for split in splits for path in sorted((split / "A").glob("[!.]*"))]
+        return root, [CaptionedPair(name, None, [], split) for name, split in names], []
+    return root / "images", *read_all_captions(find_captions(root))
 
 
 def read_all_captions(path: Path) -> tuple[list[CaptionedPair], list[str]]:
@@ -272,8 +303,8 @@ def read_all_captions(path: Path) -> tuple[list[CaptionedPair], list[str]]:
         path: The JSON file, plain or gzipped (`.gz`).
 
     Returns:
-        The pairs in the order of the file, and one line per entry that lacks a field, lacks sentences, repeats the
-        file name of another pair of its split, or has a folder in its file name or split.
+        The pairs in the order of the file, and one line per entry that lacks a field, has an empty sentence, repeats
+        the file name of another pair of its split, or has a folder in its file name or split.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -297,8 +328,8 @@ def read_all_captions(path: Path) -> tuple[list[CaptionedPair], list[str]]:
             problems.append(f"{path}: {pair.filename} occurs more than once")
         elif is_path:
             problems.append(f"{path}: {pair.filename} in split {pair.split}: expected names without a folder")
-        elif not captions or "" in captions:
-            problems.append(f"{path}: {pair.filename} has no sentence, or an empty one")
+        elif "" in captions:
+            problems.append(f"{path}: {pair.filename} has an empty sentence")
         else:
             pairs[pair.split, pair.filename] = pair
     return list(pairs.values()), problems
@@ -357,16 +388,16 @@ def warn_of_levir_cd(filenames: Iterable[str]) -> None:
 
 
 class LevirCCDataset(Dataset[dict[str, Any]]):
-    """One split of a LEVIR-CC or LEVIR-MCI folder; yields the example of the module's docstring.
+    """One split of a folder in one of the layouts of the module's docstring; yields the example described there.
 
     The captions are read at construction, the images when an example is asked for.
 
     Args:
-        root: Folder that holds `LevirCCcaptions.json` (or `.json.gz`) and `images`.
-        split: "train", "val" or "test", as the JSON names them.
+        root: Folder that holds `LevirCCcaptions.json` (or `.json.gz`) and `images`, or splits with masks alone.
+        split: "train", "val" or "test", as the JSON or the folder names them.
 
     Attributes:
-        pairs: What the JSON says about each pair, in the order of the examples.
+        pairs: What the JSON says about each pair, in the order of the examples; by file name where there is none.
 
     Raises:
         FileNotFoundError: At construction, if a folder or the JSON is missing or a folder is empty; by an example, if
@@ -376,8 +407,9 @@ class LevirCCDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, root: str | Path, split: str) -> None:
-        self.pairs = read_captions(find_captions(Path(root)), split)
-        self.folder = Path(root) / "images" / split
+        images, *found = open_folder(Path(root))
+        self.pairs = _of_split(*found, split, Path(root))
+        self.folder = images / split
         for folder in (self.folder / "A", self.folder / "B"):
             if not folder.is_dir() or not any(folder.iterdir()):
                 raise FileNotFoundError(f"{folder}: missing or empty; expected the images of split '{split}'")
@@ -432,8 +464,8 @@ def load_pairs(
     """Open a data set by the name that recipes and commands use.
 
     Args:
-        dataset: "synthetic", a folder in the layout of LEVIR-CC or LEVIR-MCI, a folder of parquet shards, or a data
-            set's id on the Hub.
+        dataset: "synthetic", a folder in the layout of LEVIR-CC, LEVIR-MCI or LEVIR-CD, a folder of parquet shards,
+            or a data set's id on the Hub.
         split: "train", "val" or "test", or what the data set calls them.
         num_pairs: Pairs that "synthetic" draws (None: `SYNTHETIC_PAIRS`), or how many of the first pairs of any other
             data set to take at most (None: all).

@@ -33,7 +33,7 @@ def caption_loss_of(model: KCFIForConditionalGeneration, args: KCFITrainingArgum
 
 
 def fused_caption_loss(
-    lm_head: nn.Module, states: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None = None
+    lm_head: nn.Module, states: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int
 ) -> torch.Tensor:
     """`kcfi.modeling_kcfi.modeling_kcfi.chunked_caption_loss` (eq. 8), with the same arguments, by Liger's kernel."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
@@ -46,4 +46,4 @@ def fused_caption_loss(
     total = liger_fused_linear_cross_entropy(
         states, weight, labels, reduction="sum", accum_dtype=torch.float32, chunk_mem_const=budget
     )
-    return total / ((labels != -100).sum() if num_items is None else num_items)
+    return total / num_items

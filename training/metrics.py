@@ -353,9 +353,12 @@ def results(
 ) -> dict[str, Any]:
     """Score one split in the schema of results.json, which `kcfi evaluate` and `kcfi score` share.
 
+    Pairs without references, of a data set of masks, count in no score of captions. `change_accuracy` is one: a mask
+    of buildings alone does not tell what a sentence should say of a new road.
+
     Args:
         predictions: One caption per pair.
-        references: The reference captions of each pair, in the same order.
+        references: The reference captions of each pair, in the same order; none for a pair without.
         changed: Whether each pair is a changed one, in the same order.
         model: What made the captions.
         dataset: What was scored.
@@ -366,24 +369,32 @@ def results(
         mask: What `MaskScores.compute` returned; None leaves the key "mask" out.
 
     Returns:
-        JSON-ready dictionary: "model", "dataset", "split", "profile", "pairs" (counts per row), "captions" (rows of
-        `caption_scores`), "change_accuracy" and, with masks, "mask".
+        JSON-ready dictionary: "model", "dataset", "split", "profile", "pairs" (how many have references, per row),
+        "pairs_without_captions" if there are any; where there are references, "captions" (rows of `caption_scores`)
+        and "change_accuracy"; with masks, "mask".
 
     Raises:
         FileNotFoundError: If `meteor` is true and there is no Java.
-        InputError: If there is no pair, or `caption_scores` refuses something.
+        InputError: If there is nothing to score, or `caption_scores` refuses something.
         OSError: If a Java process fails.
     """
-    num_changed = sum(map(bool, changed))
-    scores = {
+    described = [row for row in zip(predictions, references, changed, strict=True) if row[1]]
+    if not described and mask is None:
+        raise InputError(f"{dataset}, split '{split}': no pair has a sentence, and none a mask to score")
+    num_changed = sum(bool(flag) for _, _, flag in described)
+    scores: dict[str, Any] = {
         "model": model,
         "dataset": dataset,
         "split": split,
         "profile": profile,
-        "pairs": {"all": len(changed), "changed": num_changed, "unchanged": len(changed) - num_changed},
-        "captions": caption_scores(predictions, references, changed, profile, meteor, vocabulary_captions),
-        "change_accuracy": change_accuracy(predictions, changed),
+        "pairs": {"all": len(described), "changed": num_changed, "unchanged": len(described) - num_changed},
     }
+    if len(described) < len(changed):
+        scores["pairs_without_captions"] = len(changed) - len(described)
+    if described:
+        predictions, references, changed = zip(*described, strict=True)
+        scores["captions"] = caption_scores(predictions, references, changed, profile, meteor, vocabulary_captions)
+        scores["change_accuracy"] = change_accuracy(predictions, changed)
     return scores if mask is None else {**scores, "mask": mask}
 
 

@@ -303,7 +303,9 @@ def read_results(path: Path) -> dict[str, Any]:
         InputError: it is something else; names what is missing.
     """
     results = read_json(path)
-    keys = ("model", "dataset", "split", "profile", "pairs", "captions", "change_accuracy")
+    keys = ["model", "dataset", "split", "profile", "pairs"]
+    if not isinstance(results, dict) or "mask" not in results:  # of a data set of masks there are no others
+        keys += ["captions", "change_accuracy"]
     missing = [key for key in keys if not isinstance(results, dict) or key not in results]
     if missing:
         raise InputError(f"{path} is no results file of `kcfi evaluate`: it has no {', '.join(missing)}.")
@@ -424,11 +426,12 @@ def eval_results(results: dict[str, Any], hub_ids: Collection[str]) -> list[Eval
 
     entries = [
         entry(row, metric, name, scores[score], results["profile"])
-        for row, scores in results["captions"].items()
+        for row, scores in results.get("captions", {}).items()
         for score, (metric, name) in CAPTION_METRICS.items()
         if scores[score] is not None
     ]
-    entries.append(entry("all", "accuracy", "changed or unchanged", results["change_accuracy"]))
+    if "captions" in results:
+        entries.append(entry("all", "accuracy", "changed or unchanged", results["change_accuracy"]))
     if "mask" in results:
         scored = {name: value for name, value in results["mask"]["f1"].items() if value is not None}
         entries += [entry("all", "f1", f"mask F1, {name}", value) for name, value in scored.items()]
@@ -572,21 +575,23 @@ def _results(results: dict[str, Any], hub_ids: Collection[str], sheet: bool) -> 
     mix = results.get("synthetic", {}).get("pair_mix", {})
     if mix:
         what += f" ({', '.join(f'{100 * share:.0f} % {kind}' for kind, share in mix.items() if share)})"
-    captions = _table(
-        ["pairs", *(name for _, name in CAPTION_METRICS.values())],
-        [
+    parts = [f"{what}; metric profile `{results['profile']}` of `kcfi.training.metrics`; all scores x 100."]
+    without = results.get("pairs_without_captions", 0)
+    if without:
+        parts.append(f"{without} pairs have no sentence and count in the scores of masks alone.")
+    if "captions" in results:
+        rows = [
             [f"{row} ({results['pairs'][row]})", *(scores[score] for score in CAPTION_METRICS)]
             for row, scores in results["captions"].items()
-        ],
-    )
-    parts = [
-        f"{what}; metric profile `{results['profile']}` of `kcfi.training.metrics`; all scores x 100.",
-        captions,
-        "CIDEr-D of the unchanged row is 0 by construction of its idf where these pairs share one set of sentences.",
-        f"Changed or unchanged, read off the sentence: {results['change_accuracy']:.1f} % right.",
-    ]
-    if results["captions"]["all"]["meteor"] is None:
-        parts.append("Scored without Java: no METEOR, no S_m*, and tokens of a regular expression instead of PTB's.")
+        ]
+        parts += [
+            _table(["pairs", *(name for _, name in CAPTION_METRICS.values())], rows),
+            "CIDEr-D of the unchanged row is 0 by construction of its idf where these pairs share one set of "
+            "sentences.",
+            f"Changed or unchanged, read off the sentence: {results['change_accuracy']:.1f} % right.",
+        ]
+        if results["captions"]["all"]["meteor"] is None:
+            parts.append("Scored without Java: no METEOR, no S_m*, and tokens of a regular expression, not PTB's.")
     if "mask" in results:
         mask = results["mask"]
         rows = [[name, *(mask[score][name] for score in MASK_METRICS)] for name in mask["f1"]]

@@ -40,12 +40,12 @@ from kcfi.training.levir_cc import (
     LevirCCDataset,
     UnreadablePairError,
     check_new_folder,
-    find_captions,
     move_into_place,
-    read_all_captions,
+    open_folder,
 )
 
-# Columns of a shard. Hub data sets need the same, under any names (see `ShardDataset`), but for `mask` and `split`.
+# Columns of a shard. Hub data sets need the same, under any names (see `ShardDataset`), but for `split` and for `mask`
+# or, where there are masks, `captions` and `changed`.
 FEATURES = datasets.Features(
     {
         "image_before": datasets.Image(),
@@ -205,12 +205,14 @@ def select_columns(features: Mapping[str, Any], dataset: str, columns: Mapping[s
 
     Raises:
         InputError: If `columns` has an unknown key, or a column is missing or of another type than in `FEATURES`
-            (integers 0 and 1 may stand for `changed`).
+            (integers 0 and 1 may stand for `changed`). `mask` may be missing; with it, `captions` and `changed` may.
     """
     ours = [name for name in FEATURES if name != "split"]
     check_names(columns, ours, "entry of columns")
-    if "mask" not in columns and "mask" not in features:
-        ours.remove("mask")
+    has_masks = columns.get("mask", "mask") in features
+    for name in ("captions", "changed") if has_masks else ("mask",):
+        if name not in columns and name not in features:
+            ours.remove(name)
     theirs = {columns.get(name, name): name for name in ours}
     if len(theirs) < len(ours) or not set(theirs) <= set(features):
         raise InputError(
@@ -227,21 +229,34 @@ def row_example(row: Mapping[str, Any], dataset: str, split: str) -> dict[str, A
     """Decode a row: the example of `levir_cc.py`.
 
     Args:
-        row: Columns of `FEATURES`, images undecoded (`bytes` and `path`); `mask` may be absent.
+        row: Columns of `FEATURES`, images undecoded (`bytes` and `path`); `mask`, `captions` and `changed` may be
+            absent or None.
         dataset: Name of the data set, for errors.
         split: Name of the split.
 
     Raises:
-        InputError: If an image cannot be read, the mask is coloured, the sizes differ, or `changed` is not 0 or 1.
+        InputError: If an image cannot be read, the mask is coloured, the sizes differ, or `changed` is not 0 or 1, or
+            is absent without a mask.
     """
     name = f"{dataset}: {row['filename']}"
-    if row["changed"] not in (0, 1):
-        raise InputError(f"{name}: changed is {row['changed']!r}; expected true or false, or 1 or 0")
-    pair = CaptionedPair(row["filename"], bool(row["changed"]), row["captions"] or [], split)
+    pair = row_pair(row, name, split)
     sources = {
         key: open_cell(row[key], f"{name} ({key})") for key in _IMAGES if key != "mask" or row.get("mask") is not None
     }
     return pair.example(sources)
+
+
+def row_pair(row: Mapping[str, Any], name: str, split: str) -> CaptionedPair:
+    """What a row says about its pair.
+
+    Raises:
+        InputError: If `changed` is neither 0 nor 1 nor absent; begins with `name`.
+    """
+    changed = row.get("changed")
+    if changed not in (0, 1, None):
+        raise InputError(f"{name}: changed is {changed!r}; expected true or false, or 1 or 0")
+    flag = None if changed is None else bool(changed)
+    return CaptionedPair(row["filename"], flag, row.get("captions") or [], split)
 
 
 def open_cell(cell: dict[str, Any] | None, name: str) -> Image.Image:
@@ -261,14 +276,14 @@ def open_cell(cell: dict[str, Any] | None, name: str) -> Image.Image:
 
 
 def write_shards(root: str | Path, output: str | Path) -> None:
-    """Copy a LEVIR-CC or LEVIR-MCI folder into parquet shards with a dataset card (`kcfi data convert`).
+    """Copy a folder of pairs into parquet shards with a dataset card (`kcfi data convert`).
 
     The images are copied byte for byte and not looked into: that is what `kcfi data check` does. The folder appears
     under its name when it is complete. The pairs of the split "train" are shuffled, so that each shard is a sample of
     them all: LEVIR-CC ends in hundreds of unchanged pairs, and training reads one shard after the other.
 
     Args:
-        root: Folder in the layout of `levir_cc.py`; all splits of its captions file are converted.
+        root: Folder in a layout of `levir_cc.py`; all its splits are converted.
         output: Folder to create; it must be new or empty.
 
     Raises:
@@ -278,9 +293,9 @@ def write_shards(root: str | Path, output: str | Path) -> None:
     """
     root, output = Path(root), Path(output)
     check_new_folder(output)
-    pairs, problems = read_all_captions(find_captions(root))
+    _, pairs, problems = open_folder(root)
     if problems or not pairs:
-        raise InputError(problems[0] if problems else f"{root}: its captions file names no pair")
+        raise InputError(problems[0] if problems else f"{root}: there is no pair")
     sources = [LevirCCDataset(root, split) for split in dict.fromkeys(pair.split for pair in pairs)]
     output.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -334,7 +349,8 @@ def dataset_card(sources: list[LevirCCDataset], folder: Path) -> str:
         changed = Counter(pair.changed for pair in source.pairs)
         captions = sum(len(pair.captions) for pair in source.pairs)
         masks = "yes" if source.has_masks else "no"
-        table.append(f"| {split} | {len(source)} | {changed[True]} | {changed[False]} | {captions} | {masks} |")
+        flags = f"{changed[True]} | {changed[False]}" if None not in changed else "by the mask | by the mask"
+        table.append(f"| {split} | {len(source)} | {flags} | {captions} | {masks} |")
     return f"""---
 {header}---
 
@@ -349,8 +365,8 @@ folder, byte for byte. The terms of the data set that they come from apply.
 |---|---|
 | `image_before`, `image_after` | the two dates, of one size |
 | `mask` | where the later image changed: 0 = not, 128 = road, 255 = building; null = no mask |
-| `captions` | sentences about the pair |
-| `changed` | the data set's own flag; it may disagree with the mask |
+| `captions` | sentences about the pair; empty where it has a mask alone |
+| `changed` | the data set's own flag; it may disagree with the mask; null = as the mask shows |
 | `filename`, `split` | where the pair comes from |
 
 ```python

@@ -5,7 +5,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -20,17 +20,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, denumpify_detensorize
 from transformers.utils import logging
 
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import InputError, KCFIProcessor
-from kcfi.training.arguments import KCFITrainingArguments
+from kcfi.training.arguments import KCFITrainingArguments, field_defaults
 from kcfi.training.collator import IGNORED, KCFICollator, check_packing, training_inputs
 from kcfi.training.dwa import TASKS, DynamicWeightAverage
-from kcfi.training.evaluate import Scores, predict, sample_sheet
+from kcfi.training.evaluate import CAPTION_METRICS, PairPrediction, Scores, predict, sample_sheet
 from kcfi.training.feature_cache import FeatureCache, check_cacheable
-from kcfi.training.levir_cc import NO_LABEL
+from kcfi.training.levir_cc import NO_LABEL, name_some
 from kcfi.training.liger import caption_loss_of
 from kcfi.training.lora import save_start
 from kcfi.training.model_card import CARD_FILE, card_of_run
@@ -41,7 +41,68 @@ from kcfi.training.zero import gathered, whole_weights
 
 logger = logging.get_logger(__name__)
 
+# Settings of Trainer that a loop of captions and masks cannot follow, and what there is instead.
+REFUSED = {
+    "compute_loss_func": "the losses are those of eq. 8 and 9; override KCFITrainer.compute_loss for others",
+    "label_smoothing_factor": "the caption loss is that of eq. 8, with hard targets",
+    "average_tokens_across_devices": "both losses are means over all ranks; leave it true",
+    "use_cache": "a training step generates nothing; leave it false",
+    "preprocess_logits_for_metrics": "evaluation keeps no logits; compute_metrics gets captions and masks",
+    "prediction_loss_only": "evaluation scores captions and masks; evaluate less often (eval_steps) or on fewer pairs",
+    "include_for_metrics": "compute_metrics gets captions, masks and what they are compared with, no more",
+    "batch_eval_metrics": "caption scores are those of a whole split, so compute_metrics is called once",
+    "eval_accumulation_steps": "captions and masks leave the device after every batch",
+    "eval_do_concat_batches": "compute_metrics gets lists of pairs, not arrays of batches",
+    "eval_use_gather_object": "captions and masks are always gathered as objects",
+    "bf16_full_eval": "it would round the weights that train; `bf16: true` evaluates in autocast",
+    "fp16_full_eval": "it would round the weights that train; `fp16: true` evaluates in autocast",
+    "train_sampling_strategy": "the order of the pairs is a function of seed and epoch, so that runs resume exactly",
+    "auto_find_batch_size": "steps of a size that failed would stay in the dynamic weights; set "
+    "per_device_train_batch_size",
+    "parallelism_config": "every process is counted as a rank with pairs of its own; take `deepspeed: zero3`",
+    "remove_unused_columns": "the collator reads what the model does not know; leave it false",
+    "label_names": "captions and masks are the labels; leave it out",
+}
+
 STATE_FILE = "kcfi_state.json"  # in a checkpoint: dynamic weight average, pairs and captions seen
+
+
+def check_settings(args: KCFITrainingArguments, options: Mapping[str, Any]) -> None:
+    """Refuse the settings of `REFUSED` where they differ from their default.
+
+    Args:
+        args: settings.
+        options: of `Trainer.__init__`.
+
+    Raises:
+        InputError: names the setting, why it is refused and what there is instead.
+    """
+    given, defaults = {**vars(args), **options}, field_defaults()
+    for name, reason in REFUSED.items():
+        if given.get(name) != defaults.get(name):
+            raise InputError(f"KCFITrainer takes no {name}={given[name]!r}: {reason}.")
+
+
+def check_best_metric(args: KCFITrainingArguments, eval_dataset: Any) -> None:
+    """Refuse to choose checkpoints by a score of captions where the evaluation split has none.
+
+    Args:
+        args: settings.
+        eval_dataset: examples; read up to the first one with captions. Not looked into where it has no length.
+
+    Raises:
+        InputError: names a score to use instead.
+    """
+    best = (args.metric_for_best_model or "").removeprefix("eval_")
+    if args.eval_strategy == "no" or best not in CAPTION_METRICS or isinstance(eval_dataset, dict):
+        return
+    if not hasattr(eval_dataset, "__len__"):
+        return
+    if not any(eval_dataset[index]["captions"] for index in range(len(eval_dataset))):
+        raise InputError(
+            f"metric_for_best_model={best} is a score of captions, and no pair of the evaluation split has a "
+            "sentence: choose the best checkpoint by its masks (--metric_for_best_model mask_f1)."
+        )
 
 
 def freeze(model: KCFIForConditionalGeneration, args: KCFITrainingArguments) -> list[nn.Module]:
@@ -134,7 +195,7 @@ def evaluation_losses(model: KCFIForConditionalGeneration, batch: dict[str, Any]
         features: what `get_image_features` returned for it.
 
     Returns:
-        (B, 4): sum of the caption loss, its tokens, sum of the mask loss, its pixels.
+        (B, 4): sum of the caption loss, its tokens (0 for a pair without captions), sum of the mask loss, its pixels.
     """
     answers = batch["labels"]  # (B,T')
     attention_mask = torch.cat([batch["attention_mask"], (answers != IGNORED).long()], dim=1)
@@ -155,6 +216,13 @@ def evaluation_losses(model: KCFIForConditionalGeneration, batch: dict[str, Any]
     else:
         columns += [torch.zeros_like(columns[0])] * 2
     return torch.stack([column.float() for column in columns], dim=1)
+
+
+def as_eval_prediction(pairs: Sequence[PairPrediction]) -> EvalPrediction:
+    """What `compute_metrics` receives, see `KCFITrainer`."""
+    predictions: Any = [pair.caption for pair in pairs], [pair.mask for pair in pairs]
+    labels: Any = [pair.references for pair in pairs], [pair.true_mask for pair in pairs]
+    return EvalPrediction(predictions=predictions, label_ids=labels)
 
 
 def trackers(report_to: Sequence[str]) -> list[str]:
@@ -183,11 +251,17 @@ class KCFITrainer(Trainer):
 
     - **Caption loss** (eq. 8): mean over the caption tokens of the whole optimizer step, all micro-batches and ranks.
     - **Mask loss** (eq. 9): mean over the labelled pixels of the whole optimizer step, likewise. So the gradients do
-      not depend on how a step is cut into micro-batches and ranks.
+      not depend on how a step is cut into micro-batches and ranks. A pair without captions adds to the mask loss
+      alone, one without a mask to the caption loss alone.
     - **Weights** of the two: dynamic weight averaging, or 1 and 1 (`args.dwa`).
     - **Evaluation** generates captions and masks and scores them (`eval_s_m`, `eval_mask_f1`, ...); `eval_loss` is the
       sum of the two losses on the first caption of every pair. A few pairs are drawn each time, into
       `samples/step-N.png` and for TensorBoard.
+    - **`compute_metrics`** is called once per evaluation, on the main process, with an `EvalPrediction` of four lists
+      with an entry per pair, in the order of the data set: `predictions` is (captions, masks), `label_ids` is
+      (references, true masks). A caption is a str, the references are a list of them, empty where there are none; a
+      mask is an array (H, W) of class ids at the size of the images, uint8, 255 = not seen or no label, or None. What
+      it returns joins the other scores: {"x": 1} is logged as `eval_x`.
     - **Resume**: order of pairs (`order.py`), instructions, captions and augmentation drawn are functions of (seed,
       epoch); the dynamic weight average is part of the checkpoint. Another number of ranks, batch size or accumulation
       is taken between two epochs and refused within one, as another number of loader workers is for shards.
@@ -199,8 +273,9 @@ class KCFITrainer(Trainer):
         **kwargs: of `transformers.Trainer`: `train_dataset`, `eval_dataset`, `processing_class`, `callbacks`, ...
 
     Raises:
-        InputError: several GPUs in one process, a checkpoint metric that needs Java where there is none, or several
-            captions per pair with a language model that cannot keep them apart.
+        InputError: a setting of `REFUSED`, several GPUs in one process, a checkpoint metric that needs Java or
+            sentences where there are none, or several captions per pair with a language model that cannot keep them
+            apart.
     """
 
     args: KCFITrainingArguments
@@ -219,6 +294,7 @@ class KCFITrainer(Trainer):
         data_collator: KCFICollator,
         **kwargs: Any,
     ) -> None:
+        check_settings(args, kwargs)
         if args.n_gpu > 1:
             raise InputError(
                 f"{args.n_gpu} GPUs in one process (DataParallel) would average the losses wrongly: start one process "
@@ -240,6 +316,11 @@ class KCFITrainer(Trainer):
             with gathered(model.model.language_model):
                 check_packing(model.model.language_model.eval(), prompt + captions)
         self.evaluated = freeze(model, args)
+        if args.neftune_noise_alpha is not None and model.model.language_model in self.evaluated:
+            raise InputError(
+                "neftune_noise_alpha adds noise in training mode, and this frozen language model is kept out of it "
+                "for its dropout: leave it out, or `train_language_model: true`."
+            )
         self.caption_loss = caption_loss_of(model, args)
         self.feature_cache = None
         if args.feature_cache:
@@ -247,6 +328,8 @@ class KCFITrainer(Trainer):
             self.feature_cache = FeatureCache(model.model, args.feature_cache)
         args.report_to = trackers(args.report_to)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        if self.eval_dataset is not None:
+            check_best_metric(args, self.eval_dataset)
         if args.max_unreadable:
             self.train_dataset = ReadablePairs(self.train_dataset)
         self.evaluation_collator = data_collator.for_evaluation()
@@ -319,7 +402,9 @@ class KCFITrainer(Trainer):
         """AdamW (or `args.optim`) over `parameter_groups`."""
         if self.optimizer is None:
             groups = parameter_groups(self.model, self.args, self.get_decay_parameter_names(self.model))
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            optimizer_class, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, self.model
+            )
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
@@ -331,7 +416,8 @@ class KCFITrainer(Trainer):
         """Fetch the micro-batches of an optimizer step and count, over all ranks, what their losses are divided by.
 
         Raises:
-            ValueError: more pairs of this epoch than `max_unreadable` could not be read.
+            InputError: more pairs of this epoch than `max_unreadable` could not be read, or the step has nothing to
+                learn from: neither a caption, nor a mask that the model has a head for.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.zeros(5, dtype=torch.int64, device=device)
@@ -344,7 +430,14 @@ class KCFITrainer(Trainer):
             tokens = (batch["labels"] != IGNORED).sum().item()
             captions = batch["segment_ids"].amax(dim=1).sum().item()
             counts += torch.tensor([tokens, pixels, len(batch["filenames"]), captions, len(unreadable)], device=device)
-        tokens, self.labelled_pixels, pairs, captions, broken = self.accelerator.reduce(counts, "sum").tolist()
+        tokens, pixels, pairs, captions, broken = self.accelerator.reduce(counts, "sum").tolist()
+        self.labels = {"caption": tokens, "mask": pixels}
+        if not tokens and not pixels:
+            names = [name for batch in batches for name in batch["filenames"]]
+            raise InputError(
+                f"Optimizer step {self.state.global_step + 1} has no caption, and no mask for a change detection "
+                f"head: there is nothing to learn from {name_some(names)}."
+            )
         self.unreadable += broken
         if self.unreadable > self.args.max_unreadable * len(self.train_dataset):
             raise InputError(
@@ -356,7 +449,7 @@ class KCFITrainer(Trainer):
         self.captions_seen += captions
         self._log_pairs += pairs
         self._log_captions += captions
-        return batches, torch.tensor(tokens, device=device)
+        return batches, torch.tensor(max(tokens, 1), device=device)
 
     def compute_loss(
         self,
@@ -379,7 +472,7 @@ class KCFITrainer(Trainer):
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False, skip_logits=True)
         losses = {"caption": outputs.caption_loss}
         if outputs.mask_loss is not None:
-            share = (inputs["mask_labels"] != NO_LABEL).sum() / max(self.labelled_pixels, 1)
+            share = (inputs["mask_labels"] != NO_LABEL).sum() / max(self.labels["mask"], 1)
             losses["mask"] = outputs.mask_loss * share
         total = sum(self._weights[task] * loss for task, loss in losses.items())
         if self.is_deepspeed_enabled and "mask" not in losses and outputs.mask_logits is not None:
@@ -422,17 +515,20 @@ class KCFITrainer(Trainer):
     def _finish_step(self) -> None:
         sums = torch.tensor([float(self._step_losses[task]) for task in TASKS], device=self.args.device)
         losses = dict(zip(TASKS, self.accelerator.reduce(sums, "sum").tolist(), strict=True))
-        if not self.labelled_pixels:
-            del losses["mask"]
-            if self.state.global_step == 0 and self.is_world_process_zero():
-                logger.warning(
-                    "The first step has no mask loss: until one comes, captions are trained alone, with weight 1."
-                )
+        for task, other in (("mask", "captions"), ("caption", "masks")):
+            if not self.labels[task]:
+                del losses[task]
+                if self.state.global_step == 0 and self.is_world_process_zero():
+                    logger.warning(
+                        f"The first step has no {task} loss: until one comes, {other} are trained alone, with "
+                        "weight 1."
+                    )
         for task, loss in losses.items():
             self._logged[task].append(loss)
         self._step_losses = dict.fromkeys(TASKS, 0.0)
         self._step_weights = self._weights
-        self._step_rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        # groups of an optimizer that the caller made have no names
+        self._step_rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups if "name" in group}
         if self.dwa is not None:
             self.dwa.update(losses)
             self._weights = self.dwa.weights
@@ -478,12 +574,14 @@ class KCFITrainer(Trainer):
         """Generate a caption and a mask for every pair, score them, and compute both losses.
 
         Returns:
-            `predictions` is {filename: caption}; `metrics` holds the scores x 100 over all pairs.
+            `predictions` is {filename: caption}; `metrics` holds the scores x 100 over all pairs, and what
+            `compute_metrics` made of them (see the class).
         """
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
         scores = Scores(self.data_collator.mask_classes)
+        pairs: list[PairPrediction] = []  # for compute_metrics
         sums = torch.zeros(4, device=self.args.device)
         for batch in dataloader:
             batch = self._prepare_inputs(batch)
@@ -493,23 +591,32 @@ class KCFITrainer(Trainer):
                 predictions = predict(model, self.processing_class, batch, features, tokens)
                 losses = evaluation_losses(model, batch, features)
             # gathering drops the pairs that the loader repeats to fill the last batches of all ranks
-            scores.update(self.accelerator.gather_for_metrics(predictions, use_gather_object=True))
+            predictions = self.accelerator.gather_for_metrics(predictions, use_gather_object=True)
+            scores.update(predictions)
+            if self.compute_metrics is not None and self.is_world_process_zero():
+                pairs += predictions
             sums += self.accelerator.gather_for_metrics(losses).sum(dim=0)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
         caption_sum, tokens, mask_sum, pixels = sums.tolist()
-        scored = [scores.metrics(self.meteor) if self.is_world_process_zero() else {}]  # METEOR starts Java: once
-        broadcast_object_list(scored)
-        metrics = {"caption_loss": caption_sum / tokens, **scored[0]}
-        if pixels:
-            metrics["mask_loss"] = mask_sum / pixels
-        metrics["loss"] = metrics["caption_loss"] + metrics.get("mask_loss", 0.0)
+        metrics: dict[str, float] = {}
+        if self.is_world_process_zero():  # METEOR starts Java: once
+            metrics = scores.metrics(self.meteor)
+            if self.compute_metrics is not None:
+                metrics |= denumpify_detensorize(self.compute_metrics(as_eval_prediction(pairs)))
+        [metrics] = broadcast_object_list([metrics])
+        parts = {"caption_loss": (caption_sum, tokens), "mask_loss": (mask_sum, pixels)}
+        means = {name: total / count for name, (total, count) in parts.items() if count}
+        metrics |= {**means, "loss": sum(means.values())}
         if metric_key_prefix == "eval" and self.is_world_process_zero():
             self._show(sample_sheet(dataloader.dataset, scores.samples))
         return EvalLoopOutput(
             predictions=cast(Any, scores.captions),
             label_ids=None,
-            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
+            metrics={
+                f"{metric_key_prefix}_{name.removeprefix(f'{metric_key_prefix}_')}": value
+                for name, value in metrics.items()
+            },
             num_samples=len(scores.captions),
         )
 

@@ -295,6 +295,16 @@ def test_training_scores_few_positions_at_a_time_with_equal_gradients(
     torch.testing.assert_close(gradients, plain_gradients)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_without_a_caption_has_a_caption_loss_of_zero_and_zero_gradients(make_model, make_inputs, training):
+    model, inputs = make_model().train(training), make_inputs()
+    loss = model(**inputs, labels=torch.full_like(inputs["input_ids"], -100)).caption_loss
+    assert loss == 0
+    loss.backward()
+    gradient = model.model.projector.linear_1.weight.grad
+    assert gradient is not None and not gradient.any()
+
+
 def test_a_mixed_batch_has_the_mask_loss_of_its_labelled_pair(make_model, make_inputs):
     model, inputs = make_model(), make_inputs()
     mask_labels = torch.randint(0, 2, (2, 16, 16))

@@ -36,10 +36,13 @@ needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="Dee
 
 
 class Pairs(Dataset):
-    """32 x 32 scenes; in every second one a bright square appears. Every third pair has no mask, if asked."""
+    """32 x 32 scenes; in every second one a bright square appears.
 
-    def __init__(self, count=8, masks="all"):
-        self.count, self.masks = count, masks
+    With "some" masks or captions the first and every third pair after it has no mask, the one behind it no captions.
+    """
+
+    def __init__(self, count=8, masks="all", captions="all"):
+        self.count, self.masks, self.captions = count, masks, captions
 
     def __len__(self):
         return self.count
@@ -53,11 +56,13 @@ class Pairs(Dataset):
             after[8:20, column : column + 10] = 230
             mask[8:20, column : column + 10] = 255
         labelled = self.masks == "all" or (self.masks == "some" and index % 3)
+        described = self.captions == "all" or (self.captions == "some" and index % 3 != 1)
+        captions = [caption.format(place) for caption in CHANGED] if index % 2 else UNCHANGED
         return {
             "image_before": Image.fromarray(before),
             "image_after": Image.fromarray(after),
             "mask": Image.fromarray(mask) if labelled else None,
-            "captions": [caption.format(place) for caption in CHANGED] if index % 2 else UNCHANGED,
+            "captions": captions if described else [],
             "changed": bool(index % 2),
             "filename": f"pair_{index}.png",
             "split": "train",

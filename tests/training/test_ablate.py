@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from kcfi.training import train
-from kcfi.training.ablate import ablate, last_error
+from kcfi.training.ablate import _is_scored, ablate, last_error
 from kcfi.training.ablation_table import read_set
 from kcfi.training.synthetic import synthesize
 
@@ -77,6 +77,14 @@ def test_an_interrupted_run_goes_on_a_finished_one_is_kept_and_a_failed_one_is_a
 
 
 @pytest.mark.slow
+def test_a_run_on_masks_alone_is_scored_without_meteor(tmp_path):
+    report = {"mask": {"f1": {"change": 50.0}, "mean_iou": 40.0}}
+    for captions, scored in (({}, True), ({"captions": {"all": {"bleu_4": 1.0, "meteor": None}}}, False)):
+        captions = captions and {"captions": {**captions["captions"], "changed": {"cider_d": 1.0}}}
+        (tmp_path / "results.json").write_text(json.dumps({**report, "change_accuracy": 50.0, **captions}))
+        assert _is_scored(tmp_path, meteor=True) == scored
+
+
 def test_a_run_may_have_several_processes(plan, tmp_path):
     plan.rows = plan.rows[:1]
     assert ablate(plan, plan.runs(), tmp_path / "out", ["--num_train_epochs", "1"], meteor=False, processes=2) == {}

@@ -273,9 +273,29 @@ def test_evaluation_batches_carry_what_predictions_are_compared_with(processor, 
     assert texts(processor, batch)[1] == f"{pairs[1]['captions'][0]} <eos>"
 
 
-def test_a_pair_without_captions_is_named(processor, make_pairs):
-    with pytest.raises(ValueError, match=r"pair_0\.png: no captions"):
-        KCFICollator(processor)([{**make_pairs(1)[0], "captions": []}])
+def test_a_pair_without_captions_is_its_prompt_and_changes_no_other_row(processor, make_pairs):
+    pairs, collator = make_pairs(3), KCFICollator(processor, seed=3)
+    with_captions = collator([pairs[index] for index in range(3)])
+    batch = collator([pairs[0], {**pairs[1], "captions": []}, pairs[2]])
+    assert (batch["labels"][1] == -100).all() and set(batch["segment_ids"][1].tolist()) == {0, -1}
+    assert processor.image_token_id in batch["input_ids"][1]
+    for name in ("input_ids", "segment_ids", "position_ids", "labels"):
+        length = batch[name].shape[1]  # the pair had the longest row
+        assert torch.equal(batch[name][[0, 2]], with_captions[name][[0, 2], :length]), name
+    alone = collator([{**pairs[1], "captions": []}])
+    assert torch.equal(alone["input_ids"][0], batch["input_ids"][1][: alone["input_ids"].shape[1]])
+
+
+def test_pairs_without_captions_have_an_empty_label_in_evaluation(processor, make_pairs):
+    pair = {**make_pairs(1)[0], "captions": []}
+    batch = KCFICollator(processor).for_evaluation()([pair])
+    assert batch["labels"].shape == (1, 0) and batch["labels"].dtype == torch.int64
+    assert batch["references"] == [[]]
+
+
+def test_a_pair_with_neither_captions_nor_a_mask_is_named(processor, make_pairs):
+    with pytest.raises(ValueError, match=r"pair_0\.png: neither captions nor a mask"):
+        KCFICollator(processor)([{**make_pairs(1, masks="none")[0], "captions": []}])
 
 
 def test_more_captions_than_a_pair_can_have_are_refused(processor):

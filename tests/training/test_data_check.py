@@ -31,10 +31,10 @@ def test_a_folder_as_distributed_has_no_problems(root):
     mask = np.asarray(Image.open(root / "images/train/label/a.png"))
     assert train.pixels.tolist() == [2 * (mask == value).sum() for value in (0, 128, 255)]
     title, first, second = counts_table(counts).splitlines()
-    names = ["split", "pairs", "changed", "unchanged", "captions", "with", "mask"]
+    names = ["split", "pairs", "changed", "unchanged", "captions", "without", "with", "mask"]
     assert title.split() == [*names, "background", "px", "road", "px", "building", "px"]
-    assert first.split() == ["train", "2", "1", "1", "10", "2", *map(str, train.pixels)]
-    assert second.split()[:6] == ["val", "1", "1", "0", "5", "1"] and len(title) == len(first) == len(second)
+    assert first.split() == ["train", "2", "1", "1", "10", "0", "2", *map(str, train.pixels)]
+    assert second.split()[:7] == ["val", "1", "1", "0", "5", "0", "1"] and len(title) == len(first) == len(second)
 
 
 def test_pairs_whose_flag_and_mask_disagree_are_counted_and_no_problem(root):
@@ -76,7 +76,7 @@ def test_every_problem_is_named_with_its_file(root):
         entries[0]["sentences"].pop()
         entries.append(entries[1])
         entries.append({"filename": "d.png", "split": "val", "sentences": []})
-        entries.append({"filename": "e.png", "split": "val", "sentences": [], "changeflag": 0})
+        entries.append({"filename": "e.png", "split": "val", "sentences": [{"raw": ""}], "changeflag": 0})
 
     edit_captions(root, edit)
     captions = root / "LevirCCcaptions.json"
@@ -84,7 +84,7 @@ def test_every_problem_is_named_with_its_file(root):
     expected = [
         f"{captions}: b.png occurs more than once",
         f"{captions}: images[4] is not as in LevirCCcaptions.json (KeyError('changeflag'))",
-        f"{captions}: e.png has no sentence, or an empty one",
+        f"{captions}: e.png has an empty sentence",
         f"{captions}: a.png has 4 captions; expected 5",
         f"{images}/test: no pair of split 'test' in LevirCCcaptions.json",
         f"{images}/train/B/extra.png: no pair of split 'train' in LevirCCcaptions.json has this file",
@@ -97,6 +97,35 @@ def test_every_problem_is_named_with_its_file(root):
     ]
     assert_they_begin_with(problems, expected)
     assert (counts["train"].captions, counts["train"].masks, counts["val"].masks) == (9, 1, 0)
+
+
+def test_pairs_without_a_sentence_are_counted_and_a_problem_only_without_a_mask(root):
+    edit_captions(root, lambda entries: [entry.update(sentences=[]) for entry in entries[1:]])
+    problems, counts = check_folder(root)
+    assert problems == [] and (counts["train"].without_captions, counts["val"].without_captions) == (1, 1)
+    assert counts_table(counts).splitlines()[1].split()[4:7] == ["5", "1", "2"]
+    (root / "images/val/label").rename(root / "label")
+    problems, _ = check_folder(root)
+    assert problems == [f"{root}/LevirCCcaptions.json: c.png has neither a sentence nor a mask"]
+
+
+def test_a_folder_of_masks_alone_and_its_shards_have_no_problems(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for split in ("train", "val"):
+        (root / "images" / split).rename(root / split)
+    (root / "LevirCCcaptions.json").unlink()
+    Image.new("L", (8, 6)).save(root / "train/label/b.png")
+    (root / "list").mkdir()
+    write_shards(root, tmp_path / "shards")
+    assert "| train | 2 | by the mask | by the mask | 0 | yes |" in (tmp_path / "shards/README.md").read_text()
+    for folder in (root, tmp_path / "shards"):
+        problems, counts = check_folder(folder)
+        train = counts["train"]
+        assert problems == []
+        assert (train.pairs, train.changed, train.without_captions, train.disagreeing) == (2, 1, 2, 0)
+    Image.new("RGB", (8, 6)).save(root / "val/B/extra.png")
+    problems, _ = check_folder(root)
+    assert problems == [f"{root}/val/B/extra.png: no pair of split 'val' in A has this file"]
 
 
 def test_a_split_without_a_folder_is_one_problem_per_date(root):

@@ -53,6 +53,9 @@ def test_a_task_absent_from_a_window_keeps_its_last_averaged_loss():
     dwa = DynamicWeightAverage(temperature=2.0)
     run(dwa, [(4.0, 1.0), (2.0, 0.5), (1.0, None)])
     assert list(dwa.weights.values()) == pytest.approx(dwa_weights([1.0, 0.5], [2.0, 0.5], 2.0))
+    dwa = DynamicWeightAverage(temperature=2.0)
+    run(dwa, [(4.0, 1.0), (2.0, 0.5), (None, 0.2)])
+    assert list(dwa.weights.values()) == pytest.approx(dwa_weights([2.0, 0.2], [2.0, 0.5], 2.0))
 
 
 def test_a_task_absent_from_some_steps_of_a_window_is_averaged_over_the_others():
@@ -61,10 +64,9 @@ def test_a_task_absent_from_some_steps_of_a_window_is_averaged_over_the_others()
     assert dwa.previous == {"caption": 1.0, "mask": 2.0}
 
 
-def test_captions_alone_keep_the_weight_one():
-    assert all(
-        weight["caption"] == 1.0 for weight in run(DynamicWeightAverage(), [(4.0, None), (2.0, None), (1.0, None)])
-    )
+def test_captions_alone_and_masks_alone_keep_the_weight_one():
+    for losses in ([(4.0, None), (2.0, None), (1.0, None)], [(None, 4.0), (None, 2.0), (None, 1.0)]):
+        assert all(set(weight.values()) == {1.0} for weight in run(DynamicWeightAverage(), losses))
 
 
 def test_a_state_restored_from_json_gives_exactly_the_same_weights():

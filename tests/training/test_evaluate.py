@@ -96,6 +96,24 @@ def test_captions_alone_have_no_mask_scores():
     assert "mask_f1" not in scores.metrics(meteor=False)
 
 
+def test_pairs_without_references_have_scores_of_masks_alone(make_pairs):
+    def masked(filename):
+        return PairPrediction(filename, True, [], "a tree .", SQUARE, SQUARE)
+
+    mixed, alone = Scores("change"), Scores("change")
+    mixed.update([prediction(mask=NOTHING), masked("b.png")])
+    alone.update([masked("b.png")])
+    row = mixed.metrics(meteor=False)
+    assert row["bleu_1"] == pytest.approx(100) and row["change_accuracy"] == 100
+    assert row["mask_f1"] == pytest.approx(100 * 2 * 16 / (16 + 32))
+    assert alone.metrics(meteor=True).keys() == {"mask_f1", "mask_mean_iou"}
+    assert pair_score(masked("b.png")) == 100
+    pair = PairPrediction("b.png", True, [], "a tree .", None, None)
+    described = prediction(mask=None, true_mask=None)
+    sheets = [sample_sheet(make_pairs(2), [(0, sample)]) for sample in (pair, described)]
+    assert sheets[0].size == sheets[1].size
+
+
 def test_a_pair_scores_by_its_caption_and_its_mask():
     assert pair_score(prediction()) == pytest.approx(100)
     assert pair_score(prediction(mask=NOTHING)) == pytest.approx(50)

@@ -127,9 +127,9 @@ def test_only_the_letter_folder_tells_the_dates_apart(tmp_path, root):
             r"images\[0\] is not as in LevirCCcaptions.json \(KeyError\('changeflag'\)\)",
         ),
         (
-            lambda root: edit_captions(root, lambda content: content["images"][1].update(sentences=[])),
+            lambda root: edit_captions(root, lambda content: content["images"][1].update(sentences=[{"raw": " "}])),
             ValueError,
-            "b.png has no sentence",
+            "b.png has an empty sentence",
         ),
         (
             lambda root: edit_captions(root, lambda content: content["images"][1].update(filename="../A/b.png")),
@@ -149,8 +149,45 @@ def test_a_broken_folder_is_refused_at_construction(root, arrange, error, messag
         LevirCCDataset(root, "train")
 
 
+def test_a_pair_without_sentences_keeps_its_flag_and_its_mask(root):
+    edit_captions(root, lambda content: content["images"][1].update(sentences=[]))
+    example = LevirCCDataset(root, "train")[1]
+    assert example["captions"] == [] and example["changed"] is False and np.asarray(example["mask"]).any()
+
+
+@pytest.fixture
+def masks_alone(root):
+    """The folder in the layout of LEVIR-CD: no sentences, and nothing marked in b.png."""
+    for split in ("train", "val"):
+        (root / "images" / split).rename(root / split)
+    (root / "LevirCCcaptions.json").unlink()
+    Image.new("L", (8, 6)).save(root / "train/label/b.png")
+    return root
+
+
+def test_a_folder_of_masks_alone_has_no_sentences_and_is_changed_where_its_masks_are(masks_alone):
+    pairs = load_pairs(str(masks_alone), "train")
+    assert [(pair["filename"], pair["changed"], pair["captions"]) for pair in (pairs[0], pairs[1])] == [
+        ("a.png", True, []),
+        ("b.png", False, []),
+    ]
+    assert pairs[0]["image_after"].getpixel((0, 0)) == (100, 100, 100)
+    assert len(load_pairs(str(masks_alone), "val")) == 1
+    with pytest.raises(ValueError, match="no pair of split 'test'; its splits: train, val"):
+        load_pairs(str(masks_alone), "test")
+
+
+def test_a_folder_of_masks_alone_names_what_is_missing(masks_alone):
+    (masks_alone / "train/B/a.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train/B/a\.png"):
+        load_pairs(str(masks_alone), "train")[0]
+    (masks_alone / "train/B/b.png").unlink()
+    with pytest.raises(FileNotFoundError, match="train/B: missing or empty"):
+        load_pairs(str(masks_alone), "train")
+
+
 def test_an_unknown_split_is_refused_with_those_that_exist(root):
-    with pytest.raises(ValueError, match="no pair of split 'test'; splits in the file: train, val"):
+    with pytest.raises(ValueError, match="no pair of split 'test'; its splits: train, val"):
         LevirCCDataset(root, "test")
 
 

@@ -319,6 +319,26 @@ def test_the_results_file_has_the_agreed_keys():
     assert "mask" not in results(*arguments, model="m", dataset="d", split="test", meteor=False)
 
 
+def test_pairs_without_references_are_in_no_score_of_captions():
+    about = {"model": "m", "dataset": "d", "split": "test", "meteor": False}
+    alone = results(["a house", "b"], [["a house"], ["there is no difference"]], [True, False], **about)
+    scored = results(
+        ["a house", "x", "b"], [["a house"], [], ["there is no difference"]], [True, False, False], **about
+    )
+    assert scored.pop("pairs_without_captions") == 1
+    assert scored == alone
+
+
+def test_a_split_without_any_reference_has_no_scores_of_captions():
+    mask = {"f1": {"change": 80.0}}
+    about = {"model": "m", "dataset": "d", "split": "test", "meteor": True}
+    scored = results(["a house", "b"], [[], []], [True, False], **about, mask=mask)
+    assert list(scored) == ["model", "dataset", "split", "profile", "pairs", "pairs_without_captions", "mask"]
+    assert (scored["pairs"]["all"], scored["pairs_without_captions"]) == (0, 2)
+    with pytest.raises(ValueError, match="d, split 'test': no pair has a sentence, and none a mask"):
+        results(["a house"], [[]], [True], **about)
+
+
 def test_score_file_joins_by_file_name_and_scores_one_split(files):
     predictions, references = files
     scored = score_file(predictions, references, meteor=False)

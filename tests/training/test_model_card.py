@@ -129,6 +129,16 @@ def test_model_index_holds_every_computed_score_with_its_row_and_profile(scores)
     assert {(entry.dataset_type, entry.dataset_split) for entry in entries} == {("lcybuaa/LEVIR-MCI", "test")}
 
 
+def test_a_card_of_masks_alone_has_no_scores_of_captions(run, scores):
+    masks = {key: value for key, value in scores.items() if key not in ("captions", "change_accuracy")}
+    masks |= {"pairs": {"all": 0, "changed": 0, "unchanged": 0}, "pairs_without_captions": 4}
+    (run / "results.json").write_text(json.dumps(masks))
+    card = card_of_run(run, "me/kcfi-levir", AutoConfig.from_pretrained(run), STATE)
+    assert "4 pairs have no sentence" in card and "| change | 80.0 |" in card
+    assert "BLEU" not in card and "read off the sentence" not in card
+    assert {entry.metric_type for entry in eval_results(masks, [])} == {"f1", "mean_iou"}
+
+
 def test_the_card_tells_rows_procedure_and_environment(run, scores):
     recipe = (run / "recipe.yaml").read_text()
     text = body(model_card("me/kcfi-levir", AutoConfig.from_pretrained(run), recipe, STATE, scores, HUB_IDS))

@@ -182,7 +182,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind(root, tmp_path):
 def test_captions_that_are_refused_are_not_converted(root, tmp_path):
     captions = root / "LevirCCcaptions.json"
     content = json.loads(captions.read_text())
-    for images, message in (([], "names no pair"), ([{"filename": "a.png"}], r"images\[0\] is not as in")):
+    for images, message in (([], "there is no pair"), ([{"filename": "a.png"}], r"images\[0\] is not as in")):
         captions.write_text(json.dumps({**content, "images": images}))
         with pytest.raises(ValueError, match=message):
             write_shards(root, tmp_path / "shards")
@@ -234,6 +234,35 @@ def test_columns_may_have_other_names(write):
         load_pairs(folder, "train", columns={**others, "image_after": "A"})
     with pytest.raises(ValueError, match="'image_befor': did you mean 'image_before'"):
         load_pairs(folder, "train", columns={"image_befor": "A"})
+
+
+@pytest.mark.parametrize("captions", ["absent", "null", "empty"])
+def test_masks_without_sentences_and_flags_are_examples_whose_masks_tell_what_changed(write, root, captions):
+    files = [str(root / "images/train/label" / name) for name in ("a.png", "b.png")]
+    Image.new("L", (8, 6)).save(files[1])
+
+    def change(rows):
+        rows = rows.remove_columns(["mask", "captions", "changed"])
+        rows = rows.add_column("mask", [{"path": file, "bytes": None} for file in files], feature=datasets.Image())
+        if captions == "absent":
+            return rows
+        sentences = [None if captions == "null" else []] * 2
+        return rows.add_column("captions", sentences, feature=FEATURES["captions"])
+
+    pairs = load_pairs(write(change), "train")
+    assert [(pair["captions"], pair["changed"]) for pair in (pairs[0], pairs[1])] == [([], True), ([], False)]
+
+
+def test_sentences_and_flags_may_be_absent_only_where_there_are_masks(write):
+    folder = write(lambda rows: rows.remove_columns(["mask", "captions", "changed"]))
+    with pytest.raises(ValueError, match="one for each of image_before, image_after, captions, changed, filename"):
+        load_pairs(folder, "train")
+
+
+def test_a_pair_with_neither_a_flag_nor_a_mask_is_named(write):
+    folder = write(lambda rows: rows.remove_columns("changed"))
+    with pytest.raises(ValueError, match=r"a\.png: neither a flag nor a mask tells whether it changed"):
+        load_pairs(folder, "train")[0]
 
 
 def test_a_column_of_another_type_is_refused(write):

@@ -11,14 +11,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import ParallelismConfig
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from torch.utils.data import Subset
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainerCallback, TrainingArguments
 
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
+from kcfi.processing import InputError
 from kcfi.training.arguments import KCFITrainingArguments
 from kcfi.training.collator import KCFICollator, packed_attention_mask
-from kcfi.training.evaluate import predict
-from kcfi.training.trainer import KCFITrainer, evaluation_losses, freeze, parameter_groups, trackers
+from kcfi.training.evaluate import CAPTION_METRICS, predict
+from kcfi.training.trainer import (
+    REFUSED,
+    KCFITrainer,
+    evaluation_losses,
+    freeze,
+    parameter_groups,
+    trackers,
+)
 from tests.training.conftest import needs_deepspeed
 
 JAVA = shutil.which("java") is not None
@@ -53,7 +63,7 @@ def arguments(folder, **settings):
 
 
 TWO_RANKS = {
-    "max_steps": 8,
+    "max_steps": 12,
     "max_grad_norm": 0,
     "weight_decay": 0.1,
     "train_language_model": True,
@@ -65,7 +75,7 @@ TWO_RANKS = {
 def make_trainer(model, processor, tmp_path):
     """A trainer of a copy of the model; every call gives the same weights."""
 
-    def make(pairs, collator=None, callbacks=None, eval_dataset=None, **settings):
+    def make(pairs, collator=None, callbacks=None, eval_dataset=None, options=None, **settings):
         return KCFITrainer(
             copy.deepcopy(model),
             arguments(tmp_path, **settings),
@@ -74,6 +84,7 @@ def make_trainer(model, processor, tmp_path):
             eval_dataset=eval_dataset,
             processing_class=processor,
             callbacks=callbacks,
+            **(options or {}),
         )
 
     return make
@@ -168,13 +179,16 @@ def test_a_frozen_module_without_dropout_stays_in_training_mode(model, tmp_path)
 # Losses
 
 
-@pytest.mark.parametrize("masks", ["all", "some", "none"])
-def test_gradients_do_not_depend_on_how_a_step_is_cut(make_trainer, make_pairs, masks):
+@pytest.mark.parametrize(
+    ("masks", "captions"),
+    [("all", "all"), ("some", "all"), ("none", "all"), ("all", "some"), ("all", "none"), ("some", "some")],
+)
+def test_gradients_do_not_depend_on_how_a_step_is_cut(make_trainer, make_pairs, masks, captions):
     gradients = []
     for size, accumulation in ((8, 1), (4, 2), (1, 8)):
         keep = Gradients()
         make_trainer(
-            make_pairs(8, masks=masks),
+            make_pairs(8, masks, captions),
             callbacks=[keep],
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulation,
@@ -248,6 +262,96 @@ def test_captions_alone_are_trained_with_weight_one_and_said_once(make_trainer, 
     assert all(line["caption_weight"] == 1.0 and "mask_loss" not in line for line in log)
     assert log[-1]["caption_loss"] < log[0]["caption_loss"]
     assert sum("captions are trained alone" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_masks_alone_are_trained_with_weight_one_and_said_once(make_trainer, make_pairs, caplog):
+    trainer = make_trainer(make_pairs(8, captions="none"), max_steps=4)
+    projector = trainer.model.model.projector.linear_1
+    before = projector.weight.detach().clone(), projector.bias.detach().clone()
+    trainer.train()
+    log = losses(trainer)
+    assert all(line["mask_weight"] == 1.0 and "caption_loss" not in line for line in log)
+    assert [line["loss"] for line in log] == [line["mask_loss"] for line in log]
+    assert log[-1]["mask_loss"] < log[0]["mask_loss"] and log[-1]["captions"] == 0
+    torch.testing.assert_close(projector.weight, before[0], rtol=1e-4, atol=0)  # nothing but its weight decay
+    assert torch.equal(projector.bias, before[1])
+    assert sum("masks are trained alone" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_step_with_nothing_to_learn_from_is_refused(text_model, vision, processor, make_pairs, tmp_path):
+    model = KCFIForConditionalGeneration.from_vision_text_pretrained(
+        vision, str(text_model), image_token_id=processor.image_token_id, use_change_detection_head=False
+    )
+    pairs = make_pairs(4, captions="none")
+    trainer = KCFITrainer(model, arguments(tmp_path), KCFICollator(processor), train_dataset=pairs)
+    with pytest.raises(
+        ValueError, match=r"step 1 has no caption, and no mask for a change detection head.*pair_0\.png"
+    ):
+        trainer.train()
+
+
+# Settings of Trainer
+
+OTHER_VALUES = {
+    "compute_loss_func": max,
+    "label_smoothing_factor": 0.1,
+    "average_tokens_across_devices": False,
+    "use_cache": True,
+    "preprocess_logits_for_metrics": max,
+    "prediction_loss_only": True,
+    "include_for_metrics": ["inputs"],
+    "batch_eval_metrics": True,
+    "eval_accumulation_steps": 2,
+    "eval_do_concat_batches": False,
+    "eval_use_gather_object": True,
+    "bf16_full_eval": True,
+    "fp16_full_eval": True,
+    "train_sampling_strategy": "sequential",
+    "auto_find_batch_size": True,
+    "parallelism_config": ParallelismConfig(),
+    "remove_unused_columns": True,
+    "label_names": ["mask_labels"],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_setting_that_would_change_nothing_is_refused_by_name(make_trainer, make_pairs, name):
+    given = {name: OTHER_VALUES[name]}
+    is_option = name in ("compute_loss_func", "preprocess_logits_for_metrics")
+    options, settings = (given, {}) if is_option else ({}, given)
+    with pytest.raises(InputError, match=f"KCFITrainer takes no {name}="):
+        make_trainer(make_pairs(4), options=options, **settings)
+
+
+def test_noise_on_embeddings_is_added_or_refused(model, make_trainer, make_pairs):
+    plain, noisy = (make_trainer(make_pairs(4), max_steps=1, neftune_noise_alpha=alpha) for alpha in (None, 5.0))
+    plain.train()
+    noisy.train()
+    assert losses(plain)[0]["caption_loss"] != losses(noisy)[0]["caption_loss"]
+    model.model.language_model.config.attention_dropout = 0.5
+    with pytest.raises(InputError, match="neftune_noise_alpha adds noise in training mode"):
+        make_trainer(make_pairs(4), neftune_noise_alpha=5.0)
+
+
+def test_an_optimizer_class_of_the_caller_gets_the_groups(make_trainer, make_pairs):
+    options = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"momentum": 0.5})}
+    trainer = make_trainer(make_pairs(4), options=options, max_steps=1)
+    optimizer = trainer.create_optimizer()
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert {group["name"] for group in optimizer.param_groups} >= {"learning_rate", "vision_learning_rate"}
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.5}
+
+
+def test_an_optimizer_of_the_caller_trains(model, processor, make_pairs, tmp_path):
+    args = arguments(tmp_path, max_steps=1, lr_scheduler_type="constant")
+    optimizer = torch.optim.SGD(model.model.change_detection_head.parameters(), lr=0.25)
+    head = model.model.change_detection_head.linear.weight
+    before = head.detach().clone()
+    trainer = KCFITrainer(
+        model, args, KCFICollator(processor), train_dataset=make_pairs(4), optimizers=(optimizer, None)
+    )
+    trainer.train()
+    assert losses(trainer)[0]["learning_rate"] == 0.25 and not torch.equal(head, before)
 
 
 @pytest.mark.parametrize(("towers", "twice"), [("both", [2, 2]), ("vision", [2, 1]), ("language", [1, 2])])
@@ -350,6 +454,63 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(make_trai
     assert torch.equal(trainer.model.model.projector.linear_1.weight, before)
 
 
+# Plain Trainer
+
+
+class PlainCollator:
+    """What `transformers.Trainer` gives to the model: inputs and labels alone."""
+
+    def __init__(self, processor):
+        self.collator = KCFICollator(processor, captions_per_pair=1)
+
+    def __call__(self, examples):
+        batch = self.collator([{**example, "captions": ["no change has occurred ."]} for example in examples])
+        batch["attention_mask"] = packed_attention_mask(batch.pop("segment_ids"), "sdpa", torch.float32)
+        del batch["filenames"]
+        return batch
+
+
+def plain_trainer(model, processor, folder, pairs, keep=None, **settings):
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=1,
+        max_grad_norm=0,
+        remove_unused_columns=False,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        ddp_find_unused_parameters=True,
+        **settings,
+    )
+    callbacks = [] if keep is None else [keep]
+    return Trainer(model, args, PlainCollator(processor), train_dataset=pairs, eval_dataset=pairs, callbacks=callbacks)
+
+
+def test_a_plain_trainer_trains_both_losses_alike_under_any_accumulation(model, processor, make_pairs, tmp_path):
+    gradients = []
+    for size, accumulation in ((4, 1), (1, 4)):
+        keep = Gradients()
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        trainer = plain_trainer(copy.deepcopy(model), processor, tmp_path, make_pairs(4), keep, **settings)
+        trainer.train()
+        gradients.append(keep.first)
+    for name in ("model.change_detection_head.linear.weight", "model.projector.linear_1.weight"):
+        assert gradients[0][name].abs().max() > 1e-4
+        torch.testing.assert_close(gradients[1][name], gradients[0][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("masks", "label_names"), [("all", None), ("none", ["labels"])])
+def test_a_plain_trainer_evaluates_and_predicts_with_a_loss(
+    model, processor, make_pairs, tmp_path, masks, label_names
+):
+    settings = {"label_names": label_names, "per_device_eval_batch_size": 2}
+    trainer = plain_trainer(model, processor, tmp_path, make_pairs(4, masks=masks), **settings)
+    with torch.no_grad():
+        expected = model(**PlainCollator(processor)([make_pairs(4, masks=masks)[index] for index in range(4)])).loss
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert trainer.predict(make_pairs(4, masks=masks)).metrics["test_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
 # Evaluation
 
 
@@ -443,6 +604,66 @@ def test_predictions_are_captions_by_filename(make_trainer, make_pairs, no_java)
     assert all(isinstance(caption, str) for caption in output.predictions.values())
 
 
+def test_compute_metrics_gets_captions_and_masks_of_every_pair_and_joins_the_scores(make_trainer, make_pairs, no_java):
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append(prediction)
+        return {"captions": np.float64(7), "eval_masks": 8}
+
+    pairs = make_pairs(5, masks="some", captions="some")
+    options = {"compute_metrics": compute_metrics}
+    trainer = make_trainer(pairs, eval_dataset=pairs, options=options, per_device_eval_batch_size=2)
+    metrics = trainer.evaluate()
+    assert (metrics["eval_captions"], metrics["eval_masks"]) == (7, 8) and "eval_mask_f1" in metrics
+    assert type(metrics["eval_captions"]) is float
+    [(predictions, labels)] = seen
+    predicted = list(trainer.predict(pairs).predictions.values())
+    assert predictions[0] == predicted
+    assert [mask.shape for mask in predictions[1]] == [(32, 32)] * 5
+    assert labels[0] == [pairs[index]["captions"] for index in range(5)]
+    for mask, index in zip(labels[1], range(5), strict=True):
+        if index % 3:
+            assert np.array_equal(mask, np.asarray(pairs[index]["mask"]) // 255)
+        else:
+            assert mask is None
+
+
+def test_a_score_of_compute_metrics_may_choose_the_checkpoint(make_trainer, make_pairs, no_java):
+    settings = {"max_steps": 1, "eval_strategy": "steps", "metric_for_best_model": "mine"}
+    options = {"compute_metrics": lambda prediction: {"mine": 3.0}}
+    trainer = make_trainer(make_pairs(4), eval_dataset=make_pairs(2), options=options, **settings)
+    trainer.train()
+    assert trainer.state.best_metric == 3.0
+
+
+def test_pairs_without_captions_count_in_the_scores_of_masks_alone(make_trainer, make_pairs, no_java):
+    described = make_trainer(make_pairs(4), eval_dataset=Subset(make_pairs(6), [0, 2, 3, 5])).evaluate()
+    some = make_trainer(make_pairs(4), eval_dataset=make_pairs(6, captions="some")).evaluate()
+    every = make_trainer(make_pairs(4), eval_dataset=make_pairs(6)).evaluate()
+    for name in ("eval_caption_loss", "eval_bleu_1", "eval_rouge_l", "eval_cider_d", "eval_change_accuracy"):
+        assert some[name] == pytest.approx(described[name], rel=1e-5), name
+    for name in ("eval_mask_loss", "eval_mask_f1", "eval_mask_mean_iou"):
+        assert some[name] == pytest.approx(every[name], rel=1e-5), name
+
+
+def test_a_split_without_sentences_has_scores_of_masks_alone(make_trainer, make_pairs):
+    trainer = make_trainer(make_pairs(4), eval_dataset=make_pairs(4, captions="none"))
+    metrics = trainer.evaluate()
+    assert not {f"eval_{name}" for name in (*CAPTION_METRICS, "caption_loss")} & metrics.keys()
+    assert metrics["eval_loss"] == metrics["eval_mask_loss"] > 0 and "eval_mask_f1" in metrics
+    assert trainer.predict(make_pairs(4, captions="none")).predictions.keys() == {f"pair_{n}.png" for n in range(4)}
+
+
+@pytest.mark.parametrize("metric", ["cider_d", "eval_change_accuracy"])
+def test_a_checkpoint_score_of_captions_is_refused_where_there_are_none(make_trainer, make_pairs, metric):
+    settings = {"eval_strategy": "steps", "metric_for_best_model": metric}
+    with pytest.raises(InputError, match=r"no pair of the evaluation split has a sentence.*mask_f1"):
+        make_trainer(make_pairs(4), eval_dataset=make_pairs(4, captions="none"), **settings)
+    make_trainer(make_pairs(4), eval_dataset=make_pairs(4, captions="some"), **settings)
+    make_trainer(make_pairs(4), eval_dataset=make_pairs(4, captions="none"), eval_strategy="no")
+
+
 def test_a_checkpoint_score_that_needs_java_is_refused_before_training(make_trainer, make_pairs, no_java):
     with pytest.raises(ValueError, match="needs METEOR, and so Java"):
         make_trainer(make_pairs(4), eval_dataset=make_pairs(4), eval_strategy="steps")
@@ -499,15 +720,24 @@ def test_a_resumed_run_has_bit_identical_losses(make_trainer, make_pairs, settin
 
 
 @pytest.fixture
-def run_two_ranks(launched):
+def launch(launched):
+    """Runs a script of this folder on two ranks."""
+
+    def run(script, *options):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command += [str(Path(__file__).with_name(script)), *map(str, options)]
+        done = subprocess.run(command, capture_output=True, text=True, env=launched, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    return run
+
+
+@pytest.fixture
+def run_two_ranks(launch):
     """What two_ranks.py finds with the model in a folder."""
 
     def run(folder, name, settings, *checkpoint):
-        script = str(Path(__file__).with_name("two_ranks.py"))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-        command += [str(folder), name, json.dumps(settings), *checkpoint]
-        done = subprocess.run(command, capture_output=True, text=True, env=launched, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
+        launch("two_ranks.py", folder, name, json.dumps(settings), *checkpoint)
         return torch.load(folder / f"{name}.pt", weights_only=True)
 
     return run
@@ -520,16 +750,30 @@ def saved(trainer, folder):
     return folder
 
 
+@pytest.mark.slow
+def test_a_plain_trainer_on_two_ranks_trains_both_losses_like_one(launch, model, processor, make_pairs, tmp_path):
+    keep = Gradients()
+    one = plain_trainer(model, processor, tmp_path, make_pairs(4), keep, per_device_train_batch_size=4)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    launch("plain_two_ranks.py", tmp_path)
+    one.train()
+    two = torch.load(tmp_path / "plain.pt", weights_only=True)
+    assert two.keys() == keep.first.keys()
+    for name, gradient in keep.first.items():
+        torch.testing.assert_close(two[name], gradient, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("deepspeed", ALL_KINDS)
 def test_two_ranks_train_score_and_save_like_one(
     run_two_ranks, make_trainer, make_pairs, processor, tmp_path, no_java, deepspeed
 ):
     keep = Gradients()
     one = make_trainer(
-        make_pairs(8, masks="some"),
+        make_pairs(8, masks="some", captions="some"),
         KCFICollator(processor, captions_per_pair=2, seed=3),
         callbacks=[keep],
-        eval_dataset=make_pairs(5),
+        eval_dataset=make_pairs(5, captions="some"),
         per_device_train_batch_size=8,
         **TWO_RANKS,
     )
@@ -544,7 +788,7 @@ def test_two_ranks_train_score_and_save_like_one(
     for line, other in zip(losses(one), json.loads(results["log"]), strict=True):
         for name in ("loss", "caption_loss", "mask_loss", "caption_weight", "learning_rate", "pairs", "captions"):
             assert other[name] == pytest.approx(line[name], rel=1e-4), f"{name} of step {line['step']}"
-    assert metrics["eval_mask_f1"] > 10
+    assert metrics["eval_mask_f1"] > 10 and results["eval_pairs"] == 5  # which compute_metrics counted
     for name in ("eval_caption_loss", "eval_mask_loss", "eval_mask_f1", "eval_rouge_l"):
         assert results[name] == pytest.approx(metrics[name], rel=1e-2)
 

@@ -37,10 +37,15 @@ trainer = KCFITrainer(
     model,
     args,
     collator,
-    train_dataset=Pairs(8, masks="some"),  # 4 on each rank, some micro-batches without any mask
-    eval_dataset=Pairs(5),  # the sampler repeats pairs to fill the last batches; they must not count twice
+    train_dataset=Pairs(
+        8, masks="some", captions="some"
+    ),  # 4 on each rank, some micro-batches without mask or caption
+    eval_dataset=Pairs(
+        5, captions="some"
+    ),  # the sampler repeats pairs to fill the last batches; they must not count twice
     processing_class=processor,
     callbacks=[keep],
+    compute_metrics=lambda prediction: {"pairs": len(prediction.predictions[0])},
 )
 results = {}
 if broken:
