@@ -185,12 +185,13 @@ def evaluate_model(
     materials: str | None = None,
     pair_mix: Mapping[str, float] | None = None,
     feature_cache: str | None = None,
+    dataset_revision: str | None = None,
 ) -> dict[str, Any]:
     """Score a model on a split and write results.json, predictions.json and pairs.png into one folder.
 
     Args:
         model: folder, Hub id, or "kcfi-tiny".
-        dataset: "synthetic", a folder in the layout of LEVIR-CC / LEVIR-MCI, a folder of parquet shards, or a Hub id.
+        dataset: "synthetic", a folder in the layout of LEVIR-CC / LEVIR-MCI, or what `datasets` opens, see `load_pairs`.
         split: "train", "val" or "test".
         output: the results file; predictions and picture sheet are written beside it.
         num_pairs: how many of the first pairs (None: all).
@@ -199,10 +200,11 @@ def evaluate_model(
         batch_size: pairs per batch.
         max_new_tokens: longest caption, in tokens.
         meteor: False does without Java and leaves METEOR and S_m* out.
-        columns: names of the columns of shards or a Hub data set, where they differ from ours.
+        columns: names of the columns of what `datasets` opens, where they differ from ours.
         materials: library of `kcfi data materials` that "synthetic" draws with.
         pair_mix: kinds of synthetic pairs, see `SyntheticDataset`.
         feature_cache: folder where the vision tower's features of every image are kept, see `FeatureCache`.
+        dataset_revision: branch, tag or commit of a data set on the Hub (None: the newest).
 
     Returns:
         What results.json holds; of synthetic pairs also "synthetic": how they were drawn.
@@ -213,7 +215,7 @@ def evaluate_model(
     """
     if meteor:
         require_java()  # now, not after an hour of captions
-    pairs = load_pairs(dataset, split, num_pairs, seed, columns, materials, pair_mix)
+    pairs = load_pairs(dataset, split, num_pairs, seed, columns, materials, pair_mix, dataset_revision)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network: Any = AutoModelForImageTextToText.from_pretrained(
         model_source(model),

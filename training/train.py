@@ -22,6 +22,8 @@ import yaml
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import InputError, KCFIProcessor
@@ -40,8 +42,12 @@ from kcfi.training.evaluate import check_classes
 from kcfi.training.levir_cc import load_pairs
 from kcfi.training.lora import add_lora, merge_lora
 from kcfi.training.material_library import attributions
+from kcfi.training.rows import RowDataset, RowStream
+from kcfi.training.shards import ShardDataset
 from kcfi.training.trainer import KCFITrainer
 from kcfi.training.zero import whole_weights
+
+REVISIONS = ("model_revision", "vision_model_revision", "text_model_revision")  # fields of `ModelArguments`
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -88,16 +94,27 @@ def train(recipe: Recipe, resume: bool = False) -> KCFITrainer:
     checkpoint = find_checkpoint(output_dir, resume)
     if resume:
         check_same_recipe(recipe, output_dir)
+        take_commits(recipe, output_dir)
+    pin_models(recipe)
     source: dict[str, Any] = {
         "seed": data.dataset_seed,
         "columns": as_dict(data.columns),
         "materials": data.materials,
         "pair_mix": as_dict(data.pair_mix),
+        "streaming": data.streaming,
     }
-    train_pairs = load_pairs(data.dataset, data.train_split, data.num_train_pairs, **source)
+    train_pairs: Any = load_pairs(
+        data.dataset, data.train_split, data.num_train_pairs, revision=data.dataset_revision, **source
+    )
+    if isinstance(train_pairs, ShardDataset | RowDataset | RowStream) and train_pairs.commit:
+        data.dataset_revision = recipe.values["dataset_revision"] = train_pairs.commit
+    if isinstance(train_pairs, RowStream):
+        train_pairs = train_pairs.shuffled(args.seed if args.data_seed is None else args.data_seed)
     eval_pairs = None
     if args.eval_strategy != "no":
-        eval_pairs = load_pairs(data.dataset, data.eval_split, data.num_eval_pairs, **source)
+        eval_pairs = load_pairs(
+            data.dataset, data.eval_split, data.num_eval_pairs, revision=data.dataset_revision, **source
+        )
 
     set_seed(args.seed)
     with whole_weights(args):
@@ -129,14 +146,15 @@ def build_model(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCF
     Raises:
         InputError: neither or both are given, an unknown setting, or no such folder.
     """
-    new = {name: value for name, value in vars(args).items() if name not in ("model", "lora") and value}
+    new = {name: value for name, value in vars(args).items() if name not in ("model", *REVISIONS, "lora") and value}
     if args.model is None:
         return new_model(args)
     if new:
         raise InputError(f"`model` is a finished model: leave out {', '.join(new)}.")
     source = model_source(args.model)
-    model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
-    return merge_lora(model), AutoProcessor.from_pretrained(source)
+    revision = args.model_revision
+    model: Any = AutoModelForImageTextToText.from_pretrained(source, revision=revision, dtype=torch.float32)
+    return merge_lora(model), AutoProcessor.from_pretrained(source, revision=revision)
 
 
 def new_model(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCFIProcessor]:
@@ -145,13 +163,38 @@ def new_model(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCFIP
     if args.text_model is None or bool(args.vision_model) == bool(vision_config):
         raise InputError("Give `model`, or `text_model` and one of `vision_model` and `vision_config`.")
     vision = model_source(args.vision_model) if args.vision_model else vision_config
-    model, processor = join_towers(vision, model_source(args.text_model), args.shortest_edge, **settings)
+    model, processor = join_towers(
+        vision,
+        model_source(args.text_model),
+        args.shortest_edge,
+        vision_revision=args.vision_model_revision,
+        text_revision=args.text_model_revision,
+        **settings,
+    )
     if not args.vision_model and any(isinstance(part, nn.BatchNorm2d) for part in model.model.vision_tower.modules()):
         raise InputError(
             "The vision tower has batch norms, which keep the statistics they come with: it needs pretrained weights, "
             "`vision_model` instead of `vision_config`."
         )
     return model, processor
+
+
+def pin_models(recipe: Recipe) -> None:
+    """Put the commit that every model of the Hub stands for into a recipe, so that all its files come from that one.
+
+    Raises:
+        InputError: a revision for what is no model of the Hub.
+        OSError: no such model or revision, or no connection to the Hub.
+    """
+    for name in REVISIONS:
+        field = name.removesuffix("_revision")
+        model, revision = getattr(recipe.model, field), getattr(recipe.model, name)
+        if model is not None and not Path(model_source(model)).is_dir():
+            revision = extract_commit_hash(cached_file(model, CONFIG_NAME, revision=revision), None)
+            setattr(recipe.model, name, revision)
+            recipe.values[name] = revision
+        elif revision:
+            raise InputError(f"{name} is {revision}, but {field} is {model or 'not given'}, no model of the Hub.")
 
 
 def find_checkpoint(output_dir: Path, resume: bool) -> str | None:
@@ -181,7 +224,8 @@ def is_complete(folder: Path) -> bool:
 def check_same_recipe(recipe: Recipe, output_dir: Path) -> None:
     """Refuse to resume a run with other settings than it began with: its recipe.yaml would no longer tell the truth.
 
-    The folder itself may have moved, and a field that recipe.yaml does not know had its default.
+    The folder itself may have moved, and a field that recipe.yaml does not know had its default. A revision that is not
+    given is that of the run, see `take_commits`.
 
     Raises:
         InputError: names each setting that differs, with both values.
@@ -193,7 +237,9 @@ def check_same_recipe(recipe: Recipe, output_dir: Path) -> None:
     changed = [
         f"{name}: {began[name]} -> {now.get(name)}"
         for name in dict.fromkeys([*saved, *now])
-        if began[name] != now.get(name) and name != "output_dir"
+        if began[name] != now.get(name)
+        and name != "output_dir"
+        and not (name in (*REVISIONS, "dataset_revision") and now.get(name) is None)
     ]
     if changed:
         raise InputError(
@@ -202,8 +248,16 @@ def check_same_recipe(recipe: Recipe, output_dir: Path) -> None:
         )
 
 
+def take_commits(recipe: Recipe, output_dir: Path) -> None:
+    """Give a recipe to resume with the commits of the Hub that the run began with: newer ones may be there by now."""
+    saved = yaml.safe_load((output_dir / "recipe.yaml").read_text(encoding="utf-8"))
+    for name in REVISIONS:
+        setattr(recipe.model, name, saved.get(name))
+    recipe.data.dataset_revision = saved.get("dataset_revision")
+
+
 def save_recipe(recipe: Recipe, output_dir: Path) -> None:
-    """Write recipe.yaml, which repeats the run; versions, git revision and sources of materials as comments."""
+    """Write recipe.yaml, which repeats the run, with the commits of what came from the Hub; versions, git revision and sources of materials as comments."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("kcfi", "transformers", "torch", "datasets"))
     header = f"# {packages}, python {platform.python_version()}\n# git revision: {git_revision()}\n"
     if recipe.data.materials:
