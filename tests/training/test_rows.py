@@ -37,6 +37,13 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture
+def data(tmp_path):
+    """A folder without the cache beside its files: `datasets` takes a lock with "test" in its name for a split."""
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
 def save(folder, kind, pairs, split="train"):
     """Write pairs as people do."""
     rows = []
@@ -87,9 +94,9 @@ def rows(pairs):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", ["webdataset", "jsonl", "csv", "json"])
-def test_whatever_datasets_opens_gives_the_examples_of_a_folder(tmp_path, pairs, kind, streaming):
+def test_whatever_datasets_opens_gives_the_examples_of_a_folder(data, pairs, kind, streaming):
     """Failed before: "train-00000.tar is no parquet file; only parquet can be read"."""
-    folder = save(tmp_path, kind, pairs)
+    folder = save(data, kind, pairs)
     columns = WEBDATASET if kind == "webdataset" else {}
     found = load_pairs(folder, "train", 7, columns=columns, streaming=streaming)
     if streaming:
@@ -103,38 +110,38 @@ def test_whatever_datasets_opens_gives_the_examples_of_a_folder(tmp_path, pairs,
     assert (counts["train"].pairs, counts["train"].masks) == (8, 8)
 
 
-def test_an_image_path_of_two_json_files_must_say_which_folder_it_is_in(tmp_path, pairs):
+def test_an_image_path_of_two_json_files_must_say_which_folder_it_is_in(data, pairs):
     for name in ("one", "two"):
-        save(tmp_path / name, "json", pairs[:1])
+        save(data / name, "json", pairs[:1])
     card = {"configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "*/train/*.jsonl"}]}]}
-    (tmp_path / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+    (data / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
     with pytest.raises(UnreadablePairError, match=r"A/pair_0.png is ambiguous: .*one/train/A.* and .*two/train/A"):
-        load_pairs(str(tmp_path), "train")[0]
-    for path in (tmp_path / "one" / "train" / "A").iterdir():
+        load_pairs(str(data), "train")[0]
+    for path in (data / "one" / "train" / "A").iterdir():
         path.unlink()
     for name in ("B", "label"):
-        (tmp_path / "two" / "train" / name / "pair_0.png").unlink()
-    assert plain(load_pairs(str(tmp_path), "train")[0]) == plain(pairs[0])
+        (data / "two" / "train" / name / "pair_0.png").unlink()
+    assert plain(load_pairs(str(data), "train")[0]) == plain(pairs[0])
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_broken_and_a_missing_image_are_named(tmp_path, pairs, streaming):
-    folder = save(tmp_path, "json", pairs[:2])
-    (tmp_path / "train" / "A" / "pair_0.png").write_bytes(b"no image")
+def test_a_broken_and_a_missing_image_are_named(data, pairs, streaming):
+    folder = save(data, "json", pairs[:2])
+    (data / "train" / "A" / "pair_0.png").write_bytes(b"no image")
     found = load_pairs(folder, "train", streaming=streaming)
     with pytest.raises(UnreadablePairError, match=r"pair_0\.png \(image_before\): cannot be read as an image"):
         next(iter(found))
-    (tmp_path / "train" / "A" / "pair_0.png").unlink()
+    (data / "train" / "A" / "pair_0.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"pair_0\.png \(image_before\): no such file"):
         next(iter(found))
 
 
-def test_columns_that_do_not_fit_are_refused_by_name(tmp_path, pairs, rows):
+def test_columns_that_do_not_fit_are_refused_by_name(data, pairs, rows):
     with pytest.raises(ValueError, match=r"there must be one for each of image_before.*Say which in `columns`"):
-        load_pairs(save(tmp_path, "webdataset", pairs), "train")
-    for data in (rows, rows.to_iterable_dataset()):
+        load_pairs(save(data, "webdataset", pairs), "train")
+    for other in (rows, rows.to_iterable_dataset()):
         with pytest.raises(ValueError, match="its columns are A,"):
-            RowDataset(data.rename_column("image_before", "A"))
+            RowDataset(other.rename_column("image_before", "A"))
     with pytest.raises(ValueError, match=r"captions is a column of Value\('bool'\)"):
         RowDataset(rows.remove_columns("captions").rename_column("changed", "captions").add_column("changed", [1] * 8))
 
@@ -269,7 +276,7 @@ def test_streamed_and_plain_data_are_evaluated_alike(tmp_path, model, processor,
     scores = []
     for data in (rows, stream, {"here": stream}):
         trainer = KCFITrainer(
-            model, arguments(tmp_path), KCFICollator(processor), eval_dataset=data, processing_class=processor
+            model, arguments(tmp_path, generation_max_new_tokens=4), KCFICollator(processor), eval_dataset=data, processing_class=processor
         )
         found = trainer.evaluate()
         scores.append({name.replace("eval_here", "eval"): value for name, value in found.items()})
@@ -307,10 +314,10 @@ def test_an_epoch_of_a_stream_is_warned_of(tmp_path, model, processor, rows, cap
     assert "save_strategy=epoch means at the end" in caplog.text
 
 
-def test_shards_are_streamed_on_request_alone(tmp_path, rows):
-    rows.to_parquet(tmp_path / "train.parquet")
-    assert type(open_pairs(str(tmp_path), "train")).__name__ == "ShardDataset"
-    stream = load_pairs(str(tmp_path), "train", streaming=True)
+def test_shards_are_streamed_on_request_alone(data, rows):
+    rows.to_parquet(data / "train.parquet")
+    assert type(open_pairs(str(data), "train")).__name__ == "ShardDataset"
+    stream = load_pairs(str(data), "train", streaming=True)
     assert isinstance(stream, RowStream)
     shuffled = numbers(stream.shuffled(3), 8)
     assert sorted(shuffled) == numbers(stream, 8) != shuffled
