@@ -227,8 +227,8 @@ def build_parser() -> argparse.ArgumentParser:
     check = data.add_parser(
         "check",
         help="find what is wrong with a folder",
-        description="Read every file of a LEVIR-CC or LEVIR-MCI folder, or every row of a folder that `datasets` opens, "
-        "print each problem and what each split holds. The exit code is 1 if there are problems.",
+        description="Read every file of a LEVIR-CC or LEVIR-MCI folder, or every row of a folder that `datasets` "
+        "opens, print each problem and what each split holds. The exit code is 1 if there are problems.",
         epilog="example: kcfi data check LEVIR-MCI",
     )
     check.add_argument("root", type=Path, help="LEVIR-CC / LEVIR-MCI folder, or folder of shards or other rows")

@@ -43,12 +43,18 @@ def unpacked(archive: Path, beside: Path) -> Iterator[Path]:
         except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, RuntimeError) as error:
             raise InputError(f"{archive}: cannot be unpacked ({error})") from error
         levels = ["*/" * depth for depth in range(DEPTH + 1)]
-        found = sorted({path.parent for level in levels for name in CAPTIONS_FILES for path in folder.glob(level + name)})
+        found = sorted(
+            {path.parent for level in levels for name in CAPTIONS_FILES for path in folder.glob(level + name)}
+        )
         if not found:
-            raise FileNotFoundError(f"{archive}: no {' or '.join(CAPTIONS_FILES)} in its first {DEPTH} levels of folders")
+            raise FileNotFoundError(
+                f"{archive}: no {' or '.join(CAPTIONS_FILES)} in its first {DEPTH} levels of folders"
+            )
         if len(found) > 1:
             names = ", ".join(str(path.relative_to(folder)) for path in found)
-            raise InputError(f"{archive}: holds several data sets ({names}). Unpack it and convert one of the folders.")
+            raise InputError(
+                f"{archive}: holds several data sets ({names}). Unpack it and convert one of the folders."
+            )
         yield found[0]
 
 

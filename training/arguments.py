@@ -78,8 +78,8 @@ class DataArguments:
     dataset: str = field(
         default="synthetic",
         metadata={
-            "help": "'synthetic', a LEVIR-CC / LEVIR-MCI folder, or what `datasets` opens: a folder of parquet shards, "
-            "webdataset tars, images with metadata or JSON lines, or a Hub id."
+            "help": "'synthetic', a LEVIR-CC / LEVIR-MCI folder, or what `datasets` opens: a folder of parquet "
+            "shards, webdataset tars, images with metadata or JSON lines, or a Hub id."
         },
     )
     dataset_revision: str | None = field(
@@ -95,8 +95,8 @@ class DataArguments:
     columns: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "What a data set that `datasets` opens calls our columns image_before, image_after, mask, captions, "
-            "changed and filename, where the names differ (JSON; one alone: --columns.image_before A)."
+            "help": "What a data set that `datasets` opens calls our columns image_before, image_after, mask, "
+            "captions, changed and filename, where the names differ (JSON; one alone: --columns.image_before A)."
         },
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})

@@ -1,4 +1,4 @@
-"""Check of a folder of pairs, or of rows such as shards (`kcfi data check`): every problem, and what each split holds."""
+"""Check of a folder of pairs or of rows (`kcfi data check`): every problem, and what each split holds."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence

@@ -191,7 +191,7 @@ def evaluate_model(
 
     Args:
         model: folder, Hub id, or "kcfi-tiny".
-        dataset: "synthetic", a folder in the layout of LEVIR-CC / LEVIR-MCI, or what `datasets` opens, see `load_pairs`.
+        dataset: "synthetic", a folder in the layout of LEVIR-CC / LEVIR-MCI, or what `datasets` opens (`load_pairs`).
         split: "train", "val" or "test".
         output: the results file; predictions and picture sheet are written beside it.
         num_pairs: how many of the first pairs (None: all).

@@ -463,7 +463,7 @@ def load_pairs(
     pair_mix: Mapping[str, float] | None = None,
     revision: str | None = None,
     streaming: bool = False,
-) -> Dataset[dict[str, Any]]:
+) -> Dataset[Any]:
     """Open a data set by the name that recipes and commands use.
 
     Args:

@@ -66,7 +66,9 @@ class _Rows:
         features = rows.features if typed else datasets.Dataset.from_list([_first(rows, self.dataset)]).features
         self.columns = select_columns(_flat(features), self.dataset, columns or {})
         if typed:
-            outer = [name for name in features if any(theirs in _flat({name: features[name]}) for theirs in self.columns)]
+            outer = [
+                name for name in features if any(theirs in _flat({name: features[name]}) for theirs in self.columns)
+            ]
             rows = rows.with_format(None).select_columns(outer)
             for name in outer:
                 if isinstance(features[name], datasets.Image):
@@ -85,7 +87,9 @@ class _Rows:
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row, or the types of one, with the entries of its dictionaries beside it: "json" and "json.captions"."""
-    inner = {f"{name}.{key}": value for name, cell in row.items() if isinstance(cell, dict) for key, value in cell.items()}
+    inner = {
+        f"{name}.{key}": value for name, cell in row.items() if isinstance(cell, dict) for key, value in cell.items()
+    }
     return {**inner, **row}
 
 
@@ -158,7 +162,7 @@ class Position(NamedTuple):
     filename: str = ""
 
 
-class RowStream(_Rows, IterableDataset[dict[str, Any]]):
+class RowStream(_Rows, IterableDataset[dict[str, Any] | None]):
     """Endless pairs of a `datasets.IterableDataset`, pass after pass, in its own order.
 
     - **Order**: that of the data set; `shuffle` it, with a seed, for another. `datasets` shuffles the shards anew in
@@ -290,5 +294,5 @@ def open_pairs(
             raise
         raise InputError(
             f"{error}. If {Path(archive).name} is LEVIR-CC as it is distributed, get it here (`hf download {dataset} "
-            "--repo-type dataset --local-dir FOLDER`) and make shards of it (`kcfi data convert FILE --output shards`)."
+            "--repo-type dataset --local-dir FOLDER`) and make shards of it (`kcfi data convert FILE --output DIR`)."
         ) from error

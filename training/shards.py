@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import fsspec
@@ -46,7 +46,7 @@ from kcfi.training.levir_cc import (
     read_all_captions,
 )
 
-# Columns of a shard. Other data sets need the same, under any names (see `select_columns`), but for `mask` and `split`.
+# Columns of a shard. Other data sets need the same, under any names (`select_columns`), but for `mask` and `split`.
 FEATURES = datasets.Features(
     {
         "image_before": datasets.Image(),
@@ -326,9 +326,8 @@ def open_cell(cell: dict[str, Any] | Image.Image | None, name: str) -> Image.Ima
     """
     if cell is None:
         raise UnreadablePairError(f"{name}: no image")
-    if isinstance(cell, Image.Image):
-        image = cell
-    else:
+    image: Any = cell
+    if not isinstance(cell, Image.Image):
         try:
             image = Image.open(io.BytesIO(read_file(cell["path"]) if cell["bytes"] is None else cell["bytes"]))
         except FileNotFoundError as error:
@@ -336,7 +335,7 @@ def open_cell(cell: dict[str, Any] | Image.Image | None, name: str) -> Image.Ima
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise UnreadablePairError(f"{name}: cannot be read as an image ({error}).") from error
     image.filename = name
-    return image
+    return cast(Image.Image, image)
 
 
 def read_file(path: str) -> bytes:

@@ -190,9 +190,14 @@ def pin_models(recipe: Recipe) -> None:
         field = name.removesuffix("_revision")
         model, revision = getattr(recipe.model, field), getattr(recipe.model, name)
         if model is not None and not Path(model_source(model)).is_dir():
-            revision = extract_commit_hash(cached_file(model, CONFIG_NAME, revision=revision), None)
-            setattr(recipe.model, name, revision)
-            recipe.values[name] = revision
+            try:
+                file = cached_file(model, CONFIG_NAME, revision=revision)
+            except OSError as error:
+                raise OSError(
+                    f"{field}: cannot load {model!r} at {revision or 'its newest commit'}: {error}"
+                ) from error
+            recipe.values[name] = extract_commit_hash(file, None)
+            setattr(recipe.model, name, recipe.values[name])
         elif revision:
             raise InputError(f"{name} is {revision}, but {field} is {model or 'not given'}, no model of the Hub.")
 
@@ -224,8 +229,8 @@ def is_complete(folder: Path) -> bool:
 def check_same_recipe(recipe: Recipe, output_dir: Path) -> None:
     """Refuse to resume a run with other settings than it began with: its recipe.yaml would no longer tell the truth.
 
-    The folder itself may have moved, and a field that recipe.yaml does not know had its default. A revision that is not
-    given is that of the run, see `take_commits`.
+    The folder itself may have moved, and a field that recipe.yaml does not know had its default. A revision that is
+    not given is that of the run, see `take_commits`.
 
     Raises:
         InputError: names each setting that differs, with both values.
@@ -257,7 +262,10 @@ def take_commits(recipe: Recipe, output_dir: Path) -> None:
 
 
 def save_recipe(recipe: Recipe, output_dir: Path) -> None:
-    """Write recipe.yaml, which repeats the run, with the commits of what came from the Hub; versions, git revision and sources of materials as comments."""
+    """Write recipe.yaml, which repeats the run; versions, git revision and sources of materials as comments.
+
+    Its revisions are the commits of what came from the Hub.
+    """
     packages = ", ".join(f"{name} {version(name)}" for name in ("kcfi", "transformers", "torch", "datasets"))
     header = f"# {packages}, python {platform.python_version()}\n# git revision: {git_revision()}\n"
     if recipe.data.materials:

@@ -315,6 +315,7 @@ class KCFITrainer(Trainer):
         self.pairs_seen = 0
         self.captions_seen = 0
         self.unreadable = 0  # pairs of this epoch
+        self.positions: dict[int, Position] = {}  # of the readers of a stream on this rank
         self._weights = dict.fromkeys(TASKS, 1.0)
         self._step_losses = dict.fromkeys(TASKS, 0.0)
         self._logged: dict[str, list[float]] = {task: [] for task in TASKS}
@@ -341,7 +342,8 @@ class KCFITrainer(Trainer):
         """Trainer's; for a stream one that reads this rank's part of it."""
         if not isinstance(self.train_dataset, RowStream):
             return super().get_train_dataloader()
-        self.train_dataset.positions, self.positions = {}, {}
+        self.positions.clear()
+        self.train_dataset.positions = {}
         loader = DataLoader(
             self.train_dataset,
             batch_size=self._train_batch_size,

@@ -76,7 +76,9 @@ def save(folder, kind, pairs, split="train"):
         name = {"jsonl": "metadata.jsonl", "json": "pairs.jsonl"}[kind]
         (folder / split / name).write_text("\n".join(map(json.dumps, rows)))
         if kind == "json":  # a folder of images would be opened as one
-            card = {"configs": [{"config_name": "default", "data_files": [{"split": split, "path": f"{split}/*.jsonl"}]}]}
+            card = {
+                "configs": [{"config_name": "default", "data_files": [{"split": split, "path": f"{split}/*.jsonl"}]}]
+            }
             (folder / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
     return str(folder)
 
@@ -152,7 +154,7 @@ def test_settings_of_what_datasets_opens_are_refused_elsewhere(root):
             load_pairs(name, "train", streaming=True)
         with pytest.raises(ValueError, match="dataset_revision v1 is for a data set on the Hub"):
             load_pairs(name, "train", revision="v1")
-    with pytest.raises(FileNotFoundError, match="nobody/nothing: neither a folder nor .* on the Hub at revision v1"):
+    with pytest.raises(FileNotFoundError, match=r"nobody/nothing: neither a folder nor .* on the Hub at revision v1"):
         load_pairs("nobody/nothing", "train", revision="v1")
 
 
@@ -231,9 +233,7 @@ def weights(model):
 
 
 @pytest.mark.parametrize(("workers", "stop"), [(0, 3), (0, 6), (2, 3)])  # in the first pass, in the second
-def test_streamed_data_trains_and_a_resumed_run_goes_on_exactly(
-    tmp_path, weights, processor, rows, workers, stop
-):
+def test_streamed_data_trains_and_a_resumed_run_goes_on_exactly(tmp_path, weights, processor, rows, workers, stop):
     """Failed before: AttributeError: 'KCFITrainer' object has no attribute 'sampler'."""
     data = rows.to_iterable_dataset(num_shards=3).shuffle(seed=0, buffer_size=4)
     full = visits(tmp_path, weights(), processor, data, dataloader_num_workers=workers)
@@ -276,7 +276,11 @@ def test_streamed_and_plain_data_are_evaluated_alike(tmp_path, model, processor,
     scores = []
     for data in (rows, stream, {"here": stream}):
         trainer = KCFITrainer(
-            model, arguments(tmp_path, generation_max_new_tokens=4), KCFICollator(processor), eval_dataset=data, processing_class=processor
+            model,
+            arguments(tmp_path, generation_max_new_tokens=4),
+            KCFICollator(processor),
+            eval_dataset=data,
+            processing_class=processor,
         )
         found = trainer.evaluate()
         scores.append({name.replace("eval_here", "eval"): value for name, value in found.items()})
