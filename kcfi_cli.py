@@ -182,8 +182,10 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--dataset",
         required=True,
-        help="'synthetic', a LEVIR-CC / LEVIR-MCI folder, a folder of parquet shards, or a Hub id",
+        help="'synthetic', a LEVIR-CC / LEVIR-MCI folder, or what `datasets` opens: a folder of parquet shards, "
+        "webdataset tars, images with metadata or JSON lines, or a Hub id",
     )
+    evaluate.add_argument("--dataset_revision", help="branch, tag or commit of a data set on the Hub (the newest)")
     evaluate.add_argument(
         "--columns", help='what the columns of a Hub data set are called, as JSON: \'{"image_before": "A"}\''
     )
@@ -259,22 +261,22 @@ def build_parser() -> argparse.ArgumentParser:
     check = data.add_parser(
         "check",
         help="find what is wrong with a folder",
-        description="Read every file of a LEVIR-CC, LEVIR-MCI or LEVIR-CD folder, or every row of a folder of shards, "
-        "print each problem and what each split holds. The exit code is 1 if there are problems.",
+        description="Read every file of a LEVIR-CC, LEVIR-MCI or LEVIR-CD folder, or every row of a folder that "
+        "`datasets` opens, print each problem and what each split holds. The exit code is 1 if there are problems.",
         epilog="example: kcfi data check LEVIR-MCI",
     )
-    check.add_argument("root", type=Path, help="LEVIR-CC / LEVIR-MCI folder, or folder of parquet shards")
-    check.add_argument("--columns", help='what the columns of shards are called, as JSON: \'{"image_before": "A"}\'')
+    check.add_argument("root", type=Path, help="LEVIR-CC / LEVIR-MCI folder, or folder of shards or other rows")
+    check.add_argument("--columns", help='what the columns of rows are called, as JSON: \'{"image_before": "A"}\'')
     check.set_defaults(run=run_check)
 
     convert = data.add_parser(
         "convert",
         help="write parquet shards",
-        description="Copy a LEVIR-CC or LEVIR-MCI folder into parquet shards with a dataset card; train on them by "
+        description="Copy LEVIR-CC or LEVIR-MCI into parquet shards with a dataset card; train on them by "
         "--dataset SHARDS, or upload them to the Hub. Images are copied as they are: run `kcfi data check` first.",
         epilog="example: kcfi data convert LEVIR-MCI --output shards",
     )
-    convert.add_argument("root", type=Path, help="LEVIR-CC / LEVIR-MCI folder")
+    convert.add_argument("root", type=Path, help="LEVIR-CC / LEVIR-MCI folder, or an archive of one (zip, tar)")
     convert.add_argument("--output", type=Path, required=True, help="new folder")
     convert.set_defaults(run=run_convert)
 
@@ -516,6 +518,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         instruction=options.instruction,
         tile=options.tile,
         num_workers=options.num_workers,
+        dataset_revision=options.dataset_revision,
     )
     print(json.dumps(results, indent=2))
 

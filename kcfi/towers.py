@@ -39,6 +39,8 @@ def join_towers(
     text: str,
     shortest_edge: int | None = None,
     dtype: torch.dtype = torch.float32,
+    vision_revision: str | None = None,
+    text_revision: str | None = None,
     **settings: Any,
 ) -> tuple[KCFIForConditionalGeneration, KCFIProcessor]:
     """Join a ViT and a causal language model; perceiver, projector and head start from random weights.
@@ -54,6 +56,8 @@ def join_towers(
         shortest_edge: resize the shorter side of images to so many pixels and crop the centre (the `released` recipe);
             None = resize whole images.
         dtype: of the whole model.
+        vision_revision: branch, tag or commit of `vision` on the Hub (None: the newest).
+        text_revision: likewise of `text`.
         **settings: fields of `KCFIConfig` but the towers and `image_token_id`.
 
     Returns:
@@ -76,16 +80,16 @@ def join_towers(
     tower: Any = vision
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     if isinstance(vision, str):
-        tower = _load(AutoConfig, vision)
+        tower = _load(AutoConfig, vision, vision_revision)
         tower = getattr(tower, "vision_config", tower)  # CLIP and SigLIP have two halves
-        pixels = _load(AutoImageProcessor, vision)
+        pixels = _load(AutoImageProcessor, vision, vision_revision)
         if isinstance(pixels, TimmWrapperImageProcessor):
             mean, std = pixels.data_config["mean"], pixels.data_config["std"]
         else:
             mean, std = pixels.image_mean, pixels.image_std
     config: Any = KCFIConfig(vision_config=tower, **settings)
     processor = KCFIProcessor.from_towers(
-        _load(AutoTokenizer, text),
+        _load(AutoTokenizer, text, text_revision),
         image_mean=mean,
         image_std=std,
         image_size=config.image_size,
@@ -94,16 +98,23 @@ def join_towers(
         shortest_edge=shortest_edge,
     )
     model = KCFIForConditionalGeneration.from_vision_text_pretrained(
-        vision, text, dtype=dtype, image_token_id=processor.image_token_id, **settings
+        vision,
+        text,
+        dtype=dtype,
+        vision_revision=vision_revision,
+        text_revision=text_revision,
+        image_token_id=processor.image_token_id,
+        **settings,
     )
     # greedy decoding, and none of the penalties that instruct models ship for long answers
     model.generation_config = GenerationConfig(do_sample=False, **processor.generation_tokens)
     return model, processor
 
 
-def _load(kind: Any, name: str) -> Any:
+def _load(kind: Any, name: str, revision: str | None) -> Any:
     """`kind.from_pretrained(name)`, with the name in its error: without a connection transformers tells none."""
     try:
-        return kind.from_pretrained(name)
+        return kind.from_pretrained(name, revision=revision)
     except OSError as error:
-        raise OSError(f"Cannot load {name!r}: {error}") from error
+        at = f" at revision {revision!r}" if revision else ""
+        raise OSError(f"Cannot load {name!r}{at}: {error}") from error

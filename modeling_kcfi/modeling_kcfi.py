@@ -500,6 +500,8 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
         vision: str | dict[str, Any],
         text: str,
         dtype: torch.dtype = torch.float32,
+        vision_revision: str | None = None,
+        text_revision: str | None = None,
         **settings: Any,
     ) -> "KCFIForConditionalGeneration":
         """Join two pretrained towers; perceiver, projector and head start from random weights.
@@ -511,6 +513,8 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
                 config of a tower that starts from random weights.
             text: Hub id or folder of a causal language model.
             dtype: of the whole model.
+            vision_revision: branch, tag or commit of `vision` on the Hub (None: the newest).
+            text_revision: likewise of `text`.
             **settings: fields of `KCFIConfig`. `image_token_id` should be the processor's
                 (`KCFIProcessor.image_token_id`); embeddings are added when it lies behind the vocabulary. Without it
                 one is added and its id taken.
@@ -521,7 +525,7 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the language model's logits are not a plain linear map of its last state.
         """
-        language_model: Any = load_tower(AutoModelForCausalLM, text, dtype=dtype)
+        language_model: Any = load_tower(AutoModelForCausalLM, text, revision=text_revision, dtype=dtype)
         vocabulary = language_model.config.vocab_size
         if settings.setdefault("image_token_id", vocabulary) >= vocabulary:
             language_model.resize_token_embeddings(settings["image_token_id"] + 1)
@@ -530,12 +534,14 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
 
         vision_config = vision
         if isinstance(vision, str):
-            vision_config = AutoConfig.from_pretrained(vision)
+            vision_config = AutoConfig.from_pretrained(vision, revision=vision_revision)
             vision_config = getattr(vision_config, "vision_config", vision_config)
         config = KCFIConfig(vision_config=vision_config, text_config=language_model.config, **settings)
         config.vision_config.name_or_path = config.text_config.name_or_path = ""  # folders of this machine
         if isinstance(vision, str):
-            vision_tower = load_tower(AutoModel, vision, config=config.vision_config, dtype=dtype)
+            vision_tower = load_tower(
+                AutoModel, vision, revision=vision_revision, config=config.vision_config, dtype=dtype
+            )
         else:
             vision_tower = AutoModel.from_config(config.vision_config, dtype=dtype)
 

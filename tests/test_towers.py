@@ -2,12 +2,15 @@
 
 import os
 import re
+import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -38,6 +41,7 @@ VISION = {  # settings of the model, and the image processor beside it
     "clip": (HALVES, CLIPImageProcessor),
     "siglip": (HALVES, SiglipImageProcessor),
 }
+META = {"format": "pt"}
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 
 DECODER = {
@@ -190,6 +194,28 @@ def test_images_are_cropped_where_their_scale_is_to_be_kept(vision, text):
 def test_a_tower_of_random_weights_is_a_config(text):
     model, processor = join_towers({"model_type": "vit", **MLP}, text, dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16 and processor.image_processor.image_mean == (0.485, 0.456, 0.406)
+
+
+def test_towers_are_taken_at_the_revision_that_is_asked_for(vision, text, tmp_path, monkeypatch):
+    """Failed before: join_towers took `vision_revision` for a setting of the model."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for name, folder in (("vit", vision), ("lm", text)):
+        for number, revision in enumerate(("main", "v1")):  # the weights of v1 are those of main plus 1
+            snapshot = tmp_path / f"models--me--{name}" / "snapshots" / (f"{number}" * 40)
+            shutil.copytree(folder, snapshot)
+            weights = load_file(snapshot / "model.safetensors")
+            save_file({key: value + number for key, value in weights.items()}, snapshot / "model.safetensors", META)
+            reference = tmp_path / f"models--me--{name}" / "refs" / revision
+            reference.parent.mkdir(exist_ok=True)
+            reference.write_text(f"{number}" * 40)
+    newest, _ = join_towers("me/vit", "me/lm")
+    asked, _ = join_towers("me/vit", "me/lm", vision_revision="v1", text_revision="v1")
+    for part in ("vision_tower", "language_model"):
+        parts = [dict(getattr(model.model, part).named_parameters()) for model in (newest, asked)]
+        name = next(name for name in parts[0] if "proj" in name or "query" in name)
+        torch.testing.assert_close(parts[1][name], parts[0][name] + 1)
+    with pytest.raises(OSError, match="Cannot load 'me/lm' at revision 'v2': "):
+        join_towers("me/vit", "me/lm", text_revision="v2")
 
 
 @pytest.mark.parametrize("missing", ["vision", "text"])

@@ -96,6 +96,7 @@ def _evaluation(recipe: Recipe, folder: Path, meteor: bool) -> list[str]:
     data = recipe.data
     options = {"model": folder, "dataset": data.dataset, "split": "test", "output": folder / RESULTS}
     options |= {"seed": data.dataset_seed, "mask_classes": data.mask_classes, "materials": data.materials}
+    options["dataset_revision"] = data.dataset_revision
     args = recipe.training
     options |= {"feature_cache": args.feature_cache, "max_new_tokens": args.generation_max_new_tokens}
     options |= {name: json.dumps(value) for name in ("columns", "pair_mix") if (value := getattr(data, name))}

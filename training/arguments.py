@@ -28,8 +28,18 @@ class ModelArguments:
         default=None,
         metadata={"help": "KCFI model to continue from: a folder, a Hub id, or kcfi-tiny (the embedded model)."},
     )
+    model_revision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Branch, tag or commit of `model` on the Hub (default: the newest). Of this and the three other "
+            "revisions the run's recipe.yaml holds the commit that was found."
+        },
+    )
     vision_model: str | None = field(
         default=None, metadata={"help": "Pretrained vision tower of a new model: a folder or a Hub id."}
+    )
+    vision_model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of `vision_model` on the Hub (default: the newest)."}
     )
     vision_config: dict[str, Any] | str | None = field(
         default=None,
@@ -37,6 +47,9 @@ class ModelArguments:
     )
     text_model: str | None = field(
         default=None, metadata={"help": "Language model of a new model, with its tokenizer: a folder or a Hub id."}
+    )
+    text_model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of `text_model` on the Hub (default: the newest)."}
     )
     model_settings: dict[str, Any] | str | None = field(
         default=None,
@@ -65,14 +78,32 @@ class DataArguments:
     dataset: str = field(
         default="synthetic",
         metadata={
-            "help": "'synthetic', a LEVIR-CC / LEVIR-MCI / LEVIR-CD folder, a folder of parquet shards, a Hub id."
+            "help": "'synthetic', a LEVIR-CC / LEVIR-MCI / LEVIR-CD folder, or what `datasets` opens: a folder of "
+            "parquet shards, webdataset tars, images with metadata or JSON lines, or a Hub id."
+        },
+    )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of `dataset` on the Hub (default: the newest)."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read what `datasets` opens row by row instead of shard by shard or from its cache: nothing is "
+            "downloaded first, the order is random within a buffer, and `max_steps` says how long to train."
         },
     )
     columns: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "What shards or a Hub data set call our columns image_before, image_after, mask, captions, "
-            "changed and filename, where the names differ (JSON; one alone: --columns.image_before A)."
+            "help": "What a data set that `datasets` opens calls our columns image_before, image_after, mask, "
+            "captions, changed and filename, where the names differ (JSON; one alone: --columns.image_before A)."
+        },
+    )
+    ground_sampling_distance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Metres per pixel of the training images, saved with the model (0.5 in LEVIR-CC and in drawn "
+            "pairs; default: not known)."
         },
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})

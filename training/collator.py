@@ -101,8 +101,8 @@ class KCFICollator:
         return self._training_rows(examples, batch) if self.train else self._prompts(examples, batch, masks)
 
     def _chance(self, example: dict[str, Any], purpose: str = "") -> random.Random:
-        """What a pair draws from at this visit."""
-        return random.Random(f"{purpose}{self.seed} {self._epoch.item()} {example['filename']}")
+        """What a pair draws from at this visit; streamed pairs bring the number of their pass along."""
+        return random.Random(f"{purpose}{self.seed} {example.get('epoch', self._epoch.item())} {example['filename']}")
 
     def _training_rows(self, examples: Sequence[dict[str, Any]], batch: dict[str, Any]) -> dict[str, Any]:
         """A row per pair: its prompt, and its captions in segments behind it."""

@@ -1,4 +1,4 @@
-"""Check of a folder of pairs or of parquet shards (`kcfi data check`): every problem, and what each split holds."""
+"""Check of a folder of pairs or of rows (`kcfi data check`): every problem, and what each split holds."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,26 +72,26 @@ class SplitCounts:
 def check_folder(
     root: str | Path, columns: Mapping[str, str] | None = None
 ) -> tuple[list[str], dict[str, SplitCounts]]:
-    """Read every file of a folder of pairs, or of its shards, and find everything that is wrong.
+    """Read every file of a folder of pairs, or of its rows, and find everything that is wrong.
 
     Args:
         root: Folder in a layout of `levir_cc.py`, where a split without the folder `label` has no masks; or a folder
-            of parquet shards.
-        columns: What shards call our columns, where the names differ.
+            that `datasets` opens.
+        columns: What its rows call our columns, where the names differ.
 
     Returns:
         One line per problem, naming the file, and the counts of each split. A `changeflag` that disagrees with the
         mask is counted and no problem: LEVIR-MCI has such pairs. So is a pair without a sentence that has a mask.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or neither a captions file, nor masks, nor a shard in it.
-        InputError: If the captions file is no such JSON, or `columns` is given for a folder without shards.
+        FileNotFoundError: If there is no such folder, or neither a captions file, nor masks, nor a file of rows in it.
+        InputError: If the captions file is no such JSON, or `columns` is given for a folder without rows.
     """
     if Path(root).is_dir() and is_datasets_name(str(root)):
-        return check_shards(Path(root), columns or {})
+        return check_rows(Path(root), columns or {})
     images, pairs, problems = open_folder(Path(root))
     if columns:
-        raise InputError(f"columns are for parquet shards; {root} has none")
+        raise InputError(f"columns are for what `datasets` opens; {root} is a folder as distributed")
     # what names the pairs
     source = Path(root) / "*" / FOLDERS["image_before"] if images == Path(root) else find_captions(Path(root))
     for pair in pairs:
@@ -106,13 +106,21 @@ def check_folder(
     return problems, dict(counts)
 
 
-def check_shards(root: Path, columns: Mapping[str, str]) -> tuple[list[str], dict[str, SplitCounts]]:
-    """`check_folder` for a folder of parquet shards; only the rows that can be read are counted."""
-    from kcfi.training.shards import Shard, data_files, open_shard, row_pair  # `datasets` takes a second to import
+def check_rows(root: Path, columns: Mapping[str, str]) -> tuple[list[str], dict[str, SplitCounts]]:
+    """`check_folder` for a folder that `datasets` opens; only the rows that can be read are counted."""
+    from kcfi.training.rows import RowDataset, open_pairs  # `datasets` takes a second to import
+    from kcfi.training.shards import Shard, complete_row, data_files, folders_of, open_shard, row_pair
 
     problems: list[str] = []
     shards: list[tuple[str, Shard]] = []
+    others: list[tuple[str, RowDataset]] = []
     for split, files in data_files(str(root)).items():
+        if not all(file.endswith(".parquet") for file in files):
+            try:
+                others.append((split, cast(RowDataset, open_pairs(str(root), split, columns))))
+            except InputError as error:
+                problems.append(str(error))
+            continue
         for file in files:
             try:
                 shards.append((split, open_shard(file, str(root), split, columns)))
@@ -127,11 +135,14 @@ def check_shards(root: Path, columns: Mapping[str, str]) -> tuple[list[str], dic
                 problems.append(str(error))
                 continue
             for number in range(len(table)):
-                yield split, table.slice(number, 1).to_pylist()[0]
+                yield split, complete_row(table.slice(number, 1).to_pylist()[0], folders_of([shard.file]))
+        for split, pairs in others:
+            for number in range(len(pairs)):
+                yield split, pairs.row(number)
 
     counts: dict[str, SplitCounts] = defaultdict(SplitCounts)
     seen: set[tuple[str, str]] = set()
-    total = sum(shard.num_rows for _, shard in shards)
+    total = sum(shard.num_rows for _, shard in shards) + sum(len(pairs) for _, pairs in others)
     for split, row in tqdm(rows(), "checking", total, unit="pair"):
         name = f"{root}: {row['filename']}"
         if (split, row["filename"]) in seen:
@@ -225,7 +236,7 @@ def check_row(row: Mapping[str, Any], name: str) -> tuple[list[str], NDArray[np.
         if key != "mask" or row.get(key) is not None:
             try:
                 sources[key] = open_cell(row[key], f"{name} ({key})")
-            except UnreadablePairError as error:
+            except (FileNotFoundError, UnreadablePairError) as error:
                 problems.append(str(error))
     found, pixels = check_images(sources)
     return problems + found, pixels

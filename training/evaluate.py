@@ -189,12 +189,13 @@ def evaluate_model(
     instruction: str | None = None,
     tile: int | None = None,
     num_workers: int | None = None,
+    dataset_revision: str | None = None,
 ) -> dict[str, Any]:
     """Score a model on a split and write results.json, predictions.json and pairs.png into one folder.
 
     Args:
         model: folder, Hub id, or "kcfi-tiny".
-        dataset: "synthetic", a folder in the layout of LEVIR-CC / LEVIR-MCI, a folder of parquet shards, or a Hub id.
+        dataset: "synthetic", a folder in the layout of LEVIR-CC / LEVIR-MCI, or what `datasets` opens (`load_pairs`).
         split: "train", "val" or "test".
         output: the results file; predictions and picture sheet are written beside it.
         num_pairs: how many of the first pairs (None: all).
@@ -203,7 +204,7 @@ def evaluate_model(
         batch_size: pairs per batch.
         max_new_tokens: longest caption, in tokens.
         meteor: False does without Java and leaves METEOR and S_m* out.
-        columns: names of the columns of shards or a Hub data set, where they differ from ours.
+        columns: names of the columns of what `datasets` opens, where they differ from ours.
         materials: library of `kcfi data materials` that "synthetic" draws with.
         pair_mix: kinds of synthetic pairs, see `SyntheticDataset`.
         feature_cache: folder where the vision tower's features of every image are kept, see `FeatureCache`.
@@ -212,6 +213,7 @@ def evaluate_model(
         instruction: what the model is asked (None: the first of Table I).
         tile: see `Describer`.
         num_workers: processes that read images (None: 2 beside a GPU, else none).
+        dataset_revision: branch, tag or commit of a data set on the Hub (None: the newest).
 
     Returns:
         What results.json holds; of synthetic pairs also "synthetic": how they were drawn.
@@ -222,7 +224,7 @@ def evaluate_model(
     """
     if meteor:
         require_java()  # now, not after an hour of captions
-    pairs = load_pairs(dataset, split, num_pairs, seed, columns, materials, pair_mix)
+    pairs = load_pairs(dataset, split, num_pairs, seed, columns, materials, pair_mix, dataset_revision)
     network, processor = load(model, device, dtype)
     if feature_cache:
         network.model.get_stage_features = FeatureCache(network.model, feature_cache)

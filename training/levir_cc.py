@@ -18,7 +18,7 @@ Every data set of this project yields the same example, a dictionary:
 | `filename`, `split` | str |
 
 `class_ids` is the one place that turns file values into the classes a model is trained on. The same pairs as parquet
-shards or from the Hub are read by `shards.py`; `load_pairs` opens all of them by name.
+shards are read by `shards.py`, in any other form that `datasets` opens by `rows.py`; `load_pairs` opens all by name.
 """
 
 import gzip
@@ -63,6 +63,9 @@ _CLASS_IDS: dict[MaskClasses, dict[int, int]] = {
     "building": {MASK_BACKGROUND: 0, MASK_ROAD: 0, MASK_BUILDING: 1},
     "road_building": {MASK_BACKGROUND: 0, MASK_ROAD: 1, MASK_BUILDING: 2},
 }
+
+# Endings of files that rows of pairs stand in, for `datasets`; .csv and .jsonl may be the metadata of an image folder.
+ROW_FILES = (".parquet", ".arrow", ".tar", ".json", ".jsonl", ".csv")
 
 # Names of the captions file, and the folder of each image of an example below `images/{split}`.
 CAPTIONS_FILES = ("LevirCCcaptions.json", "LevirCCcaptions.json.gz")
@@ -237,7 +240,13 @@ def find_captions(root: Path) -> Path:
 
     Raises:
         FileNotFoundError: If there is no such folder, or no such file in it.
+        InputError: If `root` is a file.
     """
+    if root.is_file():
+        raise InputError(
+            f"{root} is a file, no folder. Of an archive (zip, tar) of LEVIR-CC or LEVIR-MCI make shards first, `kcfi "
+            "data convert ARCHIVE --output shards`, and give that folder."
+        )
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
     for name in CAPTIONS_FILES:
@@ -428,11 +437,13 @@ class LevirCCDataset(Dataset[dict[str, Any]]):
 
 
 def is_datasets_name(dataset: str) -> bool:
-    """Tell whether `datasets` opens this name: a folder of parquet shards, or a Hub id where there is no folder."""
+    """Tell whether `datasets` opens this name: a folder with files of rows, or a Hub id where there is no folder."""
     root = Path(dataset)
     if root.is_dir():
-        return not any((root / name).is_file() for name in CAPTIONS_FILES) and any(root.rglob("*.parquet"))
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset) is not None
+        return not any((root / name).is_file() for name in CAPTIONS_FILES) and any(
+            path.suffix in ROW_FILES for path in root.rglob("*")
+        )
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset) is not None and not root.exists()
 
 
 def check_new_folder(folder: Path) -> None:
@@ -460,32 +471,40 @@ def load_pairs(
     columns: Mapping[str, str] | None = None,
     materials: str | None = None,
     pair_mix: Mapping[str, float] | None = None,
-) -> Dataset[dict[str, Any]]:
+    revision: str | None = None,
+    streaming: bool = False,
+) -> Dataset[Any]:
     """Open a data set by the name that recipes and commands use.
 
     Args:
-        dataset: "synthetic", a folder in the layout of LEVIR-CC, LEVIR-MCI or LEVIR-CD, a folder of parquet shards,
-            or a data set's id on the Hub.
+        dataset: "synthetic", a folder in the layout of LEVIR-CC, LEVIR-MCI or LEVIR-CD, or what `datasets` opens: a
+            folder of parquet shards, webdataset tars, images with metadata or JSON lines, or a data set's id on the Hub.
         split: "train", "val" or "test", or what the data set calls them.
         num_pairs: Pairs that "synthetic" draws (None: `SYNTHETIC_PAIRS`), or how many of the first pairs of any other
             data set to take at most (None: all).
         seed: Seed of "synthetic"; the others have none.
-        columns: What shards or a data set on the Hub call our columns, where the names differ; see `ShardDataset`.
+        columns: What a data set that `datasets` opens calls our columns, where the names differ; see `rows.py`.
         materials: Library of real surfaces that "synthetic" draws with (`kcfi data materials`).
         pair_mix: Kinds of pairs of "synthetic", see `SyntheticDataset`.
+        revision: Branch, tag or commit of a data set on the Hub (None: the newest).
+        streaming: Read what `datasets` opens row by row, as a `RowStream` without a length.
 
     Returns:
-        Map-style data set of examples as in the module's docstring.
+        Data set of examples as in the module's docstring, map-style unless `streaming`.
 
     Raises:
         FileNotFoundError: If the data set or a part of it is missing.
         InputError: If `num_pairs` is below 1, the split is unknown, the folder's JSON or the columns are refused, or
-            `columns`, `materials` or `pair_mix` is given for a data set that has none.
+            `columns`, `materials`, `pair_mix`, `revision` or `streaming` is given for a data set that has none.
     """
     if num_pairs is not None and num_pairs < 1:
         raise InputError(f"num_pairs is {num_pairs}; expected at least 1")
     if columns and not is_datasets_name(dataset):
         raise InputError(f"columns are for parquet shards and Hub ids; {dataset} is neither")
+    if streaming and not is_datasets_name(dataset):
+        raise InputError(f"streaming is for what `datasets` opens, parquet shards or a Hub id; {dataset} is neither")
+    if revision and (not is_datasets_name(dataset) or Path(dataset).is_dir()):
+        raise InputError(f"dataset_revision {revision} is for a data set on the Hub; {dataset} is none")
     if (materials or pair_mix) and dataset != "synthetic":
         raise InputError(f"materials and pair_mix are for dataset 'synthetic'; {dataset} comes as it is")
     if dataset == "synthetic":
@@ -498,8 +517,8 @@ def load_pairs(
         count = num_pairs or SYNTHETIC_PAIRS[split]
         return SyntheticDataset(count, split, seed, materials=library, pair_mix=pair_mix)
     if is_datasets_name(dataset):
-        from kcfi.training.shards import ShardDataset  # `datasets` takes a second to import
+        from kcfi.training.rows import open_pairs  # `datasets` takes a second to import
 
-        return ShardDataset(dataset, split, columns, num_pairs)
+        return open_pairs(dataset, split, columns, num_pairs, revision, streaming)
     pairs = LevirCCDataset(dataset, split)
     return pairs if num_pairs is None else Subset(pairs, range(min(num_pairs, len(pairs))))

@@ -1,6 +1,6 @@
 """The order in which training visits the pairs: a pure function of (seed, epoch), shared out among the ranks.
 
-- **Folders and drawn pairs**: one permutation of all pairs per epoch.
+- **Folders, drawn pairs and a `datasets.Dataset`**: one permutation of all pairs per epoch.
 - **Shards**, on disk or on the Hub: a permutation of the shards, and inside each shard a permutation of its rows, so
   that one shard at a time has to be read. The batches go in turn to `lanes` = ranks x loader workers readers, and each
   lane has its own stretch of this order: ranks and workers read different shards.
@@ -12,6 +12,8 @@
   The rest of the epoch is what an uninterrupted run visits, on each rank, if the numbers of ranks and (with shards) of
   workers, the batch size and the accumulation are those of the run. `KCFITrainer` refuses others within an epoch;
   between two they are free, since each epoch has an order of its own.
+
+Streamed data (`rows.RowStream`) comes in its own order, which `datasets` shares out; its docstring says what is exact.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Pairs as parquet shards or from the Hub: the reader, and the writer (`kcfi data convert`).
+"""Pairs as parquet shards, here or on the Hub: the reader, and the writer (`kcfi data convert`).
 
 ```
 SHARDS/README.md                                    dataset card: names the files of every split
@@ -14,14 +14,15 @@ reader serves files and shards, and an unreadable image is named.
 """
 
 import io
+import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import fsspec
@@ -34,6 +35,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from kcfi.processing import InputError
+from kcfi.training.archive import unpacked
 from kcfi.training.arguments import check_names
 from kcfi.training.levir_cc import (
     CaptionedPair,
@@ -44,7 +46,7 @@ from kcfi.training.levir_cc import (
     open_folder,
 )
 
-# Columns of a shard. Hub data sets need the same, under any names (see `ShardDataset`), but for `split` and for `mask`
+# Columns of a shard. Other data sets need the same, under any names (`select_columns`), but for `split` and for `mask`
 # or, where there are masks, `captions` and `changed`.
 FEATURES = datasets.Features(
     {
@@ -73,9 +75,11 @@ class ShardDataset(Dataset[dict[str, Any]]):
         split: Name of the split.
         columns: What the data set calls our columns, where the names differ: `{"image_before": "A"}`.
         num_pairs: Take so many of the first pairs at most (None: all).
+        revision: Branch, tag or commit of a data set on the Hub (None: the newest).
 
     Attributes:
         sizes: Pairs in each shard.
+        commit: Of a data set on the Hub, else None.
 
     Raises:
         FileNotFoundError: At construction, if there is no such data set or the Hub cannot be reached.
@@ -84,10 +88,17 @@ class ShardDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, dataset: str, split: str, columns: Mapping[str, str] | None = None, num_pairs: int | None = None
+        self,
+        dataset: str,
+        split: str,
+        columns: Mapping[str, str] | None = None,
+        num_pairs: int | None = None,
+        revision: str | None = None,
     ) -> None:
         self.dataset, self.split = dataset, split
-        progress = tqdm(shard_files(dataset, split), "opening shards", unit="shard", leave=False, delay=2)
+        files = split_files(dataset, split, revision)
+        self.commit = commit_of(files)
+        progress = tqdm(files, "opening shards", unit="shard", leave=False, delay=2)
         self.shards = [open_shard(file, dataset, split, columns or {}) for file in progress]
         ends = accumulate(shard.num_rows for shard in self.shards)
         self.ends = [end if num_pairs is None else min(end, num_pairs) for end in ends]
@@ -104,8 +115,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
         if self._read[0] != number:
             self._read = (-1, None)  # never two of them in memory
             self._read = (number, self.shards[number].read())
-        row = index - self.ends[number] + self.sizes[number]
-        return row_example(self._read[1].slice(row, 1).to_pylist()[0], self.dataset, self.split)
+        row = self._read[1].slice(index - self.ends[number] + self.sizes[number], 1).to_pylist()[0]
+        return row_example(complete_row(row, folders_of([self.shards[number].file])), self.dataset, self.split)
 
 
 @dataclass(frozen=True)
@@ -137,38 +148,54 @@ class Shard:
         return table.select(list(self.columns)).rename_columns(list(self.columns.values()))
 
 
-def data_files(dataset: str) -> dict[str, list[str]]:
+def data_files(dataset: str, revision: str | None = None) -> dict[str, list[str]]:
     """The files of every split of a folder or of a data set on the Hub, as its card or else their names say.
+
+    Args:
+        dataset: Folder or Hub id.
+        revision: Branch, tag or commit of a data set on the Hub (None: the newest).
 
     Raises:
         FileNotFoundError: If there is no such data set, it is empty, or the Hub cannot be reached.
+        InputError: If `datasets` finds no way to open it.
     """
     try:
-        splits = datasets.load_dataset_builder(dataset).config.data_files or {}
+        splits = datasets.load_dataset_builder(dataset, revision=revision).config.data_files or {}
     except (FileNotFoundError, ConnectionError) as error:
         if Path(dataset).is_dir():
             raise
+        at = f" at revision {revision}" if revision else ""
         raise FileNotFoundError(
-            f"{dataset}: neither a folder nor a data set on the Hub ({error}). Without a network, give the folder of "
-            f"a copy (`hf download {dataset} --repo-type dataset --local-dir FOLDER`)."
+            f"{dataset}: neither a folder nor a data set on the Hub{at} ({error}). Without a network, give the folder "
+            f"of a copy (`hf download {dataset} --repo-type dataset --local-dir FOLDER`)."
         ) from error
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"{dataset}: `datasets` cannot open it ({error})") from error
     return {str(name): [str(file) for file in splits[name]] for name in splits}
 
 
-def shard_files(dataset: str, split: str) -> list[str]:
-    """Paths or URLs of the parquet files of a split, in the order of their rows; see `data_files`.
+def split_files(dataset: str, split: str, revision: str | None = None) -> list[str]:
+    """Paths or URLs of the files of a split, in the order of their rows; see `data_files`.
 
     Raises:
         FileNotFoundError: If there is no such data set or the Hub cannot be reached.
-        InputError: If the split is unknown or holds other files than parquet.
+        InputError: If the split is unknown.
     """
-    files = data_files(dataset)
+    files = data_files(dataset, revision)
     if split not in files:
         raise InputError(f"{dataset}: no split '{split}'; splits of the data set: {', '.join(files)}")
-    others = [file for file in files[split] if not file.endswith(".parquet")]
-    if others:
-        raise InputError(f"{dataset}, split '{split}': {others[0]} is no parquet file; only parquet can be read")
     return files[split]
+
+
+def commit_of(files: Iterable[str]) -> str | None:
+    """The commit in the URLs of a data set's files on the Hub, which `datasets` has resolved; None elsewhere."""
+    found = re.match(r"hf://datasets/[^@]+@([0-9a-f]{40})/", next(iter(files), ""))
+    return found[1] if found else None
+
+
+def folders_of(files: Iterable[str]) -> list[str]:
+    """The folders that files lie in, each once: where relative paths of images begin."""
+    return list(dict.fromkeys(file.rpartition("/")[0] for file in files))
 
 
 def open_shard(file: str, dataset: str, split: str, columns: Mapping[str, str]) -> Shard:
@@ -204,8 +231,9 @@ def select_columns(features: Mapping[str, Any], dataset: str, columns: Mapping[s
         Our name of each column that is needed, by its name in the data set.
 
     Raises:
-        InputError: If `columns` has an unknown key, or a column is missing or of another type than in `FEATURES`
-            (integers 0 and 1 may stand for `changed`). `mask` may be missing; with it, `captions` and `changed` may.
+        InputError: If `columns` has an unknown key, or a column is missing or of another type than in `FEATURES`.
+            Texts may stand for images (their paths) and for captions (a pair with one), 0 and 1 for `changed`. `mask`
+            may be missing; with it, `captions` and `changed` may.
     """
     ours = [name for name in FEATURES if name != "split"]
     check_names(columns, ours, "entry of columns")
@@ -220,9 +248,51 @@ def select_columns(features: Mapping[str, Any], dataset: str, columns: Mapping[s
             f"{', '.join(ours)}. Say which in `columns`, for example columns: {{image_before: A}}"
         )
     for their_name, name in theirs.items():
-        if not isinstance(features[their_name], type(FEATURES[name])):
-            raise InputError(f"{dataset}: {name} is a column of {features[their_name]}; expected {FEATURES[name]}")
+        feature = features[their_name]
+        text = isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+        unknown = name == "mask" and feature == datasets.Value("null")  # nothing but None so far
+        if not (isinstance(feature, type(FEATURES[name])) or (text and name in (*_IMAGES, "captions")) or unknown):
+            raise InputError(f"{dataset}: {name} is a column of {feature}; expected {FEATURES[name]}")
     return theirs
+
+
+def complete_row(row: Mapping[str, Any], folders: Iterable[str]) -> dict[str, Any]:
+    """Bring a row with our names of columns into the types of `FEATURES`, images undecoded.
+
+    Args:
+        row: Where `select_columns` allows a text, it may hold one.
+        folders: Where relative paths of images begin; one of them must hold the file.
+
+    Raises:
+        UnreadablePairError: If several folders hold the file.
+    """
+    complete = dict(row)
+    for key in _IMAGES:
+        if isinstance(row.get(key), str):
+            complete[key] = {"bytes": None, "path": find_image(row[key], folders)}
+    if isinstance(row.get("captions"), str):
+        complete["captions"] = [row["captions"]]
+    return complete
+
+
+def find_image(path: str, folders: Iterable[str]) -> str:
+    """Path or URL of an image that a row names relative to the folder of its own file; absolute ones stay.
+
+    Raises:
+        UnreadablePairError: If several folders hold it.
+    """
+    if "://" in path or Path(path).is_absolute():
+        return path
+    places = [f"{folder}/{path}" for folder in folders]
+    if len(places) == 1:
+        return places[0]
+    found = []
+    for place in places:
+        files, name = fsspec.core.url_to_fs(place)
+        found += [place] if files.exists(name) else []
+    if len(found) > 1:
+        raise UnreadablePairError(f"{path} is ambiguous: {' and '.join(found)} exist. Write longer paths.")
+    return found[0] if found else places[0]
 
 
 def row_example(row: Mapping[str, Any], dataset: str, split: str) -> dict[str, Any]:
@@ -235,6 +305,7 @@ def row_example(row: Mapping[str, Any], dataset: str, split: str) -> dict[str, A
         split: Name of the split.
 
     Raises:
+        FileNotFoundError: If an image is a path and not there.
         InputError: If an image cannot be read, the mask is coloured, the sizes differ, or `changed` is not 0 or 1, or
             is absent without a mask.
     """
@@ -259,45 +330,65 @@ def row_pair(row: Mapping[str, Any], name: str, split: str) -> CaptionedPair:
     return CaptionedPair(row["filename"], flag, row.get("captions") or [], split)
 
 
-def open_cell(cell: dict[str, Any] | None, name: str) -> Image.Image:
-    """Open an undecoded image under a name that errors show.
+def open_cell(cell: dict[str, Any] | Image.Image | None, name: str) -> Image.Image:
+    """Open an image under a name that errors show.
+
+    Args:
+        cell: Undecoded, with `bytes`, or the `path` or URL of a file; or an image.
+        name: That name.
 
     Raises:
+        FileNotFoundError: If it is a path and not there.
         UnreadablePairError: If there is none, or it is no image.
     """
     if cell is None:
         raise UnreadablePairError(f"{name}: no image")
-    try:
-        image = Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnreadablePairError(f"{name}: cannot be read as an image ({error}).") from error
+    image: Any = cell
+    if not isinstance(cell, Image.Image):
+        try:
+            image = Image.open(io.BytesIO(read_file(cell["path"]) if cell["bytes"] is None else cell["bytes"]))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{name}: no such file ({cell['path']})") from error
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UnreadablePairError(f"{name}: cannot be read as an image ({error}).") from error
     image.filename = name
-    return image
+    return cast(Image.Image, image)
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of a file, here or elsewhere: `hf://...`, or in an archive, `zip://A/1.png::hf://...`."""
+    with fsspec.open(path) as stream:
+        content: bytes = stream.read()
+    return content
 
 
 def write_shards(root: str | Path, output: str | Path) -> None:
-    """Copy a folder of pairs into parquet shards with a dataset card (`kcfi data convert`).
+    """Copy pairs into parquet shards with a dataset card (`kcfi data convert`).
 
     The images are copied byte for byte and not looked into: that is what `kcfi data check` does. The folder appears
     under its name when it is complete. The pairs of the split "train" are shuffled, so that each shard is a sample of
     them all: LEVIR-CC ends in hundreds of unchanged pairs, and training reads one shard after the other.
 
     Args:
-        root: Folder in a layout of `levir_cc.py`; all its splits are converted.
+        root: Folder in a layout of `levir_cc.py`, or an archive (zip, tar) of one; all its splits are converted.
         output: Folder to create; it must be new or empty.
 
     Raises:
         FileExistsError: If `output` is not empty.
         FileNotFoundError: If `root`, a part of it or an image is missing.
-        InputError: If the captions file is refused.
+        InputError: If the captions file or the archive is refused.
     """
     root, output = Path(root), Path(output)
     check_new_folder(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if root.is_file():
+        with unpacked(root, output.parent) as folder:
+            write_shards(folder, output)
+        return
     _, pairs, problems = open_folder(root)
     if problems or not pairs:
         raise InputError(problems[0] if problems else f"{root}: there is no pair")
     sources = [LevirCCDataset(root, split) for split in dict.fromkeys(pair.split for pair in pairs)]
-    output.parent.mkdir(parents=True, exist_ok=True)
     with (
         TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary,
         tqdm(desc="converting", total=len(pairs), unit="pair") as bar,

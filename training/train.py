@@ -24,6 +24,8 @@ import yaml
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import InputError, KCFIProcessor
@@ -42,8 +44,12 @@ from kcfi.training.evaluate import check_classes
 from kcfi.training.levir_cc import load_pairs
 from kcfi.training.lora import add_lora, merge_lora
 from kcfi.training.material_library import attributions
+from kcfi.training.rows import RowDataset, RowStream
+from kcfi.training.shards import ShardDataset
 from kcfi.training.trainer import KCFITrainer
 from kcfi.training.zero import whole_weights
+
+REVISIONS = ("model_revision", "vision_model_revision", "text_model_revision")  # fields of `ModelArguments`
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -111,21 +117,34 @@ def train(recipe: Recipe, checkpoint: str | None = None) -> KCFITrainer:
     """
     args, data = recipe.training, recipe.data
     output_dir = Path(str(args.output_dir))
+    if checkpoint:
+        take_commits(recipe, output_dir)
+    pin_models(recipe)
     source: dict[str, Any] = {
         "seed": data.dataset_seed,
         "columns": as_dict(data.columns),
         "materials": data.materials,
         "pair_mix": as_dict(data.pair_mix),
+        "streaming": data.streaming,
     }
-    train_pairs = load_pairs(data.dataset, data.train_split, data.num_train_pairs, **source)
+    train_pairs: Any = load_pairs(
+        data.dataset, data.train_split, data.num_train_pairs, revision=data.dataset_revision, **source
+    )
+    if isinstance(train_pairs, ShardDataset | RowDataset | RowStream) and train_pairs.commit:
+        data.dataset_revision = recipe.values["dataset_revision"] = train_pairs.commit
+    if isinstance(train_pairs, RowStream):
+        train_pairs = train_pairs.shuffled(args.seed if args.data_seed is None else args.data_seed)
     eval_pairs = None
     if args.eval_strategy != "no":
-        eval_pairs = load_pairs(data.dataset, data.eval_split, data.num_eval_pairs, **source)
+        eval_pairs = load_pairs(
+            data.dataset, data.eval_split, data.num_eval_pairs, revision=data.dataset_revision, **source
+        )
 
     set_seed(args.seed)
     with whole_weights(args):
         model, processor = build_model(recipe.model)
     check_classes(model, data.mask_classes)
+    processor.ground_sampling_distance = data.ground_sampling_distance
     if recipe.model.lora:
         add_lora(model, as_dict(recipe.model.lora), args)
     trainer = KCFITrainer(
@@ -152,15 +171,16 @@ def build_model(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCF
     Raises:
         InputError: neither or both are given, an unknown setting, or no such folder.
     """
-    new = {name: value for name, value in vars(args).items() if name not in ("model", "lora") and value}
+    new = {name: value for name, value in vars(args).items() if name not in ("model", *REVISIONS, "lora") and value}
     if args.model is None:
         return new_model(args)
     if new:
         raise InputError(f"`model` is a finished model: leave out {', '.join(new)}.")
     source = model_source(args.model)
+    revision = args.model_revision
     with refusals(f"Cannot load the model {args.model!r}: "):
-        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
-        processor = AutoProcessor.from_pretrained(source)
+        model: Any = AutoModelForImageTextToText.from_pretrained(source, revision=revision, dtype=torch.float32)
+        processor = AutoProcessor.from_pretrained(source, revision=revision)
     return merge_lora(model), processor
 
 
@@ -170,13 +190,43 @@ def new_model(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCFIP
     if args.text_model is None or bool(args.vision_model) == bool(vision_config):
         raise InputError("Give `model`, or `text_model` and one of `vision_model` and `vision_config`.")
     vision = model_source(args.vision_model) if args.vision_model else vision_config
-    model, processor = join_towers(vision, model_source(args.text_model), args.shortest_edge, **settings)
+    model, processor = join_towers(
+        vision,
+        model_source(args.text_model),
+        args.shortest_edge,
+        vision_revision=args.vision_model_revision,
+        text_revision=args.text_model_revision,
+        **settings,
+    )
     if not args.vision_model and any(isinstance(part, nn.BatchNorm2d) for part in model.model.vision_tower.modules()):
         raise InputError(
             "The vision tower has batch norms, which keep the statistics they come with: it needs pretrained weights, "
             "`vision_model` instead of `vision_config`."
         )
     return model, processor
+
+
+def pin_models(recipe: Recipe) -> None:
+    """Put the commit that every model of the Hub stands for into a recipe, so that all its files come from that one.
+
+    Raises:
+        InputError: a revision for what is no model of the Hub.
+        OSError: no such model or revision, or no connection to the Hub.
+    """
+    for name in REVISIONS:
+        field = name.removesuffix("_revision")
+        model, revision = getattr(recipe.model, field), getattr(recipe.model, name)
+        if model is not None and not Path(model_source(model)).is_dir():
+            try:
+                file = cached_file(model, CONFIG_NAME, revision=revision)
+            except OSError as error:
+                raise OSError(
+                    f"{field}: cannot load {model!r} at {revision or 'its newest commit'}: {error}"
+                ) from error
+            recipe.values[name] = extract_commit_hash(file, None)
+            setattr(recipe.model, name, recipe.values[name])
+        elif revision:
+            raise InputError(f"{name} is {revision}, but {field} is {model or 'not given'}, no model of the Hub.")
 
 
 def find_checkpoint(output_dir: Path, resume: bool) -> str | None:
@@ -207,7 +257,8 @@ def check_same_recipe(recipe: Recipe, output_dir: Path) -> None:
     """Refuse to resume a run with other settings than it began with: its recipe.yaml would no longer tell the truth.
 
     The folder itself may have moved, a field that recipe.yaml does not know had its default, and how many workers load
-    the pairs is a matter of the machine (`KCFITrainer` refuses it where the order of the pairs depends on it).
+    the pairs is a matter of the machine (`KCFITrainer` refuses it where the order of the pairs depends on it). A
+    revision that is not given is that of the run, see `take_commits`.
 
     Raises:
         InputError: names each setting that differs, with both values.
@@ -219,7 +270,9 @@ def check_same_recipe(recipe: Recipe, output_dir: Path) -> None:
     changed = [
         f"{name}: {began[name]} -> {now.get(name)}"
         for name in dict.fromkeys([*saved, *now])
-        if began[name] != now.get(name) and name not in ("output_dir", "dataloader_num_workers")
+        if began[name] != now.get(name)
+        and name not in ("output_dir", "dataloader_num_workers")
+        and not (name in (*REVISIONS, "dataset_revision") and now.get(name) is None)
     ]
     if changed:
         raise InputError(
@@ -228,8 +281,19 @@ def check_same_recipe(recipe: Recipe, output_dir: Path) -> None:
         )
 
 
+def take_commits(recipe: Recipe, output_dir: Path) -> None:
+    """Give a recipe to resume with the commits of the Hub that the run began with: newer ones may be there by now."""
+    saved = yaml.safe_load((output_dir / "recipe.yaml").read_text(encoding="utf-8"))
+    for name in REVISIONS:
+        setattr(recipe.model, name, saved.get(name))
+    recipe.data.dataset_revision = saved.get("dataset_revision")
+
+
 def save_recipe(recipe: Recipe, output_dir: Path) -> None:
-    """Write recipe.yaml, which repeats the run; versions, git revision and sources of materials as comments."""
+    """Write recipe.yaml, which repeats the run; versions, git revision and sources of materials as comments.
+
+    Its revisions are the commits of what came from the Hub.
+    """
     packages = ", ".join(f"{name} {version(name)}" for name in ("kcfi", "transformers", "torch", "datasets"))
     header = f"# {packages}, python {platform.python_version()}\n# git revision: {git_revision()}\n"
     if recipe.data.materials:

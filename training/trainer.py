@@ -7,16 +7,19 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import datasets
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 from transformers.trainer_callback import ProgressCallback
@@ -36,6 +39,7 @@ from kcfi.training.lora import save_start
 from kcfi.training.model_card import CARD_FILE, card_of_run
 from kcfi.training.order import EpochSampler
 from kcfi.training.readable_pairs import ReadablePairs
+from kcfi.training.rows import Position, RowDataset, RowStream
 from kcfi.training.shards import ShardDataset
 from kcfi.training.zero import gathered, whole_weights
 
@@ -246,6 +250,57 @@ def peak_memory(device: torch.device) -> float | None:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def training_pairs(pairs: Any, args: KCFITrainingArguments) -> Any:
+    """What `KCFITrainer` trains on: data of `datasets` as examples, and all else as it is.
+
+    Raises:
+        InputError: the columns do not fit, an iterable that is none of `datasets`, or a setting that needs a length or
+            a second look, which a stream does not give.
+    """
+    if isinstance(pairs, datasets.Dataset):
+        return RowDataset(pairs)
+    if isinstance(pairs, datasets.IterableDataset):
+        pairs = RowStream(pairs)
+    if not isinstance(pairs, IterableDataset):
+        return pairs
+    if not isinstance(pairs, RowStream):
+        raise InputError(
+            f"train_dataset is a {type(pairs).__name__}, whose order cannot be shared out and resumed: give a "
+            "map-style data set, or a datasets.IterableDataset (`IterableDataset.from_generator`)."
+        )
+    if args.max_steps <= 0:
+        raise InputError(f"max_steps={args.max_steps}: a streamed train_dataset has no length; say how many steps.")
+    if args.max_unreadable or args.dwa == "epoch":
+        setting = f"max_unreadable={args.max_unreadable}" if args.max_unreadable else "dwa=epoch"
+        raise InputError(f"{setting} needs the length of train_dataset, and a stream has none.")
+    for setting in ("eval_strategy", "save_strategy"):
+        if getattr(args, setting) == "epoch":
+            logger.warning(f"{setting}=epoch means at the end: a streamed train_dataset has no epochs. Choose steps.")
+    pairs.rank, pairs.ranks = args.process_index, args.world_size
+    return pairs
+
+
+def evaluation_pairs(pairs: Any) -> Any:
+    """What `KCFITrainer` evaluates on: data of `datasets` as map-style examples, alone or in a dictionary."""
+    if isinstance(pairs, dict):
+        return {name: evaluation_pairs(part) for name, part in pairs.items()}
+    if isinstance(pairs, RowStream):
+        return RowDataset(*pairs.source)
+    return RowDataset(pairs) if isinstance(pairs, datasets.Dataset | datasets.IterableDataset) else pairs
+
+
+def stream_batch(collator: KCFICollator, examples: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+    """A batch of one reader of a `RowStream`, with "reader" (its number) and "position" (behind the last pair).
+
+    Empty if the run that is resumed was trained on it.
+    """
+    read = [example for example in examples if example is not None]
+    if not read:
+        return {}
+    worker = get_worker_info()
+    return {**collator(read), "reader": worker.id if worker else 0, "position": read[-1]["position"]}
+
+
 class KCFITrainer(Trainer):
     """Trains a KCFI model on captions and masks.
 
@@ -265,6 +320,9 @@ class KCFITrainer(Trainer):
     - **Resume**: order of pairs (`order.py`), instructions, captions and augmentation drawn are functions of (seed,
       epoch); the dynamic weight average is part of the checkpoint. Another number of ranks, batch size or accumulation
       is taken between two epochs and refused within one, as another number of loader workers is for shards.
+    - **Processor**: its `tile_size` becomes the side of the first training pair.
+    - **Data** of `datasets` is taken as `load_dataset` returns it, with the columns of `shards.FEATURES`. A training
+      set that streams needs `max_steps`: it has no epochs, and "epoch" of `eval_strategy` is the end (`rows.py`).
 
     Args:
         model: a `KCFIForConditionalGeneration`; it is frozen here, as `args` say.
@@ -275,7 +333,7 @@ class KCFITrainer(Trainer):
     Raises:
         InputError: a setting of `REFUSED`, several GPUs in one process, a checkpoint metric that needs Java or
             sentences where there are none, or several captions per pair with a language model that cannot keep them
-            apart.
+            apart, data whose columns do not fit, or a setting that streamed data does not have.
     """
 
     args: KCFITrainingArguments
@@ -327,11 +385,18 @@ class KCFITrainer(Trainer):
             check_cacheable(args, data_collator)
             self.feature_cache = FeatureCache(model.model, args.feature_cache)
         args.report_to = trackers(args.report_to)
+        kwargs["train_dataset"] = training_pairs(kwargs.get("train_dataset"), args)
+        kwargs["eval_dataset"] = evaluation_pairs(kwargs.get("eval_dataset"))
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         if self.eval_dataset is not None:
             check_best_metric(args, self.eval_dataset)
         if args.max_unreadable:
             self.train_dataset = ReadablePairs(self.train_dataset)
+        if self.train_dataset is not None:  # `Describer` cuts larger images into tiles of this size
+            first = (
+                next(iter(self.train_dataset)) if isinstance(self.train_dataset, RowStream) else self.train_dataset[0]
+            )
+            self.processing_class.tile_size = max(first["image_after"].size)
         self.evaluation_collator = data_collator.for_evaluation()
         self.dwa = None
         if args.dwa != "none":
@@ -340,6 +405,7 @@ class KCFITrainer(Trainer):
         self.pairs_seen = 0
         self.captions_seen = 0
         self.unreadable = 0  # pairs of this epoch
+        self.positions: dict[int, Position] = {}  # of the readers of a stream on this rank
         self._weights = dict.fromkeys(TASKS, 1.0)
         self._step_losses = dict.fromkeys(TASKS, 0.0)
         self._logged: dict[str, list[float]] = {task: [] for task in TASKS}
@@ -378,15 +444,35 @@ class KCFITrainer(Trainer):
         pairs: Any = self.train_dataset if train_dataset is None else train_dataset
         return pairs.pairs if isinstance(pairs, ReadablePairs) else pairs
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Trainer's; for a stream one that reads this rank's part of it."""
+        if not isinstance(self.train_dataset, RowStream):
+            return super().get_train_dataloader()
+        self.positions.clear()
+        self.train_dataset.positions = {}
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=partial(stream_batch, self.data_collator),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        # "one process": accelerate would share out among the ranks once more, or read on the first alone
+        prepared: DataLoader[Any] = prepare_data_loader(
+            loader, self.args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
+        return prepared
+
     def get_eval_dataloader(self, eval_dataset: str | Dataset[Any] | None = None) -> DataLoader[Any]:
         """Trainer's, with prompts and references instead of training rows."""
         with self._evaluation_collator():
-            return super().get_eval_dataloader(eval_dataset)
+            return super().get_eval_dataloader(evaluation_pairs(eval_dataset))
 
     def get_test_dataloader(self, test_dataset: Dataset[Any]) -> DataLoader[Any]:
         """Trainer's, with prompts and references instead of training rows."""
         with self._evaluation_collator():
-            return super().get_test_dataloader(test_dataset)
+            return super().get_test_dataloader(evaluation_pairs(test_dataset))
 
     @contextmanager
     def _evaluation_collator(self) -> Iterator[None]:
@@ -422,6 +508,8 @@ class KCFITrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.zeros(5, dtype=torch.int64, device=device)
         for batch in batches:
+            if "position" in batch:
+                self.positions[batch.pop("reader")] = batch.pop("position")
             unreadable = batch.pop("unreadable", [])
             for error in unreadable:
                 logger.warning(f"{error} Another pair stands in for it.")
@@ -439,7 +527,7 @@ class KCFITrainer(Trainer):
                 f"head: there is nothing to learn from {name_some(names)}."
             )
         self.unreadable += broken
-        if self.unreadable > self.args.max_unreadable * len(self.train_dataset):
+        if self.unreadable and self.unreadable > self.args.max_unreadable * len(self.train_dataset):
             raise InputError(
                 f"{self.unreadable} of {len(self.train_dataset)} training pairs could not be read in this epoch "
                 f"(named above), more than max_unreadable={self.args.max_unreadable} allows. Run `kcfi data "
@@ -687,12 +775,14 @@ class KCFITrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        positions = gather_object([self.positions]) if isinstance(self.train_dataset, RowStream) else []
         if self.args.should_save:
             state: dict[str, Any] = {
                 "pairs": self.pairs_seen,
                 "captions": self.captions_seen,
                 "order": self._order(),
                 "other_steps": self.other_steps,
+                "positions": positions,  # of the readers of a stream, per rank
             }
             if self.dwa is not None:
                 state["dwa"] = self.dwa.state_dict()
@@ -701,14 +791,14 @@ class KCFITrainer(Trainer):
     def _order(self) -> dict[str, int]:
         """What the place of a step in its epoch depends on, beside the seed and the data.
 
-        Loader workers read in turn: only shards have an order that is made for their number.
+        Loader workers read in turn: only shards and streams have an order that is made for their number.
         """
         order = {
             "processes": self.args.world_size,
             "batch": self._train_batch_size,
             "accumulation": self.args.gradient_accumulation_steps,
         }
-        if isinstance(self._pairs(), ShardDataset):
+        if isinstance(self._pairs(), ShardDataset | RowStream):
             order["workers"] = self.args.dataloader_num_workers
         return order
 
@@ -763,6 +853,10 @@ class KCFITrainer(Trainer):
         state = _read_state(checkpoint)
         if state["other_steps"] != self.other_steps:  # the same share of the schedule, in steps of the new size
             cast(Any, self.lr_scheduler).last_epoch = self.state.global_step - self.other_steps
+        if isinstance(self.train_dataset, RowStream):
+            positions = state["positions"][self.args.process_index]
+            self.positions = {int(reader): Position(*position) for reader, position in positions.items()}
+            self.train_dataset.positions = dict(self.positions)
         self.pairs_seen, self.captions_seen = state["pairs"], state["captions"]
         if self.dwa is not None and "dwa" in state:
             self.dwa.load_state_dict(state["dwa"])
@@ -797,7 +891,8 @@ class _EpochCallback(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         epoch = int(state.epoch or 0)
-        self.trainer.sampler.epoch = epoch
+        if not isinstance(self.trainer.train_dataset, RowStream):  # whose pairs bring their own along
+            self.trainer.sampler.epoch = epoch
         self.trainer.data_collator.set_epoch(epoch)
         self.trainer.unreadable = 0
 

@@ -191,8 +191,8 @@ def test_shards_with_other_column_names_are_checked_by_them(shards):
     assert check_folder(shards, {"image_before": "A"})[0] == []
 
 
-def test_columns_of_a_folder_without_shards_are_refused(root):
-    with pytest.raises(ValueError, match="columns are for parquet shards"):
+def test_columns_of_a_folder_without_rows_are_refused(root):
+    with pytest.raises(ValueError, match="columns are for what `datasets` opens"):
         check_folder(root, {"image_before": "A"})
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -189,19 +190,27 @@ def test_between_two_epochs_a_run_goes_on_with_steps_of_another_size(folder, cha
     assert [line["loss"] for line in losses(again)] == [line["loss"] for line in losses(resumed)]
 
 
+def run_ranks(folder, ranks, kind):
+    """visits.py under torchrun: what each rank visited, by the number of loader workers."""
+    script = Path(__file__).with_name("visits.py")
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
+    environment["HF_DATASETS_CACHE"] = str(folder / "cache")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    done = subprocess.run(
+        [*command, str(script), str(folder), kind], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {
+        workers: [json.loads((folder / f"visits_{rank}_{workers}.json").read_text()) for rank in range(ranks)]
+        for workers in (0, 2)
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ranks_and_workers_visit_every_pair_once_and_resume_exactly(folder, ranks):
-    script = Path(__file__).with_name("visits.py")
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    done = subprocess.run(
-        [*command, str(script), str(folder)], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
     steps = -(-PAIRS // (ranks * BATCH))  # of an epoch; on two ranks the last batch has two pairs too few
-    for workers in (0, 2):
-        runs = [json.loads((folder / f"visits_{rank}_{workers}.json").read_text()) for rank in range(ranks)]
+    for workers, runs in run_ranks(folder, ranks, "shards").items():
         order = [runs[0]["names"][index] for index in EpochSampler([4] * 5 + [2], 42, ranks * max(1, workers), BATCH)]
         assert sorted(order) == sorted(f"pair_{index}.png" for index in range(PAIRS))
         filled = order + order[: steps * ranks * BATCH - PAIRS]
@@ -215,3 +224,15 @@ def test_ranks_and_workers_visit_every_pair_once_and_resume_exactly(folder, rank
         assert sorted(alone.visited) == sorted(runs[0]["names"]) and alone.state.epoch == 2
         with pytest.raises(ValueError, match=r"with .*'processes': 2.*this one has .*'processes': 1"):
             visits(folder, ShardDataset(str(folder / "shards"), "train"), resume=STOP)
+
+
+@pytest.mark.slow
+def test_two_ranks_stream_apart_from_each_other_and_resume_exactly(folder):
+    """Of 4 shards of 5 pairs each rank has 2: a pass is 5 steps of 2 pairs per rank."""
+    for workers, runs in run_ranks(folder, 2, "stream").items():
+        for run in runs:
+            assert len(run["full"]) == 20 and run["resumed"] == run["full"][BATCH * STOP :]
+        visited = [run["full"] for run in runs]
+        assert set(Counter(visited[0] + visited[1]).values()) == {2}  # two passes
+        if not workers:  # with them, the last batch of a worker's pass holds a pair of its next one
+            assert set(Counter(visited[0][:10] + visited[1][:10]).values()) == {1}

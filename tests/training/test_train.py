@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -16,6 +17,7 @@ from kcfi.processing import InputError
 from kcfi.training import train
 from kcfi.training.arguments import ModelArguments, parse_recipe
 from kcfi.training.collator import KCFICollator
+from kcfi.training.shards import write_shards
 from kcfi.training.synthetic import SyntheticDataset
 from kcfi.training.trainer import KCFITrainer
 from tests.training.conftest import needs_deepspeed
@@ -81,6 +83,52 @@ def test_a_recipe_trains_and_leaves_a_model_that_the_auto_classes_load(recipe, t
     text = (folder / "recipe.yaml").read_text()
     assert text.startswith("# kcfi ") and "torch" in text.splitlines()[0] and "git revision" in text.splitlines()[1]
     assert yaml.safe_load(text)["seed"] == 7
+
+
+def test_a_run_keeps_to_the_commits_that_it_began_with(recipe, hub_text_model, tmp_path):
+    """Failed before: recipe.yaml named no commit, and a resumed run took what the Hub held by then."""
+    name, commit = hub_text_model
+    options = ["--text_model", name, "--max_steps", "2", "--eval_strategy", "no", "--save_steps", "1"]
+    options += ["--save_strategy", "steps"]
+    train.main([str(recipe), *options])
+    saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert saved["text_model_revision"] == commit and "vision_model_revision" not in saved
+
+    main = tmp_path / "hub" / "models--me--lm" / "refs" / "main"
+    main.write_text("f" * 40)  # a newer one, which is not here
+    (tmp_path / "run" / "trainer_state.json").unlink()
+    train.main([str(recipe), *options, "--resume"])
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text()) == saved
+    with pytest.raises(OSError, match="text_model: cannot load 'me/lm' at its newest commit"):
+        train.main([str(recipe), *options, "--output_dir", str(tmp_path / "new")])
+    (main.parent / "v1").write_text(commit)
+    train.main([str(recipe), *options, "--output_dir", str(tmp_path / "new"), "--text_model_revision", "v1"])
+    assert yaml.safe_load((tmp_path / "new" / "recipe.yaml").read_text())["text_model_revision"] == commit
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--text_model_revision", "v1"], "text_model_revision is v1, but text_model is .*, no model of the Hub"),
+        (["--vision_model_revision", "v1"], "vision_model_revision is v1, but vision_model is not given"),
+        (["--dataset_revision", "v1"], "dataset_revision v1 is for a data set on the Hub; synthetic is none"),
+    ],
+)
+def test_a_revision_of_what_is_not_on_the_hub_is_refused(recipe, options, message):
+    with pytest.raises(InputError, match=message):
+        train.main([str(recipe), *options])
+
+
+def test_a_recipe_streams(recipe, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write_shards(root, tmp_path / "shards")
+    options = ["--dataset", str(tmp_path / "shards"), "--streaming", "true"]
+    with pytest.raises(InputError, match="a streamed train_dataset has no length; say how many steps"):
+        train.main([str(recipe), *options])
+    steps = [f"--{what}_strategy=steps" for what in ("eval", "save")] + ["--eval_steps=2", "--save_steps=2"]
+    train.main([str(recipe), *options, "--max_steps", "2", *steps])
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert log[1]["pairs"] == 4 and "eval_mask_f1" in log[2]
 
 
 def test_the_saved_recipe_repeats_the_run(recipe, tmp_path):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from datasets import load_dataset
 
 from kcfi import KCFIForConditionalGeneration
 from kcfi.processing import KCFIProcessor
@@ -27,7 +28,7 @@ class Visits(KCFITrainer):
 
 
 def visits(folder, pairs, resume=0, save_steps=0, workers=0, **more):
-    """Train for two epochs with augmentation, from the checkpoint of a step if given.
+    """Train for two epochs (or `max_steps`) with augmentation, from the checkpoint of a step if given.
 
     Returns:
         The trainer; `visited` are the file names in their order.
@@ -47,11 +48,15 @@ def visits(folder, pairs, resume=0, save_steps=0, workers=0, **more):
 
 
 if __name__ == "__main__":
-    root = Path(sys.argv[1])
+    root, kind = Path(sys.argv[1]), sys.argv[2]
     data = ShardDataset(str(root / "shards"), "train")
     for number in (0, 2):
-        full = visits(root, data, save_steps=STOP, workers=number)
-        resumed = visits(root, data, resume=STOP, workers=number)
+        source, steps = data, {}
+        if kind == "stream":
+            rows = load_dataset(str(root / "shards"), split="train").select(range(20))
+            source, steps = rows.to_iterable_dataset(num_shards=4).shuffle(seed=1, buffer_size=3), {"max_steps": 10}
+        full = visits(root, source, save_steps=STOP, workers=number, **steps)
+        resumed = visits(root, source, resume=STOP, workers=number, **steps)
         assert [line["loss"] for line in losses(resumed)] == [line["loss"] for line in losses(full)]
         names = [pair["filename"] for pair in data]
         run = {"full": full.visited, "resumed": resumed.visited, "names": names}
