@@ -229,7 +229,7 @@ class CaptionedPair:
             "image_after": images["image_after"],
             "mask": images.get("mask"),
             "captions": list(self.captions),
-            "changed": bool(np.any(images["mask"])) if self.changed is None else self.changed,
+            "changed": images["mask"].getbbox() is not None if self.changed is None else self.changed,
             "filename": self.filename,
             "split": self.split,
         }
@@ -416,8 +416,8 @@ class LevirCCDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, root: str | Path, split: str) -> None:
-        images, *found = open_folder(Path(root))
-        self.pairs = _of_split(*found, split, Path(root))
+        images, pairs, problems = open_folder(Path(root))
+        self.pairs = _of_split(pairs, problems, split, Path(root))
         self.folder = images / split
         for folder in (self.folder / "A", self.folder / "B"):
             if not folder.is_dir() or not any(folder.iterdir()):
@@ -478,7 +478,7 @@ def load_pairs(
 
     Args:
         dataset: "synthetic", a folder in the layout of LEVIR-CC, LEVIR-MCI or LEVIR-CD, or what `datasets` opens: a
-            folder of parquet shards, webdataset tars, images with metadata or JSON lines, or a data set's id on the Hub.
+            folder of parquet shards, webdataset tars, images with metadata or JSON lines, or a Hub id.
         split: "train", "val" or "test", or what the data set calls them.
         num_pairs: Pairs that "synthetic" draws (None: `SYNTHETIC_PAIRS`), or how many of the first pairs of any other
             data set to take at most (None: all).
