@@ -6,8 +6,6 @@ It stands outside of the package, whose import registers the Auto classes and so
 import argparse
 import json
 import os
-import platform
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +82,8 @@ def is_input_error(error: Exception) -> bool:
 
 def bug_note(arguments: Sequence[str]) -> str:
     """What stands under the traceback of an error that is not about the input."""
+    import platform
+    import shlex
     from importlib.metadata import version
 
     return (
