@@ -255,7 +255,7 @@ class CaptionedPair:
             "image_after": images["image_after"],
             "mask": images.get("mask"),
             "captions": list(self.captions),
-            "changed": bool(np.any(images["mask"])) if self.changed is None else self.changed,
+            "changed": images["mask"].getbbox() is not None if self.changed is None else self.changed,
             "filename": self.filename,
             "split": self.split,
         }
@@ -436,8 +436,8 @@ class LevirCCDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, root: str | Path, split: str) -> None:
-        images, *found = open_folder(Path(root))
-        self.pairs = _of_split(*found, split, Path(root))
+        images, pairs, problems = open_folder(Path(root))
+        self.pairs = _of_split(pairs, problems, split, Path(root))
         self.folder = images / split
         for folder in (self.folder / "A", self.folder / "B"):
             if not folder.is_dir() or not any(folder.iterdir()):

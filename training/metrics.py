@@ -440,7 +440,7 @@ def score_file(
     return results(
         [captions[pair.filename] for pair in pairs],
         [pair.captions for pair in pairs],
-        [pair.changed for pair in pairs],
+        [bool(pair.changed) for pair in pairs],
         model=str(predictions),
         dataset=str(references),
         split=split,
