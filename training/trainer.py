@@ -393,9 +393,8 @@ class KCFITrainer(Trainer):
         if args.max_unreadable:
             self.train_dataset = ReadablePairs(self.train_dataset)
         if self.train_dataset is not None:  # `Describer` cuts larger images into tiles of this size
-            first = (
-                next(iter(self.train_dataset)) if isinstance(self.train_dataset, RowStream) else self.train_dataset[0]
-            )
+            pairs: Any = self.train_dataset
+            first: Any = next(iter(pairs)) if isinstance(pairs, RowStream) else pairs[0]
             self.processing_class.tile_size = max(first["image_after"].size)
         self.evaluation_collator = data_collator.for_evaluation()
         self.dwa = None
