@@ -1,10 +1,12 @@
 # make demo: caption the example pair.   make test: the tests.   Everything happens inside $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
+PYTHONS ?= python3.11 python3.12 python3.13
+ENDS ?= floors newest
 BIN := $(VENV)/bin
 EXAMPLE := kcfi/example
 
-.PHONY: demo test test-all lint bench bench-quality tiny clean
+.PHONY: demo test test-all test-versions lint bench bench-quality tiny clean
 
 demo: $(VENV)/installed
 	$(BIN)/kcfi caption $(EXAMPLE)/before.png $(EXAMPLE)/after.png --heatmap --output demo-output
@@ -14,6 +16,10 @@ test: $(VENV)/installed-dev
 
 test-all: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+
+# both ends of the declared versions, on every Python that is there: about a quarter of an hour each
+test-versions:
+	$(PYTHON) tests/versions.py --pythons $(PYTHONS) --ends $(ENDS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check

@@ -23,14 +23,14 @@ from measure import comparison, loaded_memory, options_of, report, take_turns, w
 from PIL import Image
 from train_step import build
 
-from kcfi import captioning
 from kcfi.captioning import Describer, load
 from kcfi.pair_list import describe_list, find_pairs
 from kcfi.pictures import overlay
+from kcfi.processing import describer_kcfi
 from kcfi.training.synthetic import SyntheticDataset
 
 BAR = 3.0
-LONGEST = captioning.LONGEST
+LONGEST = describer_kcfi.LONGEST
 CASES = ["kcfi-tiny", "kcfi-dinov2s-smollm2-135m"]  # folders of hub_configs
 
 
@@ -58,7 +58,7 @@ def plain(folder: Path, model: Any, processor: Any) -> dict[str, str]:
             tokens = model.generate(
                 **inputs,
                 mm_encoder_outputs={"image": features},
-                max_new_tokens=captioning.LONGEST,
+                max_new_tokens=describer_kcfi.LONGEST,
                 do_sample=False,
                 **processor.generation_tokens,
             )
@@ -85,7 +85,7 @@ def make_sides(folder: Path, model: Any, processor: Any) -> dict[str, Callable[[
 
 def build_reader(case: str) -> tuple[Any, Any]:
     """Model in evaluation mode and processor of a case."""
-    captioning.LONGEST = LONGEST if case == "kcfi-tiny" else 12
+    describer_kcfi.LONGEST = LONGEST if case == "kcfi-tiny" else 12
     if case == "kcfi-tiny":
         return load(case)
     model, processor = build(case, words=True)

@@ -19,20 +19,21 @@ from measure import comparison, loaded_memory, options_of, report, take_turns, w
 from PIL import Image
 
 import kcfi
-from kcfi import captioning
-from kcfi.captioning import Describer, Pair, blend, load, tile_boxes
+from kcfi.captioning import Describer, load
+from kcfi.processing import describer_kcfi
+from kcfi.processing.describer_kcfi import Pair, blend, tile_boxes
 from kcfi.training.synthetic import SyntheticDataset
 
 BAR = 5.0
 CASES = ["kcfi-tiny", "kcfi-tiny-smollm2-135m"]
-LONGEST = captioning.LONGEST
+LONGEST = describer_kcfi.LONGEST
 WORDS = 12  # tokens of a sentence of LEVIR-CC, on average, with its end
 
 
 def build_describer(case: str) -> Describer:
     """The describer of a case; with the large language model every sentence has `WORDS` tokens."""
     model, processor = load(kcfi.embedded_model())
-    captioning.LONGEST = LONGEST if case == "kcfi-tiny" else WORDS
+    describer_kcfi.LONGEST = LONGEST if case == "kcfi-tiny" else WORDS
     if case == "kcfi-tiny":
         return Describer(model, processor)
     configs = Path(kcfi.embedded_model()).parent
@@ -60,12 +61,14 @@ def draw_scene(side: int) -> Pair:
 
 def plain(describer: Describer, scene: Pair) -> np.ndarray:
     """The mask, and on the way a sentence for every tile, which is encoded once."""
-    boxes = tile_boxes(*scene[0].size, describer.tile)
+    boxes = tile_boxes(*scene[0].size, describer.view)
 
     def maps() -> Iterator[torch.Tensor]:
-        for batch, features in describer._tiles(*scene, boxes, "tiles"):
-            describer._sentences(features)
-            yield from describer._maps(features, [(describer.tile, describer.tile)] * len(batch))
+        for first in range(0, len(boxes), describer.batch_size):
+            views = [tuple(image.crop(box) for image in scene) for box in boxes[first : first + describer.batch_size]]
+            features = describer._compare(*describer._stages(views))
+            describer._write(features)
+            yield from describer._maps(features)
 
     with torch.no_grad():
         channels = 1 + describer.model.config.num_change_classes

@@ -4,15 +4,15 @@ import sys
 import caption_folder
 import pytest
 
-from kcfi import captioning
 from kcfi.captioning import load
+from kcfi.processing import describer_kcfi
 
 
 @pytest.fixture
 def tiny(detector, monkeypatch):
     """A model that writes short sentences of random letters."""
     model, processor = load(str(detector))
-    monkeypatch.setattr(captioning, "LONGEST", 4)
+    monkeypatch.setattr(describer_kcfi, "LONGEST", 4)
     monkeypatch.setattr(caption_folder, "build_reader", lambda case: (model, processor))
     monkeypatch.setattr(caption_folder, "matmul_peak", lambda: 1e12)
     options = ["--cases", "kcfi-tiny", "--pairs", "1", "--repeats", "1", "--json"]

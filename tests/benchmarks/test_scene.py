@@ -30,9 +30,9 @@ def test_another_mask_is_refused(detector, monkeypatch):
 
 
 def test_the_large_language_model_stands_behind_the_weights_of_kcfi_tiny(monkeypatch):
-    monkeypatch.setattr(scene.captioning, "LONGEST", 64)  # set back at the end
+    monkeypatch.setattr(scene.describer_kcfi, "LONGEST", 64)  # set back at the end
     small, large = (scene.build_describer(case).model for case in scene.CASES)
-    assert large.config.text_config.hidden_size == 576 and scene.captioning.LONGEST == scene.WORDS
+    assert large.config.text_config.hidden_size == 576 and scene.describer_kcfi.LONGEST == scene.WORDS
     found = large.state_dict()
     for name, weights in small.state_dict().items():
         if name.split(".")[1] in ("vision_tower", "key_change_perceiver", "change_detection_head"):

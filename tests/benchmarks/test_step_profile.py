@@ -5,8 +5,8 @@ import step_profile
 import torch
 from torch import nn
 
-from kcfi import captioning
 from kcfi.captioning import load
+from kcfi.processing import describer_kcfi
 
 
 class Model(nn.Module):
@@ -55,7 +55,7 @@ def test_steps_and_folders_are_profiled(options, title, detector, monkeypatch, c
     monkeypatch.setattr(step_profile, "build_reader", lambda case: (model, processor))
     parts = {"vision tower": "model.vision_tower", "language model": "model.language_model"}
     monkeypatch.setattr(step_profile, "PARTS", parts)
-    monkeypatch.setattr(captioning, "LONGEST", 4)
+    monkeypatch.setattr(describer_kcfi, "LONGEST", 4)
     monkeypatch.setattr(step_profile, "matmul_peak", lambda dtype: 1e12)
     monkeypatch.setattr(sys, "argv", ["step_profile.py", "--pairs", "1", *options])
     step_profile.main()
