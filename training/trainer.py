@@ -677,6 +677,8 @@ class KCFITrainer(Trainer):
                 "per_device_train_batch_size)."
             )
         if isinstance(self.train_dataset, RowStream):
+            if not state["positions"]:
+                raise InputError(f"{checkpoint} was written by a run whose data did not stream: resume it with those.")
             positions = state["positions"][self.args.process_index]
             self.positions = {int(reader): Position(*position) for reader, position in positions.items()}
             self.train_dataset.positions = dict(self.positions)

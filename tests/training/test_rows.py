@@ -263,6 +263,12 @@ def test_a_stream_in_another_order_is_not_resumed(tmp_path, weights, processor, 
             visits(tmp_path, weights(), processor, other, resume=3)
 
 
+def test_a_run_of_data_that_did_not_stream_is_not_resumed_on_a_stream(tmp_path, weights, processor, rows):
+    visits(tmp_path, weights(), processor, rows, max_steps=3)
+    with pytest.raises(ValueError, match="checkpoint-3 was written by a run whose data did not stream"):
+        visits(tmp_path, weights(), processor, rows.to_iterable_dataset(), resume=3)
+
+
 def test_a_plain_dataset_trains_in_the_order_of_a_folder(tmp_path, weights, processor, rows, make_pairs):
     runs = [
         visits(tmp_path, weights(), processor, data, max_steps=4, save_strategy="no") for data in (rows, make_pairs())
