@@ -853,6 +853,8 @@ class KCFITrainer(Trainer):
         if state["other_steps"] != self.other_steps:  # the same share of the schedule, in steps of the new size
             cast(Any, self.lr_scheduler).last_epoch = self.state.global_step - self.other_steps
         if isinstance(self.train_dataset, RowStream):
+            if not state["positions"]:
+                raise InputError(f"{checkpoint} was written by a run whose data did not stream: resume it with those.")
             positions = state["positions"][self.args.process_index]
             self.positions = {int(reader): Position(*position) for reader, position in positions.items()}
             self.train_dataset.positions = dict(self.positions)

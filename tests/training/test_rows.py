@@ -97,7 +97,7 @@ def rows(pairs):
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", ["webdataset", "jsonl", "csv", "json"])
 def test_whatever_datasets_opens_gives_the_examples_of_a_folder(data, pairs, kind, streaming):
-    """Failed before: "train-00000.tar is no parquet file; only parquet can be read"."""
+    """Failed before: "no LevirCCcaptions.json or LevirCCcaptions.json.gz in this folder"."""
     folder = save(data, kind, pairs)
     columns = WEBDATASET if kind == "webdataset" else {}
     found = load_pairs(folder, "train", 7, columns=columns, streaming=streaming)
@@ -263,6 +263,12 @@ def test_a_stream_in_another_order_is_not_resumed(tmp_path, weights, processor, 
             visits(tmp_path, weights(), processor, other, resume=3)
 
 
+def test_a_run_of_data_that_did_not_stream_is_not_resumed_on_a_stream(tmp_path, weights, processor, rows):
+    visits(tmp_path, weights(), processor, rows, max_steps=3)
+    with pytest.raises(ValueError, match="checkpoint-3 was written by a run whose data did not stream"):
+        visits(tmp_path, weights(), processor, rows.to_iterable_dataset(), resume=3)
+
+
 def test_a_plain_dataset_trains_in_the_order_of_a_folder(tmp_path, weights, processor, rows, make_pairs):
     runs = [
         visits(tmp_path, weights(), processor, data, max_steps=4, save_strategy="no") for data in (rows, make_pairs())
@@ -271,6 +277,7 @@ def test_a_plain_dataset_trains_in_the_order_of_a_folder(tmp_path, weights, proc
 
 
 def test_streamed_and_plain_data_are_evaluated_alike(tmp_path, model, processor, rows, monkeypatch):
+    """Failed before: AttributeError: 'IterableColumn' object has no attribute 'height'."""
     monkeypatch.setenv("PATH", "")  # without Java
     stream = rows.to_iterable_dataset(num_shards=2)
     scores = []

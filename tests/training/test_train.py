@@ -101,9 +101,14 @@ def test_a_run_keeps_to_the_commits_that_it_began_with(recipe, hub_text_model, t
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text()) == saved
     with pytest.raises(OSError, match="text_model: cannot load 'me/lm' at its newest commit"):
         train.main([str(recipe), *options, "--output_dir", str(tmp_path / "new")])
-    (main.parent / "v1").write_text(commit)
-    train.main([str(recipe), *options, "--output_dir", str(tmp_path / "new"), "--text_model_revision", "v1"])
-    assert yaml.safe_load((tmp_path / "new" / "recipe.yaml").read_text())["text_model_revision"] == commit
+
+
+def test_a_tag_stands_for_its_commit_in_the_recipe(recipe, hub_text_model, tmp_path):
+    name, commit = hub_text_model
+    (tmp_path / "hub" / "models--me--lm" / "refs" / "v1").write_text(commit)
+    parsed = parse_recipe(recipe, ["--text_model", name, "--text_model_revision", "v1"])
+    train.pin_models(parsed)
+    assert parsed.model.text_model_revision == parsed.values["text_model_revision"] == commit
 
 
 @pytest.mark.parametrize(
