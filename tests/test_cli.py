@@ -52,7 +52,8 @@ def refusal(capsys, *arguments):
 
 def test_caption_prints_the_sentence_and_the_changed_fraction(capsys, pair, detector):
     assert main(["caption", *pair, "--model", str(detector)]) == 0
-    sentence, changed, mask, overlay = capsys.readouterr().out.splitlines()
+    sentence, described, changed, mask, overlay = capsys.readouterr().out.splitlines()
+    assert described.startswith("described: x ") and described.endswith(", which changed most")  # 70 px of tiles of 32
     values = np.asarray(Image.open("kcfi-output/after_mask.png"))
     assert values.shape == (45, 70) and set(np.unique(values)) == {0, 255}
     assert sentence and changed == f"changed: {(values > 0).mean():.1%} of the area"
@@ -61,15 +62,34 @@ def test_caption_prints_the_sentence_and_the_changed_fraction(capsys, pair, dete
     assert ((drawn != after).any(-1) == (values > 0)).all()
 
 
+def test_device_precision_question_and_reading_are_options(capsys, pair, detector):
+    arguments = ["caption", *pair, "--model", str(detector), "--json", "--tile", "80"]
+
+    def said(*options):
+        assert main([*arguments, *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    plain = said()
+    assert plain["caption_box"] == [0, 0, 70, 45]
+    assert said("--device", "cpu", "--dtype", "float32") == plain
+    assert said("--dtype", "bfloat16")["score"] != plain["score"]
+    assert said("--instruction", "what changed ?")["caption"] != plain["caption"]
+    shown = said("--bands", "3", "2", "1", "--stretch", "2", "98")
+    assert shown["caption"] != plain["caption"]
+    assert "--device nowhere: " in refusal(capsys, *arguments, "--device", "nowhere")
+    assert "max_image_pixels, 100," in refusal(capsys, *arguments, "--max_image_pixels", "100")
+
+
 def test_json_is_one_object_on_stdout(capsys, pair, detector):
     arguments = ["caption", *pair, "--model", str(detector), "--json", "--output", "a/b"]
     assert main(arguments) == 0
     report = json.loads(capsys.readouterr().out)
-    assert list(report) == ["caption", "changed_fraction", "mask", "overlay", "model"]
+    names = ["caption", "caption_box", "score", "changed_fraction", "mask", "overlay", "model"]
+    assert list(report) == names and len(report["caption_box"]) == 4 and 0 < report["score"] < 1
     assert report["model"] == str(detector) and 0 < report["changed_fraction"] < 0.3
     assert main([*arguments, "--heatmap", "--regions"]) == 0
     full = json.loads(capsys.readouterr().out)
-    assert full.items() >= report.items() and full.keys() - report.keys() == {"heatmap", "regions"}
+    assert {name: full[name] for name in report} == report and full.keys() - report.keys() == {"heatmap", "regions"}
     for kind in ("mask", "overlay", "heatmap"):
         assert Image.open(full[kind]).size == (70, 45), kind
     [region] = full["regions"]
@@ -93,7 +113,7 @@ def test_a_model_without_a_head_writes_no_mask(capsys, pair, make_detector, tmp_
 
 
 def test_compile_reaches_a_pair_and_a_list_and_changes_no_sentence(capsys, pair, detector, tmp_path, monkeypatch):
-    monkeypatch.setattr("kcfi.captioning.LONGEST", 8)
+    monkeypatch.setattr("kcfi.processing.describer_kcfi.LONGEST", 8)
     monkeypatch.setattr(
         "kcfi.captioning.CompileConfig", partial(CompileConfig, backend="eager")
     )  # seconds, not minutes
@@ -110,15 +130,15 @@ def test_compile_reaches_a_pair_and_a_list_and_changes_no_sentence(capsys, pair,
     assert len(sentences) == 1
 
 
-def test_bf16_reaches_a_pair_and_a_list_whose_table_tells(capsys, pair, detector, monkeypatch):
-    loaded = []
+def test_a_dtype_reaches_a_pair_and_a_list_whose_table_tells(capsys, pair, detector, monkeypatch):
+    loaded, bf16 = [], ["--dtype", "bfloat16"]
     monkeypatch.setattr("kcfi.captioning.load", lambda *options: loaded.append(load(*options)) or loaded[-1])
     Path("list.csv").write_text("before,after\nbefore.png,after.png\n")
     for inputs in (pair, ["list.csv"]):
-        assert main(["caption", *inputs, "--model", str(detector), "--bf16", "--output", f"out{len(inputs)}"]) == 0
+        assert main(["caption", *inputs, "--model", str(detector), *bf16, "--output", f"out{len(inputs)}"]) == 0
     assert [model.dtype for model, _ in loaded] == [torch.bfloat16] * 2
     capsys.readouterr()
-    with_it = f"was written by the model {detector} (bf16): choose another --output."
+    with_it = f"was written by the model {detector} dtype=bfloat16: choose another --output."
     assert with_it in refusal(capsys, "caption", "list.csv", "--model", detector, "--output", "out1")
 
 

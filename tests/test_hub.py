@@ -183,7 +183,7 @@ def test_travelling_files_import_their_neighbours_by_one_dot_and_nothing_of_kcfi
     # transformers reads imports by pattern, in docstrings too, and asks for every package before loading
     assert all((file.parent / f"{module}.py").is_file() for module in get_relative_imports(file))
     assert set(get_imports(file)) <= {
-        *sys.stdlib_module_names, "PIL", "huggingface_hub", "numpy", "torch", "transformers",
+        *sys.stdlib_module_names, "PIL", "huggingface_hub", "numpy", "torch", "tqdm", "transformers",
     }  # fmt: skip
 
 

@@ -69,13 +69,13 @@ class KCFICollator:
         """Make a batch.
 
         Returns:
-            Both: `pixel_values` (B, 2, 3, H, W), `input_ids` (B, T), `labels`, `filenames`, `mask_labels` (B, H, W),
-            255 = no label, if a pair has a mask, and `unreadable`, the errors of `ReadablePairs`, if there are any.
+            Both: `pixel_values` (B, 2, 3, H, W), `input_ids` (B, T), `labels`, `filenames`, `sizes` (height, width),
+            `mask_labels` (B, H, W), 255 = no label, if a pair has a mask, and `unreadable`, the errors of
+            `ReadablePairs`, if there are any.
             Training: `labels` (B, T), -100 on prompt and padding; `segment_ids` (B, T), 0 on the prompt, k on caption
             k, -1 on padding, which `packed_attention_mask` turns into the model's `attention_mask` (`KCFITrainer`
             does); `position_ids` (B, T). Evaluation: `attention_mask` (B, T); `labels` (B, T') holds the first caption
-            alone, if there is one; and `references`, `changed`, `sizes` (height, width) and `true_masks` (class ids at
-            that size, or None).
+            alone, if there is one; and `references`, `changed` and `true_masks` (class ids at these sizes, or None).
 
         Raises:
             InputError: a pair with neither captions nor a mask, or a mask with unknown values; names the pair.
@@ -95,6 +95,7 @@ class KCFICollator:
             return_tensors="pt",
         )
         batch: dict[str, Any] = {**visual, "filenames": [example["filename"] for example in examples]}
+        batch["sizes"] = [(example["image_after"].height, example["image_after"].width) for example in examples]
         unreadable = [example["unreadable"] for example in examples if "unreadable" in example]
         if unreadable:
             batch["unreadable"] = unreadable
@@ -143,7 +144,6 @@ class KCFICollator:
             "labels": _pad(answers, IGNORED, "right"),
             "references": [example["captions"] for example in examples],
             "changed": [example["changed"] for example in examples],
-            "sizes": [(example["image_after"].height, example["image_after"].width) for example in examples],
             "true_masks": masks,
         }
 

@@ -320,7 +320,7 @@ class KCFITrainer(Trainer):
     - **Resume**: order of pairs (`order.py`), instructions, captions and augmentation drawn are functions of (seed,
       epoch); the dynamic weight average is part of the checkpoint. Another number of ranks, batch size or accumulation
       is taken between two epochs and refused within one, as another number of loader workers is for shards.
-    - **Processor**: its `tile_size` becomes the side of the first training pair.
+    - **Processor**: its `tile_size` becomes the side of the images of the first step.
     - **Data** of `datasets` is taken as `load_dataset` returns it, with the columns of `shards.FEATURES`. A training
       set that streams needs `max_steps`: it has no epochs, and "epoch" of `eval_strategy` is the end (`rows.py`).
 
@@ -392,10 +392,6 @@ class KCFITrainer(Trainer):
             check_best_metric(args, self.eval_dataset)
         if args.max_unreadable:
             self.train_dataset = ReadablePairs(self.train_dataset)
-        if self.train_dataset is not None:  # `Describer` cuts larger images into tiles of this size
-            pairs: Any = self.train_dataset
-            first: Any = next(iter(pairs)) if isinstance(pairs, RowStream) else pairs[0]
-            self.processing_class.tile_size = max(first["image_after"].size)
         self.evaluation_collator = data_collator.for_evaluation()
         self.dwa = None
         if args.dwa != "none":
@@ -506,6 +502,9 @@ class KCFITrainer(Trainer):
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.zeros(5, dtype=torch.int64, device=device)
+        sides = [side for batch in batches for size in batch.pop("sizes") for side in size]
+        if not self.pairs_seen:  # `Describer` cuts larger images into tiles of this size
+            self.data_collator.processor.tile_size = max(sides)
         for batch in batches:
             if "position" in batch:
                 self.positions[batch.pop("reader")] = batch.pop("position")
@@ -827,6 +826,10 @@ class KCFITrainer(Trainer):
         if resume_from_checkpoint is None:
             return place
         state = _read_state(resume_from_checkpoint)
+        if isinstance(self.train_dataset, RowStream) and not state["positions"]:
+            raise InputError(
+                f"{resume_from_checkpoint} was written by a run whose data did not stream: resume it with those."
+            )
         self.other_steps = state["other_steps"]
         if state["order"] != self._order():
             epochs = float(self.state.epoch or 0)
@@ -853,8 +856,6 @@ class KCFITrainer(Trainer):
         if state["other_steps"] != self.other_steps:  # the same share of the schedule, in steps of the new size
             cast(Any, self.lr_scheduler).last_epoch = self.state.global_step - self.other_steps
         if isinstance(self.train_dataset, RowStream):
-            if not state["positions"]:
-                raise InputError(f"{checkpoint} was written by a run whose data did not stream: resume it with those.")
             positions = state["positions"][self.args.process_index]
             self.positions = {int(reader): Position(*position) for reader, position in positions.items()}
             self.train_dataset.positions = dict(self.positions)

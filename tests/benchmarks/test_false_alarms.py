@@ -30,12 +30,12 @@ def test_who_marks_everything_marks_what_stands_and_what_is_unchanged(
 ):
     model, processor = load(str(detector))
 
-    def encode(_, batch):
-        logits = torch.zeros(len(batch["pixel_values"]), 3, 8, 8)
+    def encode(pixel_values):
+        logits = torch.zeros(len(pixel_values), 3, 8, 8)
         logits[:, 2 if marked else 0] = 20.0
         return SimpleNamespace(mask_logits=logits)
 
-    monkeypatch.setattr(script, "encode", encode)
+    monkeypatch.setattr(model, "get_image_features", encode)
     pairs = SyntheticDataset(8, materials=LibraryMaterials(library), pair_mix={"single_date": 1})
     changed = [(np.asarray(pairs[index]["mask"]) > 0).mean() for index in range(8)]
     assert any(pairs.standing(index).any() for index in range(8)) and any(changed)

@@ -16,6 +16,7 @@ from kcfi.training.evaluate import (
     predict,
     sample_sheet,
     telling_pairs,
+    validation_dtype,
 )
 
 SQUARE = np.zeros((8, 8), np.uint8)
@@ -65,6 +66,34 @@ def test_masks_are_predicted_at_the_size_of_the_images(model, processor, make_pa
             model.eval(), processor, batch, model.get_image_features(batch["pixel_values"]), max_new_tokens=1
         )
     assert found.mask.shape == found.true_mask.shape == (40, 50)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "device", "dtype"),
+    [
+        ("bf16: true\n", "cuda", torch.bfloat16),
+        ("fp16: true\n", "cuda", torch.float16),
+        ("bf16: false\n", "cuda", None),
+        ("bf16: true\n", "cpu", None),
+        (None, "cuda", None),
+    ],
+)
+def test_scores_are_computed_as_the_validation_of_the_run_was(tmp_path, recipe, device, dtype):
+    if recipe:
+        (tmp_path / "recipe.yaml").write_text(recipe)
+    assert validation_dtype(str(tmp_path), torch.device(device)) is dtype
+
+
+def test_evaluation_asks_and_reads_as_it_is_told(detector, root, tmp_path):
+    def captions(**more):
+        evaluate_model(str(detector), str(root), "train", tmp_path / "results.json", meteor=False, **more)
+        return json.loads((tmp_path / "predictions.json").read_text())
+
+    plain = captions()
+    assert captions(device="cpu", dtype="float32", num_workers=2, batch_size=1) == plain
+    assert captions(instruction="a house appears in the left .") != plain
+    with pytest.raises(ValueError, match="tile of 3 px is smaller than a patch"):
+        captions(tile=3)
 
 
 def test_a_pair_that_occurs_twice_is_named_at_once():

@@ -375,6 +375,21 @@ def test_activation_checkpointing_runs_the_tower_named_twice_and_changes_no_grad
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-7)
 
 
+def test_the_side_of_the_training_images_is_saved_with_the_model(
+    make_trainer, make_pairs, processor, tmp_path, monkeypatch
+):
+    class Larger(make_pairs):
+        def __getitem__(self, index):
+            example = super().__getitem__(index)
+            return example | {key: example[key].resize((40, 36)) for key in ("image_before", "image_after", "mask")}
+
+    monkeypatch.setattr(processor, "tile_size", None)
+    trainer = make_trainer(Larger())
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    assert AutoProcessor.from_pretrained(tmp_path / "model").tile_size == 40
+
+
 def test_both_losses_fall(make_trainer, make_pairs):
     settings = {"dwa": "window", "dwa_window": 5, "dwa_temperature": 2.0, "train_language_model": True}
     trainer = make_trainer(make_pairs(8), max_steps=30, lr_scheduler_type="constant", **settings)
