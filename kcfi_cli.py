@@ -411,9 +411,11 @@ def run_caption(options: argparse.Namespace) -> int:
         raise UsageError(f"Give the later image too, or a manifest (.csv) in place of {options.before}.")
     if manifest or options.before.is_dir():
         return caption_list(options)
-    before, after = read_pair(options.before, options.after, **reading(options))
+    for path in (options.before, options.after):
+        path.stat()  # not there: said before a model is loaded
     check_writable(options.output)
     describer = build_describer(options)
+    before, after = read_pair(options.before, options.after, **describer.reading(**reading(options)))
     [report] = describer.describe_pairs([(before, after)], options.regions)
     options.output.mkdir(parents=True, exist_ok=True)
     classes = describer.model.config.num_change_classes
@@ -456,11 +458,12 @@ def reading(options: argparse.Namespace) -> dict[str, Any]:
 
 def build_describer(options: argparse.Namespace) -> Any:
     """The Describer that the options of `kcfi caption` ask for."""
-    from kcfi.captioning import Describer, compiled_steps, load
+    from kcfi.captioning import Describer, compiled_steps, load, validation_dtype
     from kcfi.processing import INSTRUCTIONS
 
-    settings = (options.tile, options.batch_size, options.instruction or INSTRUCTIONS[0])
     model, processor = load(options.model, options.device, options.dtype)
+    autocast = None if options.dtype else validation_dtype(options.model, model.device)
+    settings = (options.tile, options.batch_size, options.instruction or INSTRUCTIONS[0], autocast)
     return Describer(model, processor, *settings, **(compiled_steps() if options.compile else {}))
 
 
@@ -474,7 +477,7 @@ def caption_list(options: argparse.Namespace) -> int:
     check_writable(options.output)
     describer = build_describer(options)
     # a table has one kind of sentences
-    asked = {"dtype": options.dtype, "tile": options.tile, "instruction": options.instruction}
+    asked = {name: getattr(options, name) for name in ("dtype", "tile", "instruction", "bands", "stretch")}
     model = options.model + "".join(f" {name}={value}" for name, value in asked.items() if value is not None)
     failed = 0
     for row in describe_list(

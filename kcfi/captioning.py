@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CompileConfig
 
 from kcfi.pictures import heat_map, overlay
 from kcfi.processing import ChangeReport, Describer, InputError
-from kcfi.training.arguments import model_source
+from kcfi.towers import refusals
+from kcfi.training.arguments import model_source, optional_fields, read_yaml
 from kcfi.training.levir_cc import MASK_BUILDING, MASK_ROAD, NO_LABEL
 
 __all__ = ["ChangeReport", "Describer", "load", "mask_picture", "save_pictures"]
@@ -46,15 +46,25 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> tupl
         raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
     chosen: Any = dtype or ("auto" if place.type == "cuda" else "float32")
     source = model_source(name)
-    try:
+    with refusals(f"Cannot load the model {name!r}: "):
         kind = AutoConfig.from_pretrained(source).model_type
         if kind != "kcfi":
-            raise InputError(f"it is a model of type {kind!r}, not 'kcfi'.")
+            raise InputError(f"Cannot load the model {name!r}: it is a model of type {kind!r}, not 'kcfi'.")
         model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=chosen)
         processor = AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"Cannot load the model {name!r}: {str(error).splitlines()[0]}") from error
     return model.to(place).eval(), processor
+
+
+def validation_dtype(model: str, device: torch.device) -> torch.dtype | None:
+    """What the run that made a model computed its validation scores in: bf16 or fp16 by autocast; None = as saved.
+
+    Only on CUDA, where recipes ask for it: most CPUs are slow in bf16.
+    """
+    recipe = Path(model) / "recipe.yaml"
+    if device.type != "cuda" or not recipe.is_file():
+        return None
+    settings = read_yaml(recipe, optional_fields())
+    return torch.bfloat16 if settings.get("bf16") else torch.float16 if settings.get("fp16") else None
 
 
 def compiled_steps() -> dict[str, Any]:

@@ -125,7 +125,10 @@ def describe_list(
     idle = describer.model.device.type != "cpu" and len(todo) > describer.batch_size
     workers = min(4, (os.cpu_count() or 1) - 1) if idle else 0
     loader: Any = DataLoader(
-        _Opened(todo, reading), batch_size=None, num_workers=workers, prefetch_factor=1 if workers else None
+        _Opened(todo, describer.reading(**reading)),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=1 if workers else None,
     )
     progress = tqdm(total=len(pairs), initial=len(pairs) - len(todo), desc="pairs", unit="pair")
     with (output / TABLE).open("a", newline="", encoding="utf-8") as file, progress:

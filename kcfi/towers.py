@@ -29,7 +29,9 @@ def refusals(what: str = "") -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (ValueError, StrictDataclassError, SafetensorError) as error:
+    except (OSError, ValueError, StrictDataclassError, SafetensorError) as error:
+        if isinstance(error, OSError) and not what:
+            raise  # names what is not there
         raise InputError(f"{what}{error}") from error
 
 

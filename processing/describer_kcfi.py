@@ -85,7 +85,7 @@ class _Told(NamedTuple):
 
     report: ChangeReport | Region
     box: Box
-    pixels: NDArray[np.bool_]  # of the image, (H, W)
+    pixels: NDArray[np.bool_]  # of the box
     view: torch.Tensor  # the same as the model sees it, bool (h, w)
 
 
@@ -130,7 +130,7 @@ def changed_pixels(mask: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def changed_regions(mask: NDArray[np.uint8]) -> list[tuple[Region, NDArray[np.bool_]]]:
-    """Connected changed regions of a mask (H, W), largest first, each with its pixels in a map (H, W).
+    """Connected changed regions of a mask (H, W), largest first, each with its pixels in a map of its box.
 
     See `MERGE` and `MIN_REGION`.
 
@@ -144,11 +144,22 @@ def changed_regions(mask: NDArray[np.uint8]) -> list[tuple[Region, NDArray[np.bo
     labels[~changed] = 0
     regions = []
     for index, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
-        pixels = int((labels[rows, columns] == index).sum())
-        if pixels >= MIN_REGION:
-            box = (columns.start, rows.start, columns.stop, rows.stop)
-            regions.append((Region(box, pixels), labels == index))
+        area = labels[rows, columns] == index
+        if area.sum() >= MIN_REGION:
+            regions.append((Region((columns.start, rows.start, columns.stop, rows.stop), int(area.sum())), area))
     return sorted(regions, key=lambda region: -region[0].pixels)
+
+
+def seen_from(box: Box, part: Box, area: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """An area, given in a map of `part`, in a map of `box`; both are boxes in pixels of one image."""
+    left, top, right, bottom = box
+    seen = np.zeros((bottom - top, right - left), bool)
+    x0, y0, x1, y1 = max(left, part[0]), max(top, part[1]), min(right, part[2]), min(bottom, part[3])
+    if x0 < x1 and y0 < y1:
+        seen[y0 - top : y1 - top, x0 - left : x1 - left] = area[
+            y0 - part[1] : y1 - part[1], x0 - part[0] : x1 - part[0]
+        ]
+    return seen
 
 
 def write_captions(
@@ -203,10 +214,11 @@ class Describer:
             which the processor resizes.
         batch_size: tiles, or pairs that fit into one, that the model takes at a time; a CPU encodes fewer.
         instruction: the question put to the model.
-        **generation: further arguments of `generate()`.
+        autocast: type that torch computes in beside weights of another (None: that of the weights).
+        **generation: further arguments of `generate()`, for one sentence per pair.
 
     Raises:
-        InputError: a tile smaller than a patch of the vision tower, or an empty batch.
+        InputError: a tile smaller than a patch of the vision tower, an empty batch, or several sentences asked for.
     """
 
     def __init__(
@@ -216,10 +228,11 @@ class Describer:
         tile: int | None = None,
         batch_size: int = 8,
         instruction: str = INSTRUCTIONS[0],
+        autocast: torch.dtype | None = None,
         **generation: Any,
     ) -> None:
         self.model, self.processor, self.batch_size = model, processor, batch_size
-        self.instruction, self.generation = instruction, generation
+        self.instruction, self.autocast, self.generation = instruction, autocast, generation
         images, side = processor.image_processor, model.config.image_size
         resized = images.size.get("shortest_edge") or images.size["height"]
         self.tile = tile or processor.tile_size or resized
@@ -228,6 +241,8 @@ class Describer:
             raise InputError(f"A tile of {self.tile} px is smaller than a patch of the vision tower, {patch} px.")
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} must be at least 1.")
+        if generation.get("num_return_sequences", 1) != 1:
+            raise InputError(f"num_return_sequences={generation['num_return_sequences']}: a pair gets one sentence.")
         # what the model sees of a training image: a centre crop leaves a border
         self.view = max(1, round(self.tile * side / resized)) if images.do_center_crop else self.tile
 
@@ -244,10 +259,13 @@ class Describer:
             FileNotFoundError: no such file.
             InputError: a pair that `read_pair` refuses, or regions without a head.
         """
-        [report] = self.describe_pairs([read_pair(before, after, **reading)], regions)
+        [report] = self.describe_pairs([read_pair(before, after, **self.reading(**reading))], regions)
         return report
 
-    @torch.no_grad()
+    def reading(self, **given: Any) -> dict[str, Any]:
+        """Settings of `read_pair`: those saved with the image processor, with `given` in their place."""
+        return self.processor.image_processor.reading(**given)
+
     def describe_pairs(self, pairs: Sequence[Pair], regions: bool = False) -> list[ChangeReport]:
         """Caption and mask pairs; those that fit into a tile are encoded once and in batches.
 
@@ -260,8 +278,10 @@ class Describer:
         """
         if regions and self.model.model.change_detection_head is None:
             raise InputError("This model has no change detection head: it cannot find regions.")
-        reports = self._describe_small([pair for pair in pairs if self.fits(pair[0])], regions)
-        return [next(reports) if self.fits(pair[0]) else self._describe_large(*pair, regions) for pair in pairs]
+        kind = self.model.device.type
+        with torch.no_grad(), torch.autocast(kind, self.autocast, enabled=self.autocast is not None):
+            reports = self._describe_small([pair for pair in pairs if self.fits(pair[0])], regions)
+            return [next(reports) if self.fits(pair[0]) else self._describe_large(*pair, regions) for pair in pairs]
 
     def fits(self, image: Image.Image) -> bool:
         """Whether an image is read at once, as in training."""
@@ -279,13 +299,13 @@ class Describer:
                 report, found = _report(values, seen, regions)
                 report.caption, report.score = sentences[index], scores[index]
                 to_view = self.processor.image_processor.to_view
-                told = [
-                    _Told(region, report.caption_box, pixels, to_view(torch.from_numpy(pixels)))
-                    for region, pixels in found
-                ]
+                told = []
+                for region, area in found:
+                    pixels = seen_from(report.caption_box, region.box, area)
+                    told.append(_Told(region, report.caption_box, pixels, to_view(torch.from_numpy(pixels))))
                 for some in _chunks(told, self.batch_size):
                     one = [[stage[index].expand(len(some), -1, -1, -1) for stage in date] for date in stages]
-                    self._tell(some, one, report.mask)
+                    self._tell(some, one, batch[index][0].size, report.mask)
                 yield report
 
     def _describe_large(self, before: Image.Image, after: Image.Image, regions: bool) -> ChangeReport:
@@ -299,40 +319,43 @@ class Describer:
         changed = np.zeros((height, width), bool) if report.mask is None else changed_pixels(report.mask)
         evidence = changed if changed.any() else report.key_changes
         report.caption_box = max(boxes, key=lambda box: evidence[box[1] : box[3], box[0] : box[2]].sum())
-        told = [_Told(report, report.caption_box, changed, torch.ones(self.view, self.view, dtype=torch.bool))]
-        for region, pixels in found:
-            box = left, top, right, bottom = self._window(region.box, width, height)
-            view = torch.zeros(self.view, self.view, dtype=torch.bool)
-            view[: bottom - top, : right - left] = torch.from_numpy(pixels[top:bottom, left:right])
+        whole = torch.ones(self.view, self.view, dtype=torch.bool)
+        told = [
+            _Told(report, report.caption_box, seen_from(report.caption_box, (0, 0, width, height), changed), whole)
+        ]
+        for region, area in found:
+            box = self._window(region.box, width, height)
+            pixels, view = seen_from(box, region.box, area), torch.zeros_like(whole)
+            view[: pixels.shape[0], : pixels.shape[1]] = torch.from_numpy(pixels)
             told.append(_Told(region, box, pixels, view))
         for some in _chunks(told, self.batch_size):
             views = [(self._view(before, each.box), self._view(after, each.box)) for each in some]
-            self._tell(some, self._stages(views), report.mask)
+            self._tell(some, self._stages(views), before.size, report.mask)
         return report
 
-    def _tell(self, told: Sequence["_Told"], stages: Any, mask: Any) -> None:
-        """Write the sentences of regions, or of the tile that changed most, of one image."""
+    def _tell(self, told: Sequence["_Told"], stages: Any, size: tuple[int, int], mask: Any) -> None:
+        """Write the sentences of regions, or of the tile that changed most, of one image of `size` (width, height)."""
         features = self._compare(*self._only(stages, torch.stack([each.view for each in told])))
         for index, (each, sentence, score) in enumerate(zip(told, *self._write(features), strict=True)):
-            inside = np.zeros_like(each.pixels)
-            left, top, right, bottom = each.box
-            inside[top:bottom, left:right] = each.pixels[top:bottom, left:right]
-            chosen: tuple[str, float | None] = (sentence, score)
-            if inside.sum() >= MIN_REGION and not tells_of_change(sentence):
+            chosen: tuple[str, float | None] | None = (sentence, score)
+            if each.pixels.sum() >= MIN_REGION and not tells_of_change(sentence):
                 one = type(features)(pooler_output=features.pooler_output[index : index + 1])
                 others = zip(*self._write(one, num_beams=BEAMS, num_return_sequences=BEAMS), strict=True)
-                telling = (other for other in others if tells_of_change(other[0]))
-                chosen = next(telling, (self._statement(inside, mask), None))
-            each.report.caption, each.report.score = place_in_image(chosen[0], each.box, inside), chosen[1]
+                chosen = next((other for other in others if tells_of_change(other[0])), None)
+            if chosen is None:
+                each.report.caption, each.report.score = self._statement(each, size, mask), None
+            else:
+                each.report.caption = place_in_image(chosen[0], each.box, each.pixels, size)
+                each.report.score = chosen[1]
 
-    def _statement(self, pixels: NDArray[np.bool_], mask: NDArray[np.uint8]) -> str:
+    def _statement(self, told: "_Told", size: tuple[int, int], mask: NDArray[np.uint8]) -> str:
         """What the mask itself says of its marked pixels."""
+        left, top, right, bottom = told.box
         classes = self.model.config.num_change_classes
         names = ("something", "something") if classes == 2 else ("something", "a road", "a building")
-        name = names[int(np.bincount(mask[pixels]).argmax())]
-        x, y = center_of(pixels)
-        height, width = mask.shape
-        return f"{name} has changed {place_phrase(x / width, y / height)} ."
+        name = names[int(np.bincount(mask[top:bottom, left:right][told.pixels]).argmax())]
+        x, y = center_of(told.pixels)
+        return f"{name} has changed {place_phrase((left + x) / size[0], (top + y) / size[1])} ."
 
     def _window(self, box: Box, width: int, height: int) -> Box:
         """The tile around the middle of a region, inside the image."""

@@ -82,7 +82,7 @@ class ChangeCaptioningPipeline(Pipeline):
             input_ = [input_["image_before"], input_["image_after"]]
         if not isinstance(input_, (list, tuple)) or len(input_) != 2:
             raise InputError(f"The pipeline takes before/after pairs of images, not {type(input_).__name__}.")
-        return {"pairs": [read_pair(*input_, **(reading or {}))]}
+        return {"pairs": [read_pair(*input_, **self.processor.image_processor.reading(**(reading or {})))]}
 
     def _forward(  # type: ignore[override]
         self,

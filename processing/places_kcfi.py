@@ -21,15 +21,24 @@ _ROWS = {"top": 0, "upper": 0, "bottom": 2, "lower": 2}
 _COLUMNS = {"left": 0, "right": 2}
 _MIDDLE = ("middle", "center", "centre", "central")
 _WORD = rf"(?:{'|'.join([*_ROWS, *_COLUMNS, *_MIDDLE])})(?:most)?"
-# "at the bottom", "in the lower-left corner of the scene". Of a thing ("on the left of the road") it is no place in
-# the image; before a noun ("on the right road") it is that thing's.
+_PART = rf"{_WORD}(?:[ -]{_WORD})?(?:[ -]hand)?"
+_NOUN = r"(?:corner|side|edge|part|area|half|region|section|portion|end)s?"
+_PREPOSITION = r"(?:in|at|on|to|from|near|around)"
+# "at the bottom", "in the lower-left corner of the scene", "on the left and right sides": one phrase, however many
+# places it names. Of a thing ("on the left of the road") it is no place in the image; before a noun ("on the right
+# road") it is that thing's.
 _PLACE = re.compile(
-    rf"\b(?:in|at|on|to|from|near|around) the (?:far |very )?(?P<words>{_WORD}(?:[ -]{_WORD})?)"
-    r"(?:[ -]hand)?(?: (?:corner|side|edge|part|area|half|region|section|portion|end))?"
-    r"(?: (?P<whole>of (?:the|this) (?:scene|image|picture|photo|area|region|map|view)))?"
+    rf"\b{_PREPOSITION} (?:both )?the (?:far |very )?(?P<parts>{_PART}(?: {_NOUN})?"
+    rf"(?:(?: ?,| and| or| to)+ (?:{_PREPOSITION} )?(?:the )?{_PART}(?: {_NOUN})?)*)"
+    r"(?P<whole> of (?:the|this) (?:scene|image|picture|photo|area|region|map|view))?"
     r"(?=\s*(?:[.,;]|$)|\s+(?:a|an|the|some|many|several|lots|one|two|three|there|and|with|is|are|was|were|has|have|had"
-    r"|by|in|on|at|to|as|along|next|near|beside|outside|while|where|which|that|instead|(?:dis)?appear\w*|becom\w*|became|turn\w*"
-    r"|replac\w*|remain\w*|chang\w*|vanish\w*|connected|surrounded|parallel)\b)",
+    r"|by|in|on|at|to|as|along|next|near|beside|outside|while|where|which|that|instead|(?:dis)?appear\w*|becom\w*"
+    r"|became|turn\w*|replac\w*|remain\w*|chang\w*|vanish\w*|connected|surrounded|parallel)\b)",
+    re.IGNORECASE,
+)
+# "the top left corner of the scene has changed": a place of the image that is itself told of
+_NAMED = re.compile(
+    rf"\bthe (?P<parts>{_PART}(?: {_NOUN})?)(?P<whole> of (?:the|this) (?:scene|image|picture|photo|map|view))\b",
     re.IGNORECASE,
 )
 _PHRASES = (
@@ -60,40 +69,56 @@ def center_of(changed: NDArray[np.bool_]) -> tuple[float, float]:
     return float(columns.mean()) + 0.5, float(rows.mean()) + 0.5
 
 
-def place_in_image(sentence: str, box: Box, changed: NDArray[np.bool_]) -> str:
+def place_in_image(sentence: str, box: Box, pixels: NDArray[np.bool_], size: tuple[int, int]) -> str:
     """Rewrite the places that a sentence about a part of an image names: to where that is in the whole image.
 
-    "at the top" of a tile in the bottom right corner becomes "in the bottom right corner". A phrase stands for the
+    "at the top" of a tile in the bottom right corner becomes "in the bottom right corner". A place stands for the
     changed pixels in that third of the box, for all of the box's where that third has none, and for the middle of that
     third where nothing is marked. Places beside a thing ("on the left of the road") stay.
 
     Args:
         sentence: about `box`.
         box: part of the image, in pixels.
-        changed: (H, W) pixels of the whole image that the sentence describes.
+        pixels: (bottom - top, right - left) map of the box: what the sentence describes.
+        size: width and height of the image.
     """
-    left, top, right, bottom = box
-    height, width = changed.shape
-    inside = changed[top:bottom, left:right]
 
     def moved(match: re.Match[str]) -> str:
-        words = [word.removesuffix("most") for word in re.split("[ -]", match["words"].lower())]
-        middle = any(word in _MIDDLE for word in words)
-        row = next((_ROWS[word] for word in words if word in _ROWS), 1 if middle else None)
-        column = next((_COLUMNS[word] for word in words if word in _COLUMNS), 1 if middle else None)
-        (y0, y1), (x0, x1) = _third(row, bottom - top), _third(column, right - left)
-        part = inside[y0:y1, x0:x1]
-        if part.any():
-            x, y = center_of(part)
-            x, y = x + x0, y + y0
-        elif inside.any():
-            x, y = center_of(inside)
-        else:
-            x, y = (x0 + x1) / 2, (y0 + y1) / 2
-        phrase = place_phrase((left + x) / width, (top + y) / height)
-        return f"{phrase} {match['whole']}" if match["whole"] else phrase
+        places = [_moved(part, box, pixels, size) for part in _parts(match["parts"])]
+        return " and ".join(dict.fromkeys(places)) + (match["whole"] or "")
 
-    return _PLACE.sub(moved, sentence)
+    def named(match: re.Match[str]) -> str:
+        [part] = _parts(match["parts"])
+        return _moved(part, box, pixels, size).partition(" ")[2] + match["whole"]
+
+    pieces, end = [], 0
+    for match in _PLACE.finditer(sentence):
+        pieces += [_NAMED.sub(named, sentence[end : match.start()]), moved(match)]
+        end = match.end()
+    return "".join([*pieces, _NAMED.sub(named, sentence[end:])])
+
+
+def _parts(text: str) -> list[str]:
+    """The places of a phrase: "top and bottom" -> "top", "bottom"."""
+    return [match[0].lower() for match in re.finditer(_PART, text, re.IGNORECASE)]
+
+
+def _moved(part: str, box: Box, pixels: NDArray[np.bool_], size: tuple[int, int]) -> str:
+    """The phrase for where one place of a box lies in the image; see `place_in_image`."""
+    words = [word.removesuffix("most") for word in re.split("[ -]", part)]
+    middle = any(word in _MIDDLE for word in words)
+    row = next((_ROWS[word] for word in words if word in _ROWS), 1 if middle else None)
+    column = next((_COLUMNS[word] for word in words if word in _COLUMNS), 1 if middle else None)
+    (y0, y1), (x0, x1) = _third(row, pixels.shape[0]), _third(column, pixels.shape[1])
+    inside = pixels[y0:y1, x0:x1]
+    if inside.any():
+        x, y = center_of(inside)
+        x, y = x + x0, y + y0
+    elif pixels.any():
+        x, y = center_of(pixels)
+    else:
+        x, y = (x0 + x1) / 2, (y0 + y1) / 2
+    return place_phrase((box[0] + x) / size[0], (box[1] + y) / size[1])
 
 
 def _third(index: int | None, length: int) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """What `make test-versions` reads from setup.cfg, and the table it prints."""
 
-from tests.versions import ROOT, floors, table
+from tests.versions import ROOT, counts_of, floors, table
 
 
 def test_a_floor_is_the_lowest_version_of_every_requirement_that_has_one(tmp_path):
@@ -29,3 +29,10 @@ def test_a_run_that_could_not_be_installed_is_a_row_too():
         "| 9 passed, 0 failed, 1 skipped |"
     )
     assert lines[3].startswith("| python3.13 | newest |  |") and len({line.count("|") for line in lines}) == 1
+
+
+def test_the_counts_are_those_of_the_closing_line_of_pytest():
+    closing = "== 3 failed, 900 passed, 2 skipped, 5 warnings in 845.98s (0:14:05) =="
+    assert counts_of(f"...\n{closing}\nException ignored in atexit callback\n") == "900 passed, 3 failed, 2 skipped"
+    assert counts_of("9 passed in 1.20s\n") == "9 passed, 0 failed, 0 skipped"
+    assert counts_of("== 1 passed, 1 error in 3.10s ==\n") is None and counts_of("Killed\n") is None

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 PYTHONS = ("python3.11", "python3.12", "python3.13")
 ENDS = ("floors", "newest")
 SHOWN = ("transformers", "torch", "datasets", "accelerate", "peft", "timm", "numpy")  # columns of the table
+KINDS = ("passed", "failed", "skipped")
 COUNT = re.compile(r"(\d+) (passed|failed|skipped|error)")
 
 
@@ -36,6 +37,13 @@ def floors(setup: Path) -> list[str]:
         lines += extra.splitlines()
     found = (re.match(r"([\w-]+)(?:\[\w+\])?>=([\w.]+)", line) for line in lines)
     return sorted({f"{match[1]}=={match[2]}" for match in found if match})
+
+
+def counts_of(log: str) -> str | None:
+    """ "1700 passed, 0 failed, 3 skipped" from the closing line of pytest; None without one, or with errors in it."""
+    closing = [line for line in log.splitlines() if re.search(r"\d+ passed.* in [\d.]+s", line)]
+    counts = {word: number for number, word in COUNT.findall(closing[-1])} if closing else {"error": "1"}
+    return None if "error" in counts else ", ".join(f"{counts.get(word, 0)} {word}" for word in KINDS)
 
 
 def run_end(python: str, end: str, folder: Path) -> dict[str, str]:
@@ -74,9 +82,8 @@ def run_end(python: str, end: str, folder: Path) -> dict[str, str]:
         [inside, "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True
     )
     versions = {package["name"]: package["version"] for package in json.loads(listed.stdout)}
-    counts = {word: number for number, word in COUNT.findall(log.read_text(encoding="utf-8").splitlines()[-1])}
-    result = ", ".join(f"{counts.get(word, 0)} {word}" for word in ("passed", "failed", "skipped"))
-    if done.returncode not in (0, 1) or "error" in counts:
+    result = counts_of(log.read_text(encoding="utf-8"))
+    if result is None or (done.returncode == 0) != (" 0 failed" in result):
         result = f"broken, see {log}"
     shutil.rmtree(environment)
     return row | {package: versions.get(package, "-") for package in SHOWN} | {"result": result}

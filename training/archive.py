@@ -1,8 +1,10 @@
 """A data set as one archive, zip or tar, as LEVIR-CC and LEVIR-MCI are distributed."""
 
+import lzma
 import shutil
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -15,6 +17,7 @@ from kcfi.training.levir_cc import CAPTIONS_FILES
 
 logger = logging.get_logger(__name__)
 
+DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, OSError)
 DEPTH = 2  # folders that may lie around that of the captions file
 
 
@@ -40,7 +43,7 @@ def unpacked(archive: Path, beside: Path) -> Iterator[Path]:
                 _unpack_tar(archive, folder)
             else:
                 raise InputError(f"{archive}: neither a folder nor a zip or tar archive")
-        except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, RuntimeError) as error:
+        except (*DAMAGED, EOFError, NotImplementedError, RuntimeError) as error:
             raise InputError(f"{archive}: cannot be unpacked ({error})") from error
         levels = ["*/" * depth for depth in range(DEPTH + 1)]
         found = sorted(
@@ -74,6 +77,8 @@ def _unpack_tar(archive: Path, folder: Path) -> None:
     with tarfile.open(archive) as content:
         _check_room(archive, [entry.size for entry in content], folder)
         content.extractall(folder, filter="data")  # refuses absolute paths, "..", links that lead out, devices
+        while content.fileobj.read(2**20):  # type: ignore[union-attr]  # to the checksum at the end
+            pass
 
 
 def _check_room(archive: Path, sizes: list[int], folder: Path) -> None:

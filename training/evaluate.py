@@ -19,12 +19,11 @@ from pycocoevalcap.rouge.rouge import Rouge
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from kcfi.captioning import load
+from kcfi.captioning import load, validation_dtype
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.pictures import contact_sheet, overlay
 from kcfi.processing import INSTRUCTIONS, Describer, InputError, KCFIProcessor
 from kcfi.processing.describer_kcfi import write_captions
-from kcfi.training.arguments import read_yaml
 from kcfi.training.feature_cache import FeatureCache
 from kcfi.training.levir_cc import NO_LABEL, MaskClasses, class_ids, load_pairs, num_classes, warn_of_levir_cd
 from kcfi.training.material_library import attributions
@@ -65,18 +64,6 @@ def check_classes(model: KCFIForConditionalGeneration, mask_classes: MaskClasses
             f"mask_classes={mask_classes} has {num_classes(mask_classes)} classes, the model "
             f"num_change_classes={model.config.num_change_classes}: make them agree."
         )
-
-
-def validation_dtype(model: str, device: torch.device) -> torch.dtype | None:
-    """What the run that made a model computed its validation scores in: bf16 or fp16 by autocast; None = as saved.
-
-    Only on CUDA, where recipes ask for it: most CPUs are slow in bf16.
-    """
-    recipe = Path(model) / "recipe.yaml"
-    if device.type != "cuda" or not recipe.is_file():
-        return None
-    settings = read_yaml(recipe)
-    return torch.bfloat16 if settings.get("bf16") else torch.float16 if settings.get("fp16") else None
 
 
 def predict(
@@ -230,20 +217,18 @@ def evaluate_model(
         network.model.get_stage_features = FeatureCache(network.model, feature_cache)
     mask_classes = mask_classes or ("road_building" if network.config.num_change_classes == 3 else "change")
     check_classes(network, mask_classes)
-    describer = Describer(
-        network, processor, tile, batch_size, instruction or INSTRUCTIONS[0], max_new_tokens=max_new_tokens
-    )
+    autocast = None if dtype else validation_dtype(model, network.device)
+    settings = (tile, batch_size, instruction or INSTRUCTIONS[0], autocast)
+    describer = Describer(network, processor, *settings, max_new_tokens=max_new_tokens)
     if num_workers is None:
         num_workers = 0 if network.device.type == "cpu" else 2
     loader: Any = DataLoader(cast(Any, pairs), batch_size=batch_size, collate_fn=list, num_workers=num_workers)
-    precision = None if dtype else validation_dtype(model, network.device)
 
     scores, predictions = Scores(mask_classes), []
     for batch in tqdm(loader, desc="pairs", unit="batch"):
         images = [(example["image_before"], example["image_after"]) for example in batch]
-        with torch.autocast(network.device.type, precision, enabled=precision is not None):
-            reports = describer.describe_pairs(images)
-        predictions += [
+        reports = describer.describe_pairs(images)
+        described = [
             PairPrediction(
                 example["filename"],
                 example["changed"],
@@ -254,7 +239,8 @@ def evaluate_model(
             )
             for example, report in zip(batch, reports, strict=True)
         ]
-    scores.update(predictions)
+        scores.update(described)
+        predictions += described
     warn_of_levir_cd(scores.captions)
 
     output = Path(output)

@@ -202,7 +202,10 @@ def push(
     check_license(folder, license)
     reference = None
     if text_model:
-        reference = text_model, extract_commit_hash(cached_file(text_model, CONFIG_NAME), None)
+        recipe = read_recipe(folder)[1]
+        revision = recipe.get("text_model_revision") if recipe.get("text_model") == text_model else None
+        file = cached_file(text_model, CONFIG_NAME, revision=revision)
+        reference = text_model, extract_commit_hash(file, None)
         config.text_model, config.text_model_revision = reference
     card = card_of_run(folder, repo_id, config, state, results, license=license)
 

@@ -279,8 +279,12 @@ def find_image(path: str, folders: Iterable[str]) -> str:
     """Path or URL of an image that a row names relative to the folder of its own file; absolute ones stay.
 
     Raises:
-        UnreadablePairError: If several folders hold it.
+        UnreadablePairError: If several folders hold it, or a data set on the Hub names a file outside of its own.
     """
+    folders = list(folders)
+    leads_out = "://" in path or Path(path).is_absolute() or ".." in Path(path).parts
+    if leads_out and any(folder.startswith("hf://") for folder in folders):
+        raise UnreadablePairError(f"{path}: a data set on the Hub may name files of its own only.")
     if "://" in path or Path(path).is_absolute():
         return path
     places = [f"{folder}/{path}" for folder in folders]

@@ -10,6 +10,7 @@ kcfi train my_recipe.yaml --resume
 import argparse
 import json
 import platform
+import re
 import shutil
 import subprocess
 import traceback
@@ -253,12 +254,17 @@ def is_complete(folder: Path) -> bool:
     return True
 
 
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a commit; a branch, a tag or None may stand for another one by now."""
+    return re.fullmatch("[0-9a-f]{40}", revision or "") is not None
+
+
 def check_same_recipe(recipe: Recipe, output_dir: Path) -> None:
     """Refuse to resume a run with other settings than it began with: its recipe.yaml would no longer tell the truth.
 
     The folder itself may have moved, a field that recipe.yaml does not know had its default, and how many workers load
     the pairs is a matter of the machine (`KCFITrainer` refuses it where the order of the pairs depends on it). A
-    revision that is not given is that of the run, see `take_commits`.
+    revision that is not given, a branch or a tag is the commit of the run, see `take_commits`.
 
     Raises:
         InputError: names each setting that differs, with both values.
@@ -272,7 +278,7 @@ def check_same_recipe(recipe: Recipe, output_dir: Path) -> None:
         for name in dict.fromkeys([*saved, *now])
         if began[name] != now.get(name)
         and name not in ("output_dir", "dataloader_num_workers")
-        and not (name in (*REVISIONS, "dataset_revision") and now.get(name) is None)
+        and not (name in (*REVISIONS, "dataset_revision") and not is_commit(now.get(name)))
     ]
     if changed:
         raise InputError(

@@ -273,6 +273,8 @@ def training_pairs(pairs: Any, args: KCFITrainingArguments) -> Any:
     if args.max_unreadable or args.dwa == "epoch":
         setting = f"max_unreadable={args.max_unreadable}" if args.max_unreadable else "dwa=epoch"
         raise InputError(f"{setting} needs the length of train_dataset, and a stream has none.")
+    if args.ignore_data_skip:
+        raise InputError("ignore_data_skip: a resumed stream goes on where it was; leave it out.")
     for setting in ("eval_strategy", "save_strategy"):
         if getattr(args, setting) == "epoch":
             logger.warning(f"{setting}=epoch means at the end: a streamed train_dataset has no epochs. Choose steps.")
@@ -397,6 +399,7 @@ class KCFITrainer(Trainer):
         if args.dwa != "none":
             window = args.dwa_window if args.dwa == "window" else 1  # "epoch": known when training begins
             self.dwa = DynamicWeightAverage(args.dwa_temperature, window)
+        self.tile_known = False
         self.pairs_seen = 0
         self.captions_seen = 0
         self.unreadable = 0  # pairs of this epoch
@@ -503,8 +506,9 @@ class KCFITrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.zeros(5, dtype=torch.int64, device=device)
         sides = [side for batch in batches for size in batch.pop("sizes") for side in size]
-        if not self.pairs_seen:  # `Describer` cuts larger images into tiles of this size
+        if not self.tile_known:  # `Describer` cuts larger images into tiles of this size
             self.data_collator.processor.tile_size = max(sides)
+            self.tile_known = True
         for batch in batches:
             if "position" in batch:
                 self.positions[batch.pop("reader")] = batch.pop("position")

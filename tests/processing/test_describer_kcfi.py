@@ -20,6 +20,7 @@ from kcfi.processing.describer_kcfi import (
     OVERLAP,
     blend,
     changed_regions,
+    seen_from,
     taper,
     tile_boxes,
     tile_starts,
@@ -101,9 +102,9 @@ def test_regions_are_sorted_by_size_and_small_ones_left_out():
     assert 9 * 11 == MIN_REGION - 1
     regions = changed_regions(mask)
     assert [(region.box, region.pixels) for region, _ in regions] == [((40, 50, 60, 70), 400), ((3, 2, 13, 12), 100)]
-    for region, pixels in regions:
+    for region, area in regions:
         left, top, right, bottom = region.box
-        assert pixels[top:bottom, left:right].all() and pixels.sum() == region.pixels
+        assert area.shape == (bottom - top, right - left) and area.all()
 
 
 @pytest.mark.parametrize(("gap", "count"), [(2 * MERGE, 1), (2 * MERGE + 1, 2)])
@@ -247,6 +248,15 @@ def test_without_a_head_there_is_a_sentence_and_no_mask(make_detector, tmp_path,
         describer.describe(before, after, regions=True)
 
 
+def test_an_area_is_seen_from_another_box():
+    area = np.ones((4, 6), bool)
+    seen = seen_from((10, 10, 20, 20), (8, 17, 14, 21), area)
+    expected = np.zeros((10, 10), bool)
+    expected[7:, :4] = True
+    assert np.array_equal(seen, expected)
+    assert not seen_from((10, 10, 20, 20), (30, 30, 36, 34), area).any()
+
+
 # One way for all
 
 
@@ -311,6 +321,25 @@ def test_tiles_of_a_cropping_model_are_what_it_sees_of_a_training_image(make_det
     border = describer.describe(*make_pair(80, 80, square=(0, 0, 20, 20)))
     assert (border.mask[:8] == 255).all() and (border.mask[8:72, 8:72] != 255).all()
     assert border.changed_fraction == pytest.approx((border.mask == 2).sum() / 64**2)
+
+
+def test_several_sentences_of_a_pair_are_refused(describer):
+    with pytest.raises(ValueError, match="num_return_sequences=3: a pair gets one sentence"):
+        Describer(describer.model, describer.processor, num_beams=3, num_return_sequences=3)
+
+
+def test_settings_of_reading_that_are_saved_with_the_processor_count(detector):
+    model, processor = load(str(detector))
+    four = np.random.default_rng(0).integers(0, 255, (4, 32, 32), dtype=np.uint8)
+    with pytest.raises(ValueError, match="4 bands"):
+        Describer(model, processor).describe(four, four)
+    processor.image_processor.bands = [1, 2, 3]
+    describer = Describer(model, processor)
+    assert describer.describe(four, four).caption == describer.describe(four[:3], four[:3]).caption
+    captioner = pipeline("change-captioning", model=model, processor=processor)
+    assert captioner([four, four])["caption"] == describer.describe(four, four).caption
+    with pytest.raises(ValueError, match="asks for another"):
+        captioner([four, four], reading={"bands": [1, 2, 5]})
 
 
 def test_the_question_and_the_arguments_of_generate_reach_the_model(describer, make_pair):

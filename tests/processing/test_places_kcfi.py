@@ -3,16 +3,21 @@
 import numpy as np
 import pytest
 
+from kcfi.processing import places_kcfi
 from kcfi.processing.places_kcfi import (
     UNCHANGED_SENTENCES,
     center_of,
-    place_in_image,
     place_phrase,
     tells_of_change,
 )
 
 SCENE = (120, 120)  # px
 CORNERS = {"top left": (0, 0), "top right": (80, 0), "bottom left": (0, 80), "bottom right": (80, 80)}
+
+
+def place_in_image(sentence, box, changed):
+    left, top, right, bottom = box
+    return places_kcfi.place_in_image(sentence, box, changed[top:bottom, left:right], SCENE)
 
 
 def marked(left, top, right, bottom):
@@ -106,4 +111,28 @@ def test_without_marked_pixels_the_named_part_of_the_box_counts():
     )
     assert place_in_image("a house appears on the right .", (0, 0, 40, 40), nothing) == (
         "a house appears in the top left corner ."
+    )
+
+
+@pytest.mark.parametrize(
+    ("sentence", "expected"),
+    [
+        ("houses appear at the top and bottom of the scene .", "houses appear PLACE of the scene ."),
+        ("a road runs from the left to the right .", "a road runs PLACE ."),
+        ("trees grow in the upper left and lower right corners .", "trees grow PLACE ."),
+        ("cars stand on the left , right and bottom .", "cars stand PLACE ."),
+        ("houses are built on both the left and right sides .", "houses are built PLACE ."),
+        ("the top left corner of the scene has a house .", "the bottom right corner of the scene has a house ."),
+        ("a house at the top and a road on the left appear .", "a house PLACE and a road PLACE appear ."),
+    ],
+)
+def test_a_phrase_of_several_places_is_one(sentence, expected):
+    place = "in the bottom right corner"
+    assert place_in_image(sentence, (80, 80, 120, 120), marked(85, 85, 115, 115)) == expected.replace("PLACE", place)
+
+
+def test_places_of_one_phrase_that_lie_apart_are_both_told():
+    changed = marked(40, 2, 80, 30) | marked(40, 90, 80, 118)
+    assert place_in_image("houses appear at the top and bottom .", (0, 0, 120, 120), changed) == (
+        "houses appear at the top and at the bottom ."
     )

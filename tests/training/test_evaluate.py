@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kcfi.captioning import validation_dtype
 from kcfi.training.collator import KCFICollator
 from kcfi.training.evaluate import (
     PairPrediction,
@@ -16,7 +17,6 @@ from kcfi.training.evaluate import (
     predict,
     sample_sheet,
     telling_pairs,
-    validation_dtype,
 )
 
 SQUARE = np.zeros((8, 8), np.uint8)
@@ -80,7 +80,7 @@ def test_masks_are_predicted_at_the_size_of_the_images(model, processor, make_pa
 )
 def test_scores_are_computed_as_the_validation_of_the_run_was(tmp_path, recipe, device, dtype):
     if recipe:
-        (tmp_path / "recipe.yaml").write_text(recipe)
+        (tmp_path / "recipe.yaml").write_text(f"{recipe}save_total_limit: null\n")
     assert validation_dtype(str(tmp_path), torch.device(device)) is dtype
 
 
