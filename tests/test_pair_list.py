@@ -197,7 +197,7 @@ def test_the_table_of_another_model_is_not_mixed_with_this_one(describer, folder
 
 
 def test_a_bug_is_no_pair_that_cannot_be_read(tmp_path, detector, make_pair, monkeypatch):
-    def fails(*_):
+    def fails(*_, **reading):
         raise ValueError("operands could not be broadcast together")
 
     for name, image in zip(("before.png", "after.png"), make_pair(40, 30), strict=True):

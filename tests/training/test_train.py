@@ -97,9 +97,7 @@ def test_a_run_keeps_to_the_commits_that_it_began_with(recipe, hub_text_model, t
     main = tmp_path / "hub" / "models--me--lm" / "refs" / "main"
     main.write_text("f" * 40)  # a newer one, which is not here
     (tmp_path / "run" / "trainer_state.json").unlink()
-    train.main(
-        [str(recipe), *options, "--text_model_revision", "main", "--resume"]
-    )  # what it is called does not count
+    train.main([str(recipe), *options, "--text_model_revision", "main", "--resume"])  # its name does not count
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text()) == saved
     with pytest.raises(OSError, match="text_model: cannot load 'me/lm' at its newest commit"):
         train.main([str(recipe), *options, "--output_dir", str(tmp_path / "new")])
