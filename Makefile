@@ -1,6 +1,7 @@
 # make demo: caption the example pair.   make test: the tests.   Everything happens inside $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 PYTHONS ?= python3.11 python3.12 python3.13
 ENDS ?= floors newest
 BIN := $(VENV)/bin
@@ -12,7 +13,7 @@ demo: $(VENV)/installed
 	$(BIN)/kcfi caption $(EXAMPLE)/before.png $(EXAMPLE)/after.png --heatmap --output demo-output
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
 
 test-all: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
