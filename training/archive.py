@@ -43,7 +43,7 @@ def unpacked(archive: Path, beside: Path) -> Iterator[Path]:
                 _unpack_tar(archive, folder)
             else:
                 raise InputError(f"{archive}: neither a folder nor a zip or tar archive")
-        except (*DAMAGED, EOFError, NotImplementedError, RuntimeError) as error:
+        except (*DAMAGED, EOFError, RuntimeError) as error:  # RuntimeError: a password, an unknown compression
             raise InputError(f"{archive}: cannot be unpacked ({error})") from error
         levels = ["*/" * depth for depth in range(DEPTH + 1)]
         found = sorted(
