@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_same_recipe(recipe, output_dir)
     with error_kept(output_dir, recipe.training.process_index):
         trainer = train(recipe, checkpoint)
-    # leaves the process group: a rank whose threads still wait for the others is aborted at its exit
+    # all together, and out of the process group: a rank that exits while its threads still wait for others is aborted
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 

@@ -22,4 +22,5 @@ trainer = plain_trainer(model, processor, folder / "two", Pairs(4), keep, **sett
 trainer.train()
 if trainer.is_world_process_zero():
     torch.save({name.removeprefix("module."): gradient for name, gradient in keep.first.items()}, folder / "plain.pt")
+trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()

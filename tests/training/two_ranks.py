@@ -72,4 +72,5 @@ else:
 trainer.save_model()
 if trainer.is_world_process_zero():
     torch.save(results, folder / f"{name}.pt")
+trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
