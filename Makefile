@@ -38,11 +38,11 @@ bench-quality: $(VENV)/installed-dev
 AERIAL ?= open_aerial
 tiny: $(VENV)/installed
 	$(BIN)/kcfi data materials --source $(AERIAL)/ucmerced $(AERIAL)/dubai $(AERIAL)/banepa --output runs/materials
-	$(BIN)/python -m kcfi.training.language_model --output runs/tiny-lm --steps 1000
-	$(BIN)/python -m kcfi.training.vision_tower --output runs/tiny-vit --steps 600
+	$(BIN)/python -m kcfi.training.towers.language_model --output runs/tiny-lm --steps 1000
+	$(BIN)/python -m kcfi.training.towers.vision_tower --output runs/tiny-vit --steps 600
 	$(BIN)/kcfi train tiny
 	$(BIN)/kcfi train tiny_real
-	$(BIN)/python -m kcfi.training.export runs/tiny-real hub_configs/kcfi-tiny
+	$(BIN)/python -m kcfi.training.sharing.export runs/tiny-real hub_configs/kcfi-tiny
 
 # torch first: whatever build pip is set up to find then satisfies the packages that ask for it
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt

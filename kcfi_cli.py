@@ -497,7 +497,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from kcfi.training.arguments import as_dict
-    from kcfi.training.evaluate import evaluate_model
+    from kcfi.training.scoring.evaluate import evaluate_model
 
     disable_progress_bar()  # of loading weights, which is over before it can be read
     check_results_file(options.output)
@@ -528,7 +528,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 def run_score(options: argparse.Namespace) -> None:
     """`kcfi score`."""
-    from kcfi.training.metrics import score_file
+    from kcfi.training.scoring.metrics import score_file
 
     if options.output:
         check_results_file(options.output)
@@ -546,7 +546,7 @@ def run_ablate(options: argparse.Namespace) -> int:
     """`kcfi ablate`; returns its exit code."""
     from kcfi.training.ablate import ablate
     from kcfi.training.ablation_table import read_set
-    from kcfi.training.metrics import require_java
+    from kcfi.training.scoring.metrics import require_java
 
     output = options.output or Path("runs") / Path(options.set).stem
     check_writable(output)
@@ -562,7 +562,7 @@ def run_ablate(options: argparse.Namespace) -> int:
 def run_check(options: argparse.Namespace) -> int:
     """`kcfi data check`; returns its exit code."""
     from kcfi.training.arguments import as_dict
-    from kcfi.training.data_check import check_folder, counts_table
+    from kcfi.training.data.check import check_folder, counts_table
 
     problems, counts = check_folder(options.root, as_dict(options.columns))
     for problem in problems:
@@ -578,7 +578,7 @@ def run_convert(options: argparse.Namespace) -> None:
     """`kcfi data convert`."""
     from datasets import disable_progress_bars
 
-    from kcfi.training.shards import write_shards
+    from kcfi.training.data.shards import write_shards
 
     disable_progress_bars()  # one per shard; ours counts pairs
     check_writable(options.output)
@@ -588,7 +588,7 @@ def run_convert(options: argparse.Namespace) -> None:
 
 def run_materials(options: argparse.Namespace) -> None:
     """`kcfi data materials`."""
-    from kcfi.training.materials import write_library
+    from kcfi.training.materials.cut import write_library
 
     check_writable(options.output)
     counts = write_library(options.source, options.output)
@@ -599,7 +599,7 @@ def run_materials(options: argparse.Namespace) -> None:
 def run_synthesize(options: argparse.Namespace) -> None:
     """`kcfi data synthesize`."""
     from kcfi.training.arguments import as_dict
-    from kcfi.training.synthetic import synthesize
+    from kcfi.training.synthetic.dataset import synthesize
 
     check_writable(options.output)
     synthesize(
@@ -614,7 +614,7 @@ def run_synthesize(options: argparse.Namespace) -> None:
 
 def run_push(options: argparse.Namespace) -> None:
     """`kcfi push`."""
-    from kcfi.training.export import push
+    from kcfi.training.sharing.export import push
 
     what = (options.folder, options.repo_id, options.results)
     print(push(*what, options.private, options.license, options.dry_run, options.text_model))

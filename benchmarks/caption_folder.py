@@ -27,7 +27,7 @@ from kcfi.captioning import Describer, load
 from kcfi.pair_list import describe_list, find_pairs
 from kcfi.pictures import overlay
 from kcfi.processing import describer_kcfi
-from kcfi.training.synthetic import SyntheticDataset
+from kcfi.training.synthetic.dataset import SyntheticDataset
 
 BAR = 3.0
 LONGEST = describer_kcfi.LONGEST

@@ -10,9 +10,9 @@ import argparse
 import json
 from pathlib import Path
 
-from kcfi.training.levir_cc import read_captions
-from kcfi.training.metrics import caption_scores
-from kcfi.training.synthetic import SyntheticDataset
+from kcfi.training.data.levir_cc import read_captions
+from kcfi.training.scoring.metrics import caption_scores
+from kcfi.training.synthetic.dataset import SyntheticDataset
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 from train_step import build, make_sides
 
 from kcfi.training.collator import KCFICollator
-from kcfi.training.levir_cc import load_pairs
-from kcfi.training.shards import write_shards
-from kcfi.training.synthetic import SyntheticDataset, synthesize
+from kcfi.training.data.levir_cc import load_pairs
+from kcfi.training.data.shards import write_shards
+from kcfi.training.synthetic.dataset import SyntheticDataset, synthesize
 
 PAIRS, BAR = 64, 5.0
 

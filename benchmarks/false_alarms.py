@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 
 from kcfi.captioning import load
 from kcfi.training.collator import KCFICollator
-from kcfi.training.material_library import LibraryMaterials
-from kcfi.training.synthetic import PAIR_KINDS, SyntheticDataset
+from kcfi.training.synthetic.library import LibraryMaterials
+from kcfi.training.synthetic.dataset import PAIR_KINDS, SyntheticDataset
 
 BINS = 10
 

@@ -18,8 +18,8 @@ from PIL import Image
 import kcfi  # noqa: F401 (registers the Auto classes)
 from kcfi.captioning import Describer, load
 from kcfi.pictures import contact_sheet, overlay
-from kcfi.training.levir_cc import warn_of_levir_cd
-from kcfi.training.metrics import MaskScores
+from kcfi.training.data.levir_cc import warn_of_levir_cd
+from kcfi.training.scoring.metrics import MaskScores
 
 
 class Counts:

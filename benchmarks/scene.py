@@ -22,7 +22,7 @@ import kcfi
 from kcfi.captioning import Describer, load
 from kcfi.processing import describer_kcfi
 from kcfi.processing.describer_kcfi import Pair, blend, tile_boxes
-from kcfi.training.synthetic import SyntheticDataset
+from kcfi.training.synthetic.dataset import SyntheticDataset
 
 BAR = 5.0
 CASES = ["kcfi-tiny", "kcfi-tiny-smollm2-135m"]

@@ -16,7 +16,7 @@ from kcfi.pictures import heat_map, overlay
 from kcfi.processing import ChangeReport, Describer, InputError
 from kcfi.towers import refusals
 from kcfi.training.arguments import model_source, optional_fields, read_yaml
-from kcfi.training.levir_cc import MASK_BUILDING, MASK_ROAD, NO_LABEL
+from kcfi.training.data.levir_cc import MASK_BUILDING, MASK_ROAD, NO_LABEL
 
 __all__ = ["ChangeReport", "Describer", "load", "mask_picture", "save_pictures"]
 

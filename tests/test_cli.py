@@ -223,7 +223,7 @@ def test_a_file_that_an_installed_package_misses_is_no_bad_input(monkeypatch, tm
     def fails(*_, **__):
         raise FileNotFoundError(2, "No such file or directory", "/venv/lib/python3.11/site-packages/kcfi/part.json")
 
-    monkeypatch.setattr("kcfi.training.synthetic.synthesize", fails)
+    monkeypatch.setattr("kcfi.training.synthetic.dataset.synthesize", fails)
     with pytest.raises(FileNotFoundError):
         main(["data", "synthesize", "--pairs", "10", "--output", str(tmp_path / "new")])
 

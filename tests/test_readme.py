@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from kcfi.training.arguments import find_recipe
-from kcfi.training.shards import write_shards
+from kcfi.training.data.shards import write_shards
 from kcfi_cli import main
 
 ROOT = Path(__file__).parents[1]

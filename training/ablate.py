@@ -21,7 +21,7 @@ from pathlib import Path
 from kcfi.processing import InputError
 from kcfi.training.ablation_table import METRICS, RESULTS, AblationSet, read_report, write_tables
 from kcfi.training.arguments import Recipe, parse_recipe
-from kcfi.training.evaluate import flat_scores
+from kcfi.training.scoring.evaluate import flat_scores
 from kcfi.training.train import check_same_recipe, is_complete
 
 # The last line of a traceback, or what `kcfi` says of bad input; torchrun puts the rank in front.

@@ -14,7 +14,7 @@ from PIL import Image
 from kcfi.pictures import Bar, bar_chart
 from kcfi.processing import InputError
 from kcfi.training.arguments import RECIPES, check_names, find_recipe, read_yaml
-from kcfi.training.evaluate import flat_scores
+from kcfi.training.scoring.evaluate import flat_scores
 
 METRICS = {
     "bleu_1": "BLEU-1",

@@ -10,8 +10,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.utils.rnn import pad_sequence
 
 from kcfi.processing import INSTRUCTIONS, InputError, KCFIProcessor
-from kcfi.training.augmentation import augment
-from kcfi.training.levir_cc import MaskClasses, class_ids
+from kcfi.training.data.augmentation import augment
+from kcfi.training.data.levir_cc import MaskClasses, class_ids
 
 IGNORED = -100  # label of the tokens that are not learned: the prompt and the padding
 PADDING = -1  # segment id of padding

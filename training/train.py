@@ -41,12 +41,12 @@ from kcfi.training.arguments import (
     parse_recipe,
 )
 from kcfi.training.collator import KCFICollator
-from kcfi.training.evaluate import check_classes
-from kcfi.training.levir_cc import load_pairs
+from kcfi.training.scoring.evaluate import check_classes
+from kcfi.training.data.levir_cc import load_pairs
 from kcfi.training.lora import add_lora, merge_lora
-from kcfi.training.material_library import attributions
-from kcfi.training.rows import RowDataset, RowStream
-from kcfi.training.shards import ShardDataset
+from kcfi.training.synthetic.library import attributions
+from kcfi.training.data.rows import RowDataset, RowStream
+from kcfi.training.data.shards import ShardDataset
 from kcfi.training.trainer import KCFITrainer
 from kcfi.training.zero import whole_weights
 

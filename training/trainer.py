@@ -31,16 +31,16 @@ from kcfi.processing import InputError, KCFIProcessor
 from kcfi.training.arguments import KCFITrainingArguments, field_defaults
 from kcfi.training.collator import IGNORED, KCFICollator, check_packing, training_inputs
 from kcfi.training.dwa import TASKS, DynamicWeightAverage
-from kcfi.training.evaluate import CAPTION_METRICS, PairPrediction, Scores, predict, sample_sheet
+from kcfi.training.scoring.evaluate import CAPTION_METRICS, PairPrediction, Scores, predict, sample_sheet
 from kcfi.training.feature_cache import FeatureCache, check_cacheable
-from kcfi.training.levir_cc import NO_LABEL, name_some
+from kcfi.training.data.levir_cc import NO_LABEL, name_some
 from kcfi.training.liger import caption_loss_of
 from kcfi.training.lora import save_start
-from kcfi.training.model_card import CARD_FILE, card_of_run
-from kcfi.training.order import EpochSampler
-from kcfi.training.readable_pairs import ReadablePairs
-from kcfi.training.rows import Position, RowDataset, RowStream
-from kcfi.training.shards import ShardDataset
+from kcfi.training.sharing.model_card import CARD_FILE, card_of_run
+from kcfi.training.data.order import EpochSampler
+from kcfi.training.data.readable_pairs import ReadablePairs
+from kcfi.training.data.rows import Position, RowDataset, RowStream
+from kcfi.training.data.shards import ShardDataset
 from kcfi.training.zero import gathered, whole_weights
 
 logger = logging.get_logger(__name__)

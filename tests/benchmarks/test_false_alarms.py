@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from kcfi.captioning import load
-from kcfi.training.material_library import LibraryMaterials
-from kcfi.training.synthetic import SyntheticDataset
+from kcfi.training.synthetic.library import LibraryMaterials
+from kcfi.training.synthetic.dataset import SyntheticDataset
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "false_alarms.py"
 

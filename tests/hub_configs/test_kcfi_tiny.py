@@ -11,9 +11,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import kcfi
 from kcfi.captioning import Describer
-from kcfi.training.levir_cc import class_ids
-from kcfi.training.metrics import MaskScores, change_accuracy
-from kcfi.training.synthetic import SyntheticDataset
+from kcfi.training.data.levir_cc import class_ids
+from kcfi.training.scoring.metrics import MaskScores, change_accuracy
+from kcfi.training.synthetic.dataset import SyntheticDataset
 
 FOLDER = Path(kcfi.embedded_model())
 

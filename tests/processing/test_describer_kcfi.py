@@ -28,8 +28,8 @@ from kcfi.processing.describer_kcfi import (
 from kcfi.processing.places_kcfi import tells_of_change
 from kcfi.processing.reading_kcfi import read_pair
 from kcfi.training.collator import KCFICollator
-from kcfi.training.evaluate import evaluate_model, predict
-from kcfi.training.levir_cc import load_pairs
+from kcfi.training.scoring.evaluate import evaluate_model, predict
+from kcfi.training.data.levir_cc import load_pairs
 from kcfi_cli import main
 
 SIDE = 32  # px: what the tiny model reads

@@ -9,7 +9,7 @@ import yaml
 from kcfi.training import train
 from kcfi.training.ablate import _is_scored, ablate, last_error
 from kcfi.training.ablation_table import read_set
-from kcfi.training.synthetic import synthesize
+from kcfi.training.synthetic.dataset import synthesize
 
 OVERRIDES = ["--learning_rate", "2e-4"]
 

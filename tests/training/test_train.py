@@ -17,8 +17,8 @@ from kcfi.processing import InputError
 from kcfi.training import train
 from kcfi.training.arguments import ModelArguments, parse_recipe
 from kcfi.training.collator import KCFICollator
-from kcfi.training.shards import write_shards
-from kcfi.training.synthetic import SyntheticDataset
+from kcfi.training.data.shards import write_shards
+from kcfi.training.synthetic.dataset import SyntheticDataset
 from kcfi.training.trainer import KCFITrainer
 from tests.training.conftest import needs_deepspeed
 

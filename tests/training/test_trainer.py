@@ -20,7 +20,7 @@ from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import InputError
 from kcfi.training.arguments import KCFITrainingArguments
 from kcfi.training.collator import KCFICollator, packed_attention_mask
-from kcfi.training.evaluate import CAPTION_METRICS, predict
+from kcfi.training.scoring.evaluate import CAPTION_METRICS, predict
 from kcfi.training.trainer import (
     REFUSED,
     KCFITrainer,

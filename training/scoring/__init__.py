@@ -1,0 +1,1 @@
+"""Scores of captions and masks, and the evaluation of a model."""

@@ -1,0 +1,1 @@
+"""A finished run on the Hub: its files and its model card."""

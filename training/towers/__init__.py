@@ -1,0 +1,1 @@
+"""How the two towers of kcfi-tiny are made."""
