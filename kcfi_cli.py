@@ -402,7 +402,7 @@ def run_caption(options: argparse.Namespace) -> int:
     """`kcfi caption`; the exit code is 1 if pairs of a list could not be read."""
     from transformers.utils.logging import disable_progress_bar
 
-    from kcfi.captioning import save_pictures
+    from kcfi.pictures import save_pictures
     from kcfi.processing.reading_kcfi import read_pair
 
     disable_progress_bar()  # of loading weights, which is over before it can be read
@@ -458,8 +458,8 @@ def reading(options: argparse.Namespace) -> dict[str, Any]:
 
 def build_describer(options: argparse.Namespace) -> Any:
     """The Describer that the options of `kcfi caption` ask for."""
-    from kcfi.captioning import Describer, compiled_steps, load, validation_dtype
-    from kcfi.processing import INSTRUCTIONS
+    from kcfi.models import compiled_steps, load, validation_dtype
+    from kcfi.processing import INSTRUCTIONS, Describer
 
     model, processor = load(options.model, options.device, options.dtype)
     autocast = None if options.dtype else validation_dtype(options.model, model.device)
@@ -496,7 +496,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     """`kcfi evaluate`."""
     from transformers.utils.logging import disable_progress_bar
 
-    from kcfi.training.arguments import as_dict
+    from kcfi.files import as_dict
     from kcfi.training.scoring.evaluate import evaluate_model
 
     disable_progress_bar()  # of loading weights, which is over before it can be read
@@ -561,7 +561,7 @@ def run_ablate(options: argparse.Namespace) -> int:
 
 def run_check(options: argparse.Namespace) -> int:
     """`kcfi data check`; returns its exit code."""
-    from kcfi.training.arguments import as_dict
+    from kcfi.files import as_dict
     from kcfi.training.data.check import check_folder, counts_table
 
     problems, counts = check_folder(options.root, as_dict(options.columns))
@@ -598,7 +598,7 @@ def run_materials(options: argparse.Namespace) -> None:
 
 def run_synthesize(options: argparse.Namespace) -> None:
     """`kcfi data synthesize`."""
-    from kcfi.training.arguments import as_dict
+    from kcfi.files import as_dict
     from kcfi.training.synthetic.dataset import synthesize
 
     check_writable(options.output)
@@ -631,7 +631,7 @@ def run_export(options: argparse.Namespace) -> None:
     """`kcfi export`."""
     from transformers.utils.logging import disable_progress_bar
 
-    from kcfi.captioning import load
+    from kcfi.models import load
     from kcfi.onnx import export_detector
 
     disable_progress_bar()  # of loading weights, which is over before it can be read

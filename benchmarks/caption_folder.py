@@ -23,10 +23,10 @@ from measure import comparison, loaded_memory, options_of, report, take_turns, w
 from PIL import Image
 from train_step import build
 
-from kcfi.captioning import Describer, load
+from kcfi.models import load
 from kcfi.pair_list import describe_list, find_pairs
 from kcfi.pictures import overlay
-from kcfi.processing import describer_kcfi
+from kcfi.processing import Describer, describer_kcfi
 from kcfi.training.synthetic.dataset import SyntheticDataset
 
 BAR = 3.0

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from train_step import build, make_sides
 
 from kcfi.training.collator import KCFICollator
-from kcfi.training.data.levir_cc import load_pairs
 from kcfi.training.data.shards import write_shards
+from kcfi.training.load import load_pairs
 from kcfi.training.synthetic.dataset import SyntheticDataset, synthesize
 
 PAIRS, BAR = 64, 5.0

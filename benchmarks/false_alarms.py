@@ -17,10 +17,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from kcfi.captioning import load
+from kcfi.models import load
 from kcfi.training.collator import KCFICollator
-from kcfi.training.synthetic.library import LibraryMaterials
 from kcfi.training.synthetic.dataset import PAIR_KINDS, SyntheticDataset
+from kcfi.training.synthetic.library import LibraryMaterials
 
 BINS = 10
 

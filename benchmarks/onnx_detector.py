@@ -13,7 +13,7 @@ import time
 import onnxruntime
 import torch
 
-from kcfi.captioning import load
+from kcfi.models import load
 from kcfi.onnx import Detector
 
 

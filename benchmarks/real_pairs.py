@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 
 import kcfi  # noqa: F401 (registers the Auto classes)
-from kcfi.captioning import Describer, load
+from kcfi.models import load
 from kcfi.pictures import contact_sheet, overlay
+from kcfi.processing import Describer
 from kcfi.training.data.levir_cc import warn_of_levir_cd
 from kcfi.training.scoring.metrics import MaskScores
 

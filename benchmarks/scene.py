@@ -19,8 +19,8 @@ from measure import comparison, loaded_memory, options_of, report, take_turns, w
 from PIL import Image
 
 import kcfi
-from kcfi.captioning import Describer, load
-from kcfi.processing import describer_kcfi
+from kcfi.models import load
+from kcfi.processing import Describer, describer_kcfi
 from kcfi.processing.describer_kcfi import Pair, blend, tile_boxes
 from kcfi.training.synthetic.dataset import SyntheticDataset
 

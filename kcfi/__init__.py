@@ -3,14 +3,19 @@
 `import kcfi` registers the Auto classes and the `change-captioning` pipeline.
 """
 
-from importlib.resources import files
-
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.integrations import peft
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from kcfi.modeling_kcfi import KCFIConfig, KCFIForConditionalGeneration, KCFIModel
-from kcfi.processing import ChangeCaptioningPipeline, KCFIImageProcessor, KCFIImageProcessorPil, KCFIProcessor
+from kcfi.models import embedded_model, load
+from kcfi.processing import (
+    ChangeCaptioningPipeline,
+    Describer,
+    KCFIImageProcessor,
+    KCFIImageProcessorPil,
+    KCFIProcessor,
+)
 from kcfi.towers import join_towers
 
 # transformers 5.24.0 asks for a peft that is not released; the code behind the check is that of 5.23, which took 0.20
@@ -32,13 +37,9 @@ PIPELINE_REGISTRY.register_pipeline(
 )
 
 
-def embedded_model() -> str:
-    """Folder of `kcfi-tiny`, the model that is installed with the package."""
-    return str(files("kcfi.hub_configs") / "kcfi-tiny")
-
-
 __all__ = [
     "ChangeCaptioningPipeline",
+    "Describer",
     "KCFIConfig",
     "KCFIForConditionalGeneration",
     "KCFIImageProcessor",
@@ -46,4 +47,5 @@ __all__ = [
     "KCFIProcessor",
     "embedded_model",
     "join_towers",
+    "load",
 ]

@@ -17,8 +17,8 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from kcfi.captioning import Describer, save_pictures
-from kcfi.processing import InputError
+from kcfi.pictures import save_pictures
+from kcfi.processing import Describer, InputError
 from kcfi.processing.describer_kcfi import Pair
 from kcfi.processing.reading_kcfi import read_pair
 

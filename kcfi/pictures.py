@@ -3,13 +3,19 @@
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from kcfi.processing import InputError
+from kcfi.processing import NO_LABEL, ChangeReport, InputError
+
+# What the grey values of a mask file mean. LEVIR-CD masks use the first and the last only.
+MASK_BACKGROUND = 0
+MASK_ROAD = 128
+MASK_BUILDING = 255
 
 # Colour of each mask value. Class ids (1, 2) and file values (128, 255) do not collide.
 CHANGE_COLOURS = {1: (0, 200, 255), 2: (255, 96, 0), 128: (0, 200, 255), 255: (255, 96, 0)}
@@ -166,3 +172,41 @@ def bar_chart(bars: Sequence[Bar], title: str) -> Image.Image:
         draw.text((left + length + 20, y + 4), text, "black", font)
         y += line
     return chart
+
+
+def mask_picture(mask: NDArray[np.uint8], num_classes: int) -> Image.Image:
+    """Class ids (H, W) -> grey values of LEVIR-MCI's masks: 0, 128 road, 255 building (or change).
+
+    Pixels that the model did not see are 0.
+    """
+    values = np.zeros(256, np.uint8)
+    values[1:num_classes] = [MASK_BUILDING] if num_classes == 2 else [MASK_ROAD, MASK_BUILDING]
+    return Image.fromarray(values[mask])
+
+
+def save_pictures(
+    report: ChangeReport, after: Image.Image, output: Path, name: str, num_classes: int, heatmap: bool = False
+) -> dict[str, str]:
+    """Write what there is to see of a pair as OUTPUT/NAME_mask.png, NAME_overlay.png and NAME_heatmap.png.
+
+    Args:
+        report: of the pair.
+        after: its later image.
+        output: folder, which exists.
+        name: of the pair.
+        num_classes: of the model's mask.
+        heatmap: also draw the strength of the key change features.
+
+    Returns:
+        The paths, by kind; no mask and no overlay without a change detection head.
+    """
+    pictures = {}
+    if report.mask is not None:
+        pictures["mask"] = mask_picture(report.mask, num_classes)
+        pictures["overlay"] = overlay(after, np.where(report.mask == NO_LABEL, 0, report.mask))
+    if heatmap:
+        pictures["heatmap"] = heat_map(after, report.key_changes)
+    paths = {kind: output / f"{name}_{kind}.png" for kind in pictures}
+    for kind, picture in pictures.items():
+        picture.save(paths[kind])
+    return {kind: str(path) for kind, path in paths.items()}

@@ -8,8 +8,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.utils.import_utils import is_serve_available
 
 from kcfi.modeling_kcfi import KCFIConfig, KCFIForConditionalGeneration
+from kcfi.models import model_source
 from kcfi.processing import InputError
-from kcfi.training.arguments import model_source
 
 
 def serve(model: str, options: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig, TimmWrapperImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from kcfi.files import check_names
 from kcfi.modeling_kcfi import KCFIConfig, KCFIForConditionalGeneration
 from kcfi.processing import InputError, KCFIProcessor
 
@@ -76,8 +77,6 @@ def join_towers(
         >>> model.config.num_patches, processor.num_patches, processor.image_token
         (324, 81, '<image>')
     """
-    from kcfi.training.arguments import check_names  # imports the trainer: not needed to load a model
-
     check_names(settings, [field.name for field in dataclasses.fields(KCFIConfig)], "model setting")
     tower: Any = vision
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

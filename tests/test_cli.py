@@ -16,7 +16,7 @@ from huggingface_hub import metadata_load
 from PIL import Image
 from transformers import CompileConfig
 
-from kcfi.captioning import load
+from kcfi.models import load
 from kcfi.training.arguments import parse_recipe
 from kcfi.training.train import save_recipe
 from kcfi_cli import main
@@ -115,9 +115,7 @@ def test_a_model_without_a_head_writes_no_mask(capsys, pair, make_detector, tmp_
 
 def test_compile_reaches_a_pair_and_a_list_and_changes_no_sentence(capsys, pair, detector, tmp_path, monkeypatch):
     monkeypatch.setattr("kcfi.processing.describer_kcfi.LONGEST", 8)
-    monkeypatch.setattr(
-        "kcfi.captioning.CompileConfig", partial(CompileConfig, backend="eager")
-    )  # seconds, not minutes
+    monkeypatch.setattr("kcfi.models.CompileConfig", partial(CompileConfig, backend="eager"))  # seconds, not minutes
     (tmp_path / "list.csv").write_text("before,after\nbefore.png,after.png\n")
     sentences, graphs = set(), torch._dynamo.utils.counters["stats"]
     for inputs in (pair, ["list.csv"]):
@@ -133,7 +131,7 @@ def test_compile_reaches_a_pair_and_a_list_and_changes_no_sentence(capsys, pair,
 
 def test_a_dtype_reaches_a_pair_and_a_list_whose_table_tells(capsys, pair, detector, monkeypatch):
     loaded, bf16 = [], ["--dtype", "bfloat16"]
-    monkeypatch.setattr("kcfi.captioning.load", lambda *options: loaded.append(load(*options)) or loaded[-1])
+    monkeypatch.setattr("kcfi.models.load", lambda *options: loaded.append(load(*options)) or loaded[-1])
     Path("list.csv").write_text("before,after\nbefore.png,after.png\n")
     for inputs in (pair, ["list.csv"]):
         assert main(["caption", *inputs, "--model", str(detector), *bf16, "--output", f"out{len(inputs)}"]) == 0
@@ -210,7 +208,7 @@ def test_an_error_of_a_library_is_no_bad_input_and_tells_what_a_report_needs(pai
     def fails(*_):
         raise ValueError("operands could not be broadcast together")
 
-    monkeypatch.setattr("kcfi.captioning.save_pictures", fails)
+    monkeypatch.setattr("kcfi.pictures.save_pictures", fails)
     with pytest.raises(ValueError, match="broadcast") as raised:
         main(["caption", *pair, "--model", str(detector), "--output", "a folder"])
     [note] = raised.value.__notes__

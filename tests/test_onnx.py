@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import kcfi
-from kcfi.captioning import Describer, load
+from kcfi.models import load
 from kcfi.onnx import Detector, export_detector
+from kcfi.processing import Describer
 from kcfi_cli import main
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kcfi.captioning import Describer, load
+from kcfi.models import load
 from kcfi.pair_list import COLUMNS, describe_list, find_pairs
-from kcfi.processing import describer_kcfi
+from kcfi.processing import Describer, describer_kcfi
 from kcfi_cli import main
 
 SIZES = [(32, 32), (20, 28), (32, 32), (70, 45), (32, 32), (9, 30), (32, 32)]  # the fourth is cut into tiles

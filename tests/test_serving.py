@@ -15,8 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.utils.import_utils import is_serve_available
 
 from kcfi import KCFIConfig
-from kcfi.captioning import Describer, load
-from kcfi.processing import INSTRUCTIONS
+from kcfi.models import load
+from kcfi.processing import INSTRUCTIONS, Describer
 from kcfi_cli import main
 
 SECONDS = 120  # that a server may take to start

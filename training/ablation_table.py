@@ -11,9 +11,10 @@ from typing import Any
 
 from PIL import Image
 
+from kcfi.files import check_names, read_yaml
 from kcfi.pictures import Bar, bar_chart
 from kcfi.processing import InputError
-from kcfi.training.arguments import RECIPES, check_names, find_recipe, read_yaml
+from kcfi.training.arguments import RECIPES, find_recipe
 from kcfi.training.scoring.evaluate import flat_scores
 
 METRICS = {

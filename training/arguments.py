@@ -1,19 +1,16 @@
 """The dataclasses that are the whole command line of training, and the recipes (YAML) that fill them."""
 
 import dataclasses
-import difflib
 import json
-import re
 import textwrap
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from kcfi import embedded_model
+from kcfi.files import as_dict, check_names, parse_yaml, read_yaml
 from kcfi.processing import InputError
 from kcfi.training.zero import find_settings, require_deepspeed
 
@@ -313,7 +310,7 @@ def parse_recipe(recipe: str | Path, overrides: Sequence[str] = (), starts: bool
     for name, value in _overrides(overrides):
         group, _, entry = name.partition(".")
         if entry:
-            values[group] = {**as_dict(values.get(group)), entry: _parse_yaml(" ".join(value))}
+            values[group] = {**as_dict(values.get(group)), entry: parse_yaml(" ".join(value))}
         elif value == ["null"] and name in optional:
             values[name] = None
         else:
@@ -388,62 +385,6 @@ def field_help() -> str:
     return "\n  ".join(lines)
 
 
-def check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Refuse a name that is not known, and propose the nearest one.
-
-    Raises:
-        InputError: the first unknown name.
-    """
-    known = list(known)
-    for name in names:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f" did you mean {nearest[0]!r}?" if nearest else f" known: {', '.join(sorted(known))}."
-            raise InputError(f"Unknown {what} {name!r}:{hint}")
-
-
-def as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
-    """The dictionary of a field that may come as JSON or YAML text, or not at all.
-
-    Raises:
-        InputError: the text is not a dictionary.
-    """
-    parsed = _parse_yaml(value) if isinstance(value, str) else value
-    if not isinstance(parsed, dict | None):
-        raise InputError(f"{value!r} is not a dictionary: write it as JSON, for example '{{\"num_labels\": 2}}'.")
-    return dict(parsed or {})
-
-
-def _parse_yaml(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{text!r} is neither JSON nor YAML: {error}") from error
-
-
-def model_source(model: str) -> str:
-    """What `from_pretrained` takes for the name of a model: "kcfi-tiny" is the embedded one.
-
-    A name that begins with a folder of this machine, like "runs/paper", is never looked up on the Hub.
-
-    Raises:
-        InputError: a path where there is no folder.
-    """
-    if model == "kcfi-tiny":
-        return embedded_model()
-    if Path(model).is_dir():
-        return model
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model):
-        raise InputError(f"No model {model}: it is neither a folder nor a Hub id (`owner/name`).")
-    first, slash, name = model.partition("/")
-    if slash and Path(first).is_dir():
-        raise InputError(
-            f"No model {model}: the folder {first} is here and holds no folder {name}. If you mean a model of the "
-            f"Hub, `hf download {model} --local-dir {model}` puts it there."
-        )
-    return model
-
-
 class _Parser(HfArgumentParser):
     """Raises `InputError` where argparse would print its usage and exit."""
 
@@ -470,28 +411,6 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     own = values.get("model_settings", {})
     settings = None if own is None else {**as_dict(base.get("model_settings")), **as_dict(own)}
     return {**base, **values, "model_settings": settings}
-
-
-def read_yaml(path: Path, optional: Collection[str] = ()) -> dict[str, Any]:
-    """The `field: value` lines of a file.
-
-    Args:
-        path: the file.
-        optional: fields that may be `null`.
-
-    Raises:
-        InputError: it is not YAML, holds something else, or another field has no value.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a YAML file: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} must hold `field: value` lines, but holds a {type(values).__name__}.")
-    empty = [name for name, value in values.items() if value is None and name not in optional]
-    if empty:
-        raise InputError(f"{path}: {', '.join(map(str, empty))} has no value; leave the line out to keep the default.")
-    return values
 
 
 def _overrides(arguments: Sequence[str]) -> Iterable[tuple[str, list[str]]]:

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kcfi.processing import INSTRUCTIONS, InputError, KCFIProcessor
 from kcfi.training.data.augmentation import augment
-from kcfi.training.data.levir_cc import MaskClasses, class_ids
+from kcfi.training.data.pairs import MaskClasses, class_ids
 
 IGNORED = -100  # label of the tokens that are not learned: the prompt and the padding
 PADDING = -1  # segment id of padding

@@ -7,30 +7,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutput
 
 from kcfi.modeling_kcfi import KCFIModel
-from kcfi.processing import InputError
-from kcfi.training.arguments import KCFITrainingArguments
-from kcfi.training.collator import KCFICollator
-
-
-def check_cacheable(args: KCFITrainingArguments, collator: KCFICollator) -> None:
-    """Refuse a feature cache whose entries would be wrong, or never be read again.
-
-    Raises:
-        InputError: names the setting in its way.
-    """
-    reason = ""
-    if args.train_vision_tower:
-        reason = "the vision tower changes in training: add train_vision_tower: false"
-    elif collator.augment:
-        reason = "augment gives an image other pixels at every visit: leave it out"
-    elif is_deepspeed_zero3_enabled():
-        reason = "ZeRO-3 splits the tower's weights, by which entries are named: take zero2"
-    if reason:
-        raise InputError(f"feature_cache: {reason}; or leave out feature_cache.")
 
 
 class FeatureCache:

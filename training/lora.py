@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 
+from kcfi.files import check_names
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import InputError
-from kcfi.training.arguments import KCFITrainingArguments, check_names
+from kcfi.training.arguments import KCFITrainingArguments
 
 OURS = ("exclude_modules", "modules_to_save")  # fields of LoraConfig that keep to the rule above
 OUTSIDE = r"(?!model\.language_model\.).*"  # tower and head have layers of the same names
@@ -72,21 +71,3 @@ def save_start(
         if plain_name in wanted:
             start[plain_name] = weight
     plain.save_pretrained(folder, state_dict=start)
-
-
-def merge_lora(model: KCFIForConditionalGeneration) -> KCFIForConditionalGeneration:
-    """Add an adapter to the weights, in place: a plain model with equal outputs. Without one nothing happens."""
-    if not model._hf_peft_config_loaded:
-        return model
-    for name, module in list(model.named_modules()):
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            model.set_submodule(name, module.unload_and_optionally_merge_module(True, False, None))
-        elif isinstance(module, BaseTunerLayer):
-            module.merge()
-            model.set_submodule(name, module.get_base_layer())
-    del model.peft_config
-    model._hf_peft_config_loaded = False
-    # those of the adapter's file: saving would give its names to all weights
-    model._weight_conversions = None  # type: ignore[assignment]
-    model.requires_grad_(True)
-    return model

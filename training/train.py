@@ -28,25 +28,19 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from kcfi.files import as_dict
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
+from kcfi.models import merge_lora, model_source
 from kcfi.processing import InputError, KCFIProcessor
 from kcfi.towers import join_towers, refusals
-from kcfi.training.arguments import (
-    ModelArguments,
-    Recipe,
-    as_dict,
-    field_defaults,
-    field_help,
-    model_source,
-    parse_recipe,
-)
+from kcfi.training.arguments import ModelArguments, Recipe, field_defaults, field_help, parse_recipe
 from kcfi.training.collator import KCFICollator
-from kcfi.training.scoring.evaluate import check_classes
-from kcfi.training.data.levir_cc import load_pairs
-from kcfi.training.lora import add_lora, merge_lora
-from kcfi.training.synthetic.library import attributions
 from kcfi.training.data.rows import RowDataset, RowStream
 from kcfi.training.data.shards import ShardDataset
+from kcfi.training.load import load_pairs
+from kcfi.training.lora import add_lora
+from kcfi.training.scoring.evaluate import check_classes
+from kcfi.training.synthetic.library import attributions
 from kcfi.training.trainer import KCFITrainer
 from kcfi.training.zero import whole_weights
 

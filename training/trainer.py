@@ -21,26 +21,26 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.integrations import TensorBoardCallback, is_tensorboard_available
+from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled, is_tensorboard_available
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, denumpify_detensorize
 from transformers.utils import logging
 
+from kcfi.files import name_some
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
-from kcfi.processing import InputError, KCFIProcessor
+from kcfi.processing import NO_LABEL, InputError, KCFIProcessor
 from kcfi.training.arguments import KCFITrainingArguments, field_defaults
 from kcfi.training.collator import IGNORED, KCFICollator, check_packing, training_inputs
-from kcfi.training.dwa import TASKS, DynamicWeightAverage
-from kcfi.training.scoring.evaluate import CAPTION_METRICS, PairPrediction, Scores, predict, sample_sheet
-from kcfi.training.feature_cache import FeatureCache, check_cacheable
-from kcfi.training.data.levir_cc import NO_LABEL, name_some
-from kcfi.training.liger import caption_loss_of
-from kcfi.training.lora import save_start
-from kcfi.training.sharing.model_card import CARD_FILE, card_of_run
 from kcfi.training.data.order import EpochSampler
 from kcfi.training.data.readable_pairs import ReadablePairs
 from kcfi.training.data.rows import Position, RowDataset, RowStream
 from kcfi.training.data.shards import ShardDataset
+from kcfi.training.dwa import TASKS, DynamicWeightAverage
+from kcfi.training.feature_cache import FeatureCache
+from kcfi.training.liger import caption_loss_of
+from kcfi.training.lora import save_start
+from kcfi.training.scoring.evaluate import CAPTION_METRICS, PairPrediction, Scores, predict, sample_sheet
+from kcfi.training.sharing.model_card import CARD_FILE, card_of_run
 from kcfi.training.zero import gathered, whole_weights
 
 logger = logging.get_logger(__name__)
@@ -107,6 +107,23 @@ def check_best_metric(args: KCFITrainingArguments, eval_dataset: Any) -> None:
             f"metric_for_best_model={best} is a score of captions, and no pair of the evaluation split has a "
             "sentence: choose the best checkpoint by its masks (--metric_for_best_model mask_f1)."
         )
+
+
+def check_cacheable(args: KCFITrainingArguments, collator: KCFICollator) -> None:
+    """Refuse a feature cache whose entries would be wrong, or never be read again.
+
+    Raises:
+        InputError: names the setting in its way.
+    """
+    reason = ""
+    if args.train_vision_tower:
+        reason = "the vision tower changes in training: add train_vision_tower: false"
+    elif collator.augment:
+        reason = "augment gives an image other pixels at every visit: leave it out"
+    elif is_deepspeed_zero3_enabled():
+        reason = "ZeRO-3 splits the tower's weights, by which entries are named: take zero2"
+    if reason:
+        raise InputError(f"feature_cache: {reason}; or leave out feature_cache.")
 
 
 def freeze(model: KCFIForConditionalGeneration, args: KCFITrainingArguments) -> list[nn.Module]:

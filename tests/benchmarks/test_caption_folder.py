@@ -4,7 +4,7 @@ import sys
 import caption_folder
 import pytest
 
-from kcfi.captioning import load
+from kcfi.models import load
 from kcfi.processing import describer_kcfi
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from kcfi.captioning import load
-from kcfi.training.synthetic.library import LibraryMaterials
+from kcfi.models import load
 from kcfi.training.synthetic.dataset import SyntheticDataset
+from kcfi.training.synthetic.library import LibraryMaterials
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "false_alarms.py"
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import scene
 
-from kcfi.captioning import Describer, load
+from kcfi.models import load
+from kcfi.processing import Describer
 
 
 @pytest.mark.parametrize(("side", "changed"), [(768, 1), (1024, 1)])

@@ -5,7 +5,7 @@ import step_profile
 import torch
 from torch import nn
 
-from kcfi.captioning import load
+from kcfi.models import load
 from kcfi.processing import describer_kcfi
 
 

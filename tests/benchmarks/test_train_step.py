@@ -5,7 +5,7 @@ import measure
 import pytest
 import train_step
 
-from kcfi.captioning import load
+from kcfi.models import load
 
 
 @pytest.fixture

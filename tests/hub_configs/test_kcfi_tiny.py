@@ -10,8 +10,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import kcfi
-from kcfi.captioning import Describer
-from kcfi.training.data.levir_cc import class_ids
+from kcfi.processing import Describer
+from kcfi.training.data.pairs import class_ids
 from kcfi.training.scoring.metrics import MaskScores, change_accuracy
 from kcfi.training.synthetic.dataset import SyntheticDataset
 

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import ndimage
 from transformers import pipeline
 
-from kcfi.captioning import compiled_steps, load
+from kcfi.models import compiled_steps, load
 from kcfi.processing import INSTRUCTIONS, Describer, describer_kcfi
 from kcfi.processing.describer_kcfi import (
     MERGE,
@@ -28,8 +28,8 @@ from kcfi.processing.describer_kcfi import (
 from kcfi.processing.places_kcfi import tells_of_change
 from kcfi.processing.reading_kcfi import read_pair
 from kcfi.training.collator import KCFICollator
+from kcfi.training.load import load_pairs
 from kcfi.training.scoring.evaluate import evaluate_model, predict
-from kcfi.training.data.levir_cc import load_pairs
 from kcfi_cli import main
 
 SIDE = 32  # px: what the tiny model reads

@@ -5,7 +5,7 @@ from PIL import Image
 from transformers import pipeline
 
 from kcfi import KCFIConfig, KCFIForConditionalGeneration
-from kcfi.captioning import load
+from kcfi.models import load
 from kcfi.processing import INSTRUCTIONS, ChangeCaptioningPipeline, Describer, KCFIProcessor
 
 SHORT = {"max_new_tokens": 6}

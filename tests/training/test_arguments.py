@@ -1,7 +1,9 @@
 import pytest
 import yaml
 
-from kcfi.training.arguments import as_dict, model_source, packaged_recipes, parse_recipe
+from kcfi.files import as_dict
+from kcfi.models import model_source
+from kcfi.training.arguments import packaged_recipes, parse_recipe
 
 
 @pytest.fixture

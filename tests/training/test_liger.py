@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from kcfi.captioning import load
 from kcfi.modeling_kcfi.modeling_kcfi import chunked_caption_loss
+from kcfi.models import load
 from kcfi.training import liger
 from kcfi.training.train import main as train
 

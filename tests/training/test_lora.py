@@ -7,9 +7,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from kcfi.models import merge_lora
 from kcfi.training.arguments import ModelArguments
 from kcfi.training.collator import KCFICollator
-from kcfi.training.lora import add_lora, merge_lora
+from kcfi.training.lora import add_lora
 from kcfi.training.train import build_model
 from kcfi.training.trainer import KCFITrainer
 from tests.training.test_trainer import Gradients, arguments, losses

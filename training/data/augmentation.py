@@ -64,7 +64,7 @@ def flip_caption(caption: str, axis: Axis) -> str | None:
 
 
 def flip(example: dict[str, Any], axis: Axis) -> dict[str, Any]:
-    """Mirror both dates, the mask and all captions of an example (see `levir_cc.py`).
+    """Mirror both dates, the mask and all captions of an example (see `pairs.py`).
 
     Returns:
         The mirrored example, or the same one if a caption cannot be mirrored.
@@ -91,7 +91,7 @@ def augment(example: dict[str, Any], chance: random.Random) -> dict[str, Any]:
     """Mirror an example along each axis with probability 1/2 where its captions allow it, and jitter each date.
 
     Args:
-        example: As in `levir_cc.py`; it is not changed.
+        example: As in `pairs.py`; it is not changed.
         chance: The only source of chance.
     """
     axes: tuple[Axis, ...] = ("horizontal", "vertical")

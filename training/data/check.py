@@ -14,17 +14,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from kcfi.processing import InputError
-from kcfi.training.data.levir_cc import (
+from kcfi.training.data.levir_cc import FOLDERS, find_captions, is_datasets_name, open_folder
+from kcfi.training.data.pairs import (
     CLASS_NAMES,
-    FOLDERS,
     CaptionedPair,
     UnreadablePairError,
     class_ids,
-    find_captions,
-    is_datasets_name,
     num_classes,
-    open_folder,
-    read_pair,
+    read_images,
 )
 
 CAPTIONS_PER_PAIR = 5  # of LEVIR-CC
@@ -245,8 +242,8 @@ def check_row(row: Mapping[str, Any], name: str) -> tuple[list[str], NDArray[np.
 def check_images(
     sources: Mapping[str, Path | Image.Image],
 ) -> tuple[list[str], NDArray[np.int64] | None]:
-    """What `check_pair` returns, of the images of a pair as `read_pair` takes them."""
-    found, errors = read_pair(sources)
+    """What `check_pair` returns, of the images of a pair as `read_images` takes them."""
+    found, errors = read_images(sources)
     problems = [
         f"{error.filename}: {error.strerror}" if isinstance(error, FileNotFoundError) else str(error)
         for error in errors

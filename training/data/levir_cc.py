@@ -7,62 +7,24 @@ ROOT/images/{split}/{A,B,label}/NAME.png    before, after and mask (LEVIR-CC pro
 ROOT/{split}/{A,B,label}/NAME.png           LEVIR-CD, WHU-CD and others: no sentences, a pair is changed if its mask is
 ```
 
-Every data set of this project yields the same example, a dictionary:
-
-| key | value |
-|---|---|
-| `image_before`, `image_after` | PIL RGB, one size |
-| `mask` | PIL "L" holding the file values 0 (background), 128 (road), 255 (building), or None |
-| `captions` | list of sentences, empty in a data set of masks alone |
-| `changed` | bool, the data set's own flag; where it has none, whether the mask shows a change |
-| `filename`, `split` | str |
-
-`class_ids` is the one place that turns file values into the classes a model is trained on. The same pairs as parquet
-shards are read by `shards.py`, in any other form that `datasets` opens by `rows.py`; `load_pairs` opens all by name.
+The example that they yield is described in `pairs.py`. The same pairs as parquet shards are read by `shards.py`, in
+any other form that `datasets` opens by `rows.py`; `training/load.py` opens all by name.
 """
 
-import gzip
-import json
 import re
-import zlib
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 from transformers.utils import logging
 
+from kcfi.files import name_some, read_json
 from kcfi.processing import InputError
-from kcfi.processing.reading_kcfi import open_image, read_image
+from kcfi.training.data.pairs import CaptionedPair
 
 logger = logging.get_logger(__name__)
 
-MaskClasses = Literal["change", "building", "road_building"]
-
-# What the grey values of a mask file mean. LEVIR-CD masks use the first and the last only.
-MASK_BACKGROUND = 0
-MASK_ROAD = 128
-MASK_BUILDING = 255
-
-# Class id, after mapping, of a pixel without a label (the border that a crop leaves, a pair without a mask).
-NO_LABEL = 255
-
-# Class names in the order of their ids.
-CLASS_NAMES: dict[MaskClasses, tuple[str, ...]] = {
-    "change": ("background", "change"),
-    "building": ("background", "building"),
-    "road_building": ("background", "road", "building"),
-}
-_CLASS_IDS: dict[MaskClasses, dict[int, int]] = {
-    "change": {MASK_BACKGROUND: 0, MASK_ROAD: 1, MASK_BUILDING: 1},
-    "building": {MASK_BACKGROUND: 0, MASK_ROAD: 0, MASK_BUILDING: 1},
-    "road_building": {MASK_BACKGROUND: 0, MASK_ROAD: 1, MASK_BUILDING: 2},
-}
 
 # Endings of files that rows of pairs stand in, for `datasets`; .csv and .jsonl may be the metadata of an image folder.
 ROW_FILES = (".parquet", ".arrow", ".tar", ".json", ".jsonl", ".csv")
@@ -71,168 +33,10 @@ ROW_FILES = (".parquet", ".arrow", ".tar", ".json", ".jsonl", ".csv")
 CAPTIONS_FILES = ("LevirCCcaptions.json", "LevirCCcaptions.json.gz")
 FOLDERS = {"image_before": "A", "image_after": "B", "mask": "label"}
 
-# Pairs that "synthetic" draws when nobody says how many; 500 is the size of the embedded model's test.
-SYNTHETIC_PAIRS = {"train": 5000, "val": 500, "test": 500}
 
 # What LEVIR-CD calls its scenes, and what the tiles of 256 px cut from them are called: test_2.png,
 # test_2_0000_0512.png. LEVIR-CC, LEVIR-MCI and drawn pairs have six digits.
 _LEVIR_CD_NAME = re.compile(r"(train|val|test)_\d{1,3}(_\d{4}_\d{4})?\.png")
-
-# Modes that become 8-bit RGB without clipping; 16-bit and float images would turn white.
-_EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-
-
-def num_classes(mask_classes: MaskClasses) -> int:
-    """Count the classes of a mapped mask, the background included."""
-    return len(CLASS_NAMES[mask_classes])
-
-
-def class_ids(mask: Image.Image, mask_classes: MaskClasses, filename: str) -> NDArray[np.uint8]:
-    """Turn the file values of a mask into class ids.
-
-    Args:
-        mask: Mask as its file holds it: grey, or three equal channels.
-        mask_classes: "change" (road or building -> 1), "building" (building -> 1, road -> 0) or "road_building"
-            (road -> 1, building -> 2).
-        filename: Name that errors show.
-
-    Returns:
-        Class ids (H, W), uint8. File value 255 is a building; `NO_LABEL` never comes from a file.
-
-    Raises:
-        InputError: If the channels differ or a value is none of 0, 128 and 255.
-    """
-    table = np.full(256, NO_LABEL, np.uint8)
-    for value, class_id in _CLASS_IDS[mask_classes].items():
-        table[value] = class_id
-    values = np.asarray(grey_mask(mask, filename))
-    ids: NDArray[np.uint8] = table[values]
-    unknown = np.unique(values[ids == NO_LABEL])
-    if unknown.size:
-        raise InputError(
-            f"{filename}: mask value {', '.join(map(str, unknown))} is unknown; expected {MASK_BACKGROUND} "
-            f"(background), {MASK_ROAD} (road) and {MASK_BUILDING} (building)"
-        )
-    return ids
-
-
-def grey_mask(mask: Image.Image, filename: str) -> Image.Image:
-    """Reduce a mask to one channel of file values.
-
-    Args:
-        mask: Grey, black-and-white, palette or colour image; a colour image must have three equal channels.
-        filename: Name that errors show.
-
-    Returns:
-        Image of mode "L".
-
-    Raises:
-        InputError: If the channels differ or the image has more than 8 bits per channel.
-    """
-    if mask.mode not in _EIGHT_BIT_MODES:
-        raise InputError(f"{filename}: mask of mode {mask.mode}; expected 8-bit grey")
-    if mask.mode in ("L", "1"):
-        return mask.convert("L")
-    channels = np.asarray(mask.convert("RGB"))
-    if (channels != channels[..., :1]).any():
-        raise InputError(f"{filename}: a colour mask; expected grey as in `label` (not `label_rgb`)")
-    return Image.fromarray(channels[..., 0])
-
-
-def read_mask(path: Path | Image.Image) -> Image.Image:
-    """Read a mask in the geometry of `read_image`.
-
-    Args:
-        path: File of values 0, 128 and 255 in one channel or three equal ones, or a PIL image of such a file.
-
-    Returns:
-        Image of mode "L" holding the file values.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        InputError: If the file is no readable image or no grey mask.
-    """
-    return grey_mask(open_image(path), str(getattr(path, "filename", path)))
-
-
-def read_pair(
-    sources: Mapping[str, Path | Image.Image],
-) -> tuple[dict[str, Image.Image], list[FileNotFoundError | InputError]]:
-    """Read the images of a pair and its mask, and find everything that is wrong with them.
-
-    Args:
-        sources: Files, or images that PIL opened, by the key of the example; without "mask" if there is none.
-
-    Returns:
-        What could be read, by key, and the problems: a file is missing, unreadable, no grey mask, or not as large as
-        the first one that could be read. Each names its file.
-    """
-    images: dict[str, Image.Image] = {}
-    problems: list[FileNotFoundError | InputError] = []
-    names = {key: str(getattr(source, "filename", source)) for key, source in sources.items()}
-    for key, source in sources.items():
-        try:
-            images[key] = read_mask(source) if key == "mask" else read_image(source)
-        except (FileNotFoundError, InputError) as error:
-            problems.append(error)
-            continue
-        first = next(iter(images))
-        if images[key].size != images[first].size:
-            width, height = images[first].size
-            problems.append(
-                InputError(
-                    f"{names[key]}: {images[key].width} x {images[key].height} pixels, "
-                    f"but {names[first]} has {width} x {height}"
-                )
-            )
-    return images, problems
-
-
-class UnreadablePairError(InputError):
-    """An image of a pair cannot be read or does not fit the others; the message names its file."""
-
-
-@dataclass(frozen=True)
-class CaptionedPair:
-    """What LevirCCcaptions.json, or a data set without it, says about one pair.
-
-    Attributes:
-        filename: Name of both images and of the mask, without a folder.
-        changed: The `changeflag`; None where the data set has no flag and the mask tells.
-        captions: The raw sentences, stripped; none where it has masks alone.
-        split: "train", "val" or "test".
-    """
-
-    filename: str
-    changed: bool | None
-    captions: list[str]
-    split: str
-
-    def example(self, sources: Mapping[str, Path | Image.Image]) -> dict[str, Any]:
-        """Read the images of the pair: the example of the module's docstring.
-
-        Args:
-            sources: As in `read_pair`.
-
-        Raises:
-            FileNotFoundError: If a file is missing.
-            UnreadablePairError: If a file is no image, the mask is coloured, or the sizes differ.
-            InputError: If neither a flag nor a mask tells whether the pair changed.
-        """
-        images, problems = read_pair(sources)
-        for problem in problems:
-            raise problem if isinstance(problem, FileNotFoundError) else UnreadablePairError(str(problem)) from problem
-        if self.changed is None and "mask" not in images:
-            raise InputError(f"{self.filename}: neither a flag nor a mask tells whether it changed")
-        return {
-            "image_before": images["image_before"],
-            "image_after": images["image_after"],
-            "mask": images.get("mask"),
-            "captions": list(self.captions),
-            "changed": images["mask"].getbbox() is not None if self.changed is None else self.changed,
-            "filename": self.filename,
-            "split": self.split,
-        }
 
 
 def find_captions(root: Path) -> Path:
@@ -344,44 +148,6 @@ def read_all_captions(path: Path) -> tuple[list[CaptionedPair], list[str]]:
     return list(pairs.values()), problems
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file, plain or gzipped (`.gz`), refusing keys that occur twice in one object.
-
-    Args:
-        path: The file, in UTF-8.
-
-    Returns:
-        Its content.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        InputError: If it is no JSON or an object repeats a key.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        content = path.read_bytes()
-        text = gzip.decompress(content) if path.suffix == ".gz" else content
-        return json.loads(text, object_pairs_hook=_unique_keys)
-    except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from error
-
-
-def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object; plain `dict` would keep the last of two equal keys and say nothing."""
-    counts = Counter(key for key, _ in items)
-    if len(counts) < len(items):
-        raise InputError(f"{name_some(key for key in counts if counts[key] > 1)} occurs more than once")
-    return dict(items)
-
-
-def name_some(names: Iterable[str], limit: int = 5) -> str:
-    """Join names for an error message, at most `limit` of them and the count of the rest."""
-    ordered = sorted(names)
-    rest = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
-    return ", ".join(ordered[:limit]) + rest
-
-
 def warn_of_levir_cd(filenames: Iterable[str]) -> None:
     """Warn where pairs to be scored are LEVIR-CD's by their file names.
 
@@ -444,81 +210,3 @@ def is_datasets_name(dataset: str) -> bool:
             path.suffix in ROW_FILES for path in root.rglob("*")
         )
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset) is not None and not root.exists()
-
-
-def check_new_folder(folder: Path) -> None:
-    """Refuse to write a data set over anything.
-
-    Raises:
-        FileExistsError: If the path is a file or a folder that is not empty.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder: choose a new one")
-
-
-def move_into_place(folder: Path, output: Path) -> None:
-    """Give a folder that is complete its name: `output`, new or empty (onto which Windows renames nothing)."""
-    if output.exists():
-        output.rmdir()
-    folder.rename(output)
-
-
-def load_pairs(
-    dataset: str,
-    split: str,
-    num_pairs: int | None = None,
-    seed: int = 0,
-    columns: Mapping[str, str] | None = None,
-    materials: str | None = None,
-    pair_mix: Mapping[str, float] | None = None,
-    revision: str | None = None,
-    streaming: bool = False,
-) -> Dataset[Any]:
-    """Open a data set by the name that recipes and commands use.
-
-    Args:
-        dataset: "synthetic", a folder in the layout of LEVIR-CC, LEVIR-MCI or LEVIR-CD, or what `datasets` opens: a
-            folder of parquet shards, webdataset tars, images with metadata or JSON lines, or a Hub id.
-        split: "train", "val" or "test", or what the data set calls them.
-        num_pairs: Pairs that "synthetic" draws (None: `SYNTHETIC_PAIRS`), or how many of the first pairs of any other
-            data set to take at most (None: all).
-        seed: Seed of "synthetic"; the others have none.
-        columns: What a data set that `datasets` opens calls our columns, where the names differ; see `rows.py`.
-        materials: Library of real surfaces that "synthetic" draws with (`kcfi data materials`).
-        pair_mix: Kinds of pairs of "synthetic", see `SyntheticDataset`.
-        revision: Branch, tag or commit of a data set on the Hub (None: the newest).
-        streaming: Read what `datasets` opens row by row, as a `RowStream` without a length.
-
-    Returns:
-        Data set of examples as in the module's docstring, map-style unless `streaming`.
-
-    Raises:
-        FileNotFoundError: If the data set or a part of it is missing.
-        InputError: If `num_pairs` is below 1, the split is unknown, the folder's JSON or the columns are refused, or
-            `columns`, `materials`, `pair_mix`, `revision` or `streaming` is given for a data set that has none.
-    """
-    if num_pairs is not None and num_pairs < 1:
-        raise InputError(f"num_pairs is {num_pairs}; expected at least 1")
-    if columns and not is_datasets_name(dataset):
-        raise InputError(f"columns are for parquet shards and Hub ids; {dataset} is neither")
-    if streaming and not is_datasets_name(dataset):
-        raise InputError(f"streaming is for what `datasets` opens, parquet shards or a Hub id; {dataset} is neither")
-    if revision and (not is_datasets_name(dataset) or Path(dataset).is_dir()):
-        raise InputError(f"dataset_revision {revision} is for a data set on the Hub; {dataset} is none")
-    if (materials or pair_mix) and dataset != "synthetic":
-        raise InputError(f"materials and pair_mix are for dataset 'synthetic'; {dataset} comes as it is")
-    if dataset == "synthetic":
-        from kcfi.training.synthetic.library import LibraryMaterials
-        from kcfi.training.synthetic.dataset import SyntheticDataset  # a folder needs none of its drawing code
-
-        if split not in SYNTHETIC_PAIRS:
-            raise InputError(f"split '{split}' is unknown; 'synthetic' has {', '.join(SYNTHETIC_PAIRS)}")
-        library = LibraryMaterials(materials, split) if materials else None
-        count = num_pairs or SYNTHETIC_PAIRS[split]
-        return SyntheticDataset(count, split, seed, materials=library, pair_mix=pair_mix)
-    if is_datasets_name(dataset):
-        from kcfi.training.data.rows import open_pairs  # `datasets` takes a second to import
-
-        return open_pairs(dataset, split, columns, num_pairs, revision, streaming)
-    pairs = LevirCCDataset(dataset, split)
-    return pairs if num_pairs is None else Subset(pairs, range(min(num_pairs, len(pairs))))

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from kcfi.training.data.levir_cc import UnreadablePairError
+from kcfi.training.data.pairs import UnreadablePairError
 
 
 class ReadablePairs(Dataset[dict[str, Any]]):
@@ -15,7 +15,7 @@ class ReadablePairs(Dataset[dict[str, Any]]):
     error that names the file; `KCFICollator` passes it on, `KCFITrainer` counts and prints it.
 
     Args:
-        pairs: Data set of the examples of `levir_cc.py`.
+        pairs: Data set of the examples of `pairs.py`.
 
     Raises:
         FileNotFoundError: By an example, if no pair can be read and a file of the last one is missing.

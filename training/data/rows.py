@@ -81,7 +81,7 @@ class _Rows:
         return complete_row({name: flat[theirs] for theirs, name in self.columns.items()}, self.folders)
 
     def example(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A row as the example of `levir_cc.py`."""
+        """A row as the example of `pairs.py`."""
         return row_example(self.ours(row), self.dataset, self.split)
 
 
@@ -105,7 +105,7 @@ def _first(rows: datasets.IterableDataset, dataset: str) -> dict[str, Any]:
 
 
 class RowDataset(_Rows, Dataset[dict[str, Any]]):
-    """Map-style pairs of a `datasets.Dataset`; yields the example of `levir_cc.py`.
+    """Map-style pairs of a `datasets.Dataset`; yields the example of `pairs.py`.
 
     A stream is read to its end at construction and its undecoded rows are kept in memory: that is how a streamed
     split is evaluated, which comes round again and has to be shared out evenly among ranks.
@@ -174,7 +174,7 @@ class RowStream(_Rows, IterableDataset[dict[str, Any] | None]):
       exact with a shuffle buffer too, unlike the `state_dict` of `datasets`. If another row stands there (shuffled
       without a seed, other data), the run is refused.
 
-    An example has two more keys than `levir_cc.py` says: "epoch", the number of its pass, and "position", the
+    An example has two more keys than `pairs.py` says: "epoch", the number of its pass, and "position", the
     `Position` behind it. Pairs that a resumed run was trained on come as None, unread: Trainer skips their batches.
 
     Args:

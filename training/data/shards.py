@@ -34,17 +34,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from kcfi.files import check_names, check_new_folder, move_into_place
 from kcfi.processing import InputError
 from kcfi.training.data.archive import unpacked
-from kcfi.training.arguments import check_names
-from kcfi.training.data.levir_cc import (
-    CaptionedPair,
-    LevirCCDataset,
-    UnreadablePairError,
-    check_new_folder,
-    move_into_place,
-    open_folder,
-)
+from kcfi.training.data.levir_cc import LevirCCDataset, open_folder
+from kcfi.training.data.pairs import CaptionedPair, UnreadablePairError
 
 # Columns of a shard. Other data sets need the same, under any names (`select_columns`), but for `split` and for `mask`
 # or, where there are masks, `captions` and `changed`.
@@ -65,7 +59,7 @@ PAIRS_PER_SHARD = 256  # LEVIR-CC's training split in 27 shards: enough to share
 
 
 class ShardDataset(Dataset[dict[str, Any]]):
-    """One split of a folder of parquet shards or of a data set on the Hub; yields the example of `levir_cc.py`.
+    """One split of a folder of parquet shards or of a data set on the Hub; yields the example of `pairs.py`.
 
     It holds the undecoded rows of one shard, that of the last pair. So ask for the pairs shard by shard: in their
     order, or in that of `order.py`.
@@ -300,7 +294,7 @@ def find_image(path: str, folders: Iterable[str]) -> str:
 
 
 def row_example(row: Mapping[str, Any], dataset: str, split: str) -> dict[str, Any]:
-    """Decode a row: the example of `levir_cc.py`.
+    """Decode a row: the example of `pairs.py`.
 
     Args:
         row: Columns of `FEATURES`, images undecoded (`bytes` and `path`); `mask`, `captions` and `changed` may be

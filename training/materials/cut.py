@@ -27,11 +27,12 @@ from scipy import ndimage
 from scipy.spatial import ConvexHull
 from tqdm import tqdm
 
-from kcfi.pictures import contact_sheet, overlay
+from kcfi.files import check_new_folder, move_into_place
+from kcfi.pictures import MASK_BUILDING, MASK_ROAD, contact_sheet, overlay
 from kcfi.processing import InputError
-from kcfi.training.data.levir_cc import MASK_BUILDING, MASK_ROAD, check_new_folder, move_into_place
+from kcfi.processing.reading_kcfi import read_image
+from kcfi.training.materials.sources import FINEST, SURFACES, Picture, Place, Source, read_source
 from kcfi.training.synthetic.library import KEEP_OFF, LAND, OPEN, VILLA_AREA, Material
-from kcfi.training.materials.sources import SURFACES, Picture, Place, Source, read_source
 from kcfi.training.synthetic.textures import Array, TextureKind
 
 MaterialKind = TextureKind | Literal["tile"]
@@ -328,7 +329,7 @@ class Library:
         Raises:
             FileNotFoundError, ValueError: As `Source.read`.
         """
-        picture = source.read(place)
+        picture = read_picture(source, place)
         if picture.labels is not None:
             for kind, roof in cut_roofs(picture):
                 self.add(source, place, kind, roof)
@@ -411,6 +412,24 @@ class Library:
         image = image.convert("RGBA").resize([max(round(side * zoom), 1) for side in image.size])
         square.paste(image, ((SHEET_TILE - image.width) // 2, (SHEET_TILE - image.height) // 2), image)
         return square
+
+
+def read_picture(source: Source, place: Place) -> Picture:
+    """Read an image of a source and its labels, reduced to pixels of `FINEST` m where they are smaller.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        InputError: If a file cannot be read, the mask has another size, or an image that must be is no GeoTIFF.
+    """
+    metres = source.metres_per_pixel
+    if metres is None or (place.labels is not None and place.labels.suffix == ".geojson"):
+        from kcfi.training.materials.geotiff import read_geotiff  # needs the extra `geo`
+
+        return read_geotiff(source, place.image, place.labels)
+    image = read_image(place.image)
+    labels = None if place.labels is None else source.read_mask(place.labels, image.size, place.image)
+    picture = Picture(image, labels, (metres, metres))
+    return picture.resampled(FINEST) if metres < FINEST else picture
 
 
 def write_library(roots: Sequence[str | Path], output: str | Path) -> dict[str, int]:

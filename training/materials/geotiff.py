@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from kcfi.files import read_json
 from kcfi.processing import InputError
-from kcfi.training.data.levir_cc import read_json
 from kcfi.training.materials.sources import FINEST, SURFACES, Picture, Source
 
 try:

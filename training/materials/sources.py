@@ -22,10 +22,9 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
+from kcfi.files import check_names, name_some
 from kcfi.processing import InputError
 from kcfi.processing.reading_kcfi import read_image
-from kcfi.training.arguments import check_names
-from kcfi.training.data.levir_cc import name_some
 from kcfi.training.synthetic.textures import TextureKind
 
 Split = Literal["train", "val", "test"]
@@ -175,22 +174,6 @@ class Source:
             if path.is_file():
                 return path
         raise FileNotFoundError(f"{image}: no labels; expected {stem} with {', '.join((*MASK_ENDINGS, '.geojson'))}")
-
-    def read(self, place: Place) -> Picture:
-        """Read an image and its labels, reduced to pixels of `FINEST` m where they are smaller.
-
-        Raises:
-            FileNotFoundError: If a file is missing.
-            ValueError: If a file cannot be read, the mask has another size, or an image that must be is no GeoTIFF.
-        """
-        if self.metres_per_pixel is None or (place.labels is not None and place.labels.suffix == ".geojson"):
-            from kcfi.training.materials.geotiff import read_geotiff
-
-            return read_geotiff(self, place.image, place.labels)
-        image = read_image(place.image)
-        labels = None if place.labels is None else self.read_mask(place.labels, image.size, place.image)
-        picture = Picture(image, labels, (self.metres_per_pixel, self.metres_per_pixel))
-        return picture.resampled(FINEST) if self.metres_per_pixel < FINEST else picture
 
     def read_mask(self, path: Path, size: tuple[int, int], image: Path) -> NDArray[np.uint8]:
         """Read a mask.

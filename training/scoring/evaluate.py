@@ -19,16 +19,18 @@ from pycocoevalcap.rouge.rouge import Rouge
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from kcfi.captioning import load, validation_dtype
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
+from kcfi.models import load, validation_dtype
 from kcfi.pictures import contact_sheet, overlay
-from kcfi.processing import INSTRUCTIONS, Describer, InputError, KCFIProcessor
+from kcfi.processing import INSTRUCTIONS, NO_LABEL, Describer, InputError, KCFIProcessor
 from kcfi.processing.describer_kcfi import write_captions
+from kcfi.training.data.levir_cc import warn_of_levir_cd
+from kcfi.training.data.pairs import MaskClasses, class_ids, num_classes
 from kcfi.training.feature_cache import FeatureCache
-from kcfi.training.data.levir_cc import NO_LABEL, MaskClasses, class_ids, load_pairs, num_classes, warn_of_levir_cd
-from kcfi.training.synthetic.library import attributions
+from kcfi.training.load import load_pairs
 from kcfi.training.scoring.metrics import CAPTION_SCORES, MaskScores, require_java, results
 from kcfi.training.synthetic.dataset import SyntheticDataset
+from kcfi.training.synthetic.library import attributions
 
 CAPTION_METRICS = (*CAPTION_SCORES, "cider_d_changed", "change_accuracy")  # entries of `flat_scores` about captions
 SAMPLES = 3  # pairs of each kind, changed and unchanged, that are shown at every evaluation of a training
@@ -195,8 +197,8 @@ def evaluate_model(
         materials: library of `kcfi data materials` that "synthetic" draws with.
         pair_mix: kinds of synthetic pairs, see `SyntheticDataset`.
         feature_cache: folder where the vision tower's features of every image are kept, see `FeatureCache`.
-        device: see `kcfi.captioning.load`.
-        dtype: of the weights, see `kcfi.captioning.load`; None also takes the autocast of the run's validation.
+        device: see `kcfi.models.load`.
+        dtype: of the weights, see `kcfi.models.load`; None also takes the autocast of the run's validation.
         instruction: what the model is asked (None: the first of Table I).
         tile: see `Describer`.
         num_workers: processes that read images (None: 2 beside a GPU, else none).

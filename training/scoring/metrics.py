@@ -27,18 +27,11 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from kcfi.processing import InputError
+from kcfi.files import name_some, read_json
+from kcfi.processing import NO_LABEL, InputError
 from kcfi.processing.places_kcfi import tells_of_change
-from kcfi.training.data.levir_cc import (
-    CLASS_NAMES,
-    NO_LABEL,
-    MaskClasses,
-    name_some,
-    num_classes,
-    read_all_captions,
-    read_captions,
-    read_json,
-)
+from kcfi.training.data.levir_cc import read_all_captions, read_captions
+from kcfi.training.data.pairs import CLASS_NAMES, MaskClasses, num_classes
 
 # "coco" is pycocoevalcap 1.2 as it stands, the protocol of the paper and of systems built on language models.
 # "levir-ids" is that of RSICCFormer, Chg2Cap and their successors: the same scorers see numbers in place of words.
@@ -264,7 +257,7 @@ class MaskScores:
     device of the predictions. They are this process's own: gather the masks, not the scores, over ranks.
 
     Args:
-        mask_classes: Meaning of the class ids, as in `levir_cc.class_ids`.
+        mask_classes: Meaning of the class ids, as in `pairs.class_ids`.
     """
 
     def __init__(self, mask_classes: MaskClasses) -> None:

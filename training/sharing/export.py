@@ -25,11 +25,11 @@ from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 import kcfi  # noqa: F401 (registers the Auto classes)
+from kcfi.files import check_new_folder, move_into_place, read_json
 from kcfi.modeling_kcfi.modeling_kcfi import load_tower
+from kcfi.models import merge_lora
 from kcfi.processing import InputError
 from kcfi.towers import refusals
-from kcfi.training.data.levir_cc import check_new_folder, move_into_place, read_json
-from kcfi.training.lora import merge_lora
 from kcfi.training.sharing.model_card import (
     CARD_FILE,
     RECIPE_FILE,

@@ -17,9 +17,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from kcfi import embedded_model
+from kcfi.files import read_json
 from kcfi.modeling_kcfi import KCFIConfig
 from kcfi.processing import InputError
-from kcfi.training.data.levir_cc import CLASS_NAMES, read_json
+from kcfi.training.data.pairs import CLASS_NAMES
 
 RECIPE_FILE, RESULTS_FILE, CARD_FILE = "recipe.yaml", "results.json", "README.md"
 SHEET_FILE = "pairs.png"  # of `kcfi evaluate`, beside its results

@@ -31,11 +31,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from kcfi.pictures import contact_sheet, overlay
+from kcfi.files import check_new_folder
+from kcfi.pictures import MASK_BUILDING, MASK_ROAD, contact_sheet, overlay
 from kcfi.processing import InputError
-from kcfi.training.data.levir_cc import MASK_BUILDING, MASK_ROAD, check_new_folder
-from kcfi.training.synthetic.library import LibraryMaterials
-from kcfi.training.synthetic.single_dates import SingleDatePair, draw_pair
 from kcfi.training.synthetic.captions import Change, Ground, ObjectChange, describe, locate
 from kcfi.training.synthetic.layout import (
     MARGIN,
@@ -48,8 +46,10 @@ from kcfi.training.synthetic.layout import (
     draw_layout,
     drop_hardly_visible,
 )
-from kcfi.training.synthetic.textures import Materials, ProceduralMaterials
+from kcfi.training.synthetic.library import LibraryMaterials
 from kcfi.training.synthetic.painting import Cover, Look, Painter, Window, draw_cover, draw_looks, draw_window
+from kcfi.training.synthetic.single_dates import SingleDatePair, draw_pair
+from kcfi.training.synthetic.textures import Materials, ProceduralMaterials
 
 __all__ = [
     "Change",
@@ -199,7 +199,7 @@ def draw_scene(rng: np.random.Generator, changed: bool, settings: SyntheticSetti
 class SyntheticDataset(Dataset[dict[str, Any]]):
     """Drawn pairs in LEVIR-MCI's schema; every second pair is changed.
 
-    `ds[i]` is the example of `levir_cc.py` with a mask and five captions, a pure function of all arguments and i.
+    `ds[i]` is the example of `pairs.py` with a mask and five captions, a pure function of all arguments and i.
 
     Args:
         num_pairs: Length. The pairs of a shorter data set are the first ones of a longer one.

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from kcfi.files import read_json
 from kcfi.processing import InputError
-from kcfi.training.data.levir_cc import read_json
-from kcfi.training.synthetic.textures import Array, ProceduralMaterials, TextureKind
 from kcfi.training.synthetic.painting import ROOFS
+from kcfi.training.synthetic.textures import Array, ProceduralMaterials, TextureKind
 
 # Labels of tiles beside LEVIR-MCI's road and building: free ground; no building, but whatever else; water or unknown
 LAND, OPEN, KEEP_OFF = 0, 32, 64

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from kcfi.training.data.levir_cc import MASK_BUILDING, MASK_ROAD
-from kcfi.training.synthetic.library import KEEP_OFF, LAND, OPEN, VILLA_AREA, LibraryMaterials
+from kcfi.pictures import MASK_BUILDING, MASK_ROAD
 from kcfi.training.synthetic.captions import Change, Ground, ObjectChange, locate
 from kcfi.training.synthetic.layout import MARGIN, MIN_VISIBLE, GroundKind, ObjectKind, SyntheticSettings, crop
-from kcfi.training.synthetic.textures import Array, Materials, crop_noise
+from kcfi.training.synthetic.library import KEEP_OFF, LAND, OPEN, VILLA_AREA, LibraryMaterials
 from kcfi.training.synthetic.painting import draw_looks, photograph
+from kcfi.training.synthetic.textures import Array, Materials, crop_noise
 
 LARGEST_AREA = 2000  # px (500 m2): larger labels are often blocks of many houses, which cannot be counted
 REMOVED_SHARE = 0.2  # of the changed pairs

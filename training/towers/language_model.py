@@ -33,8 +33,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from kcfi.pictures import MASK_ROAD
 from kcfi.processing import INSTRUCTIONS, KCFIProcessor
-from kcfi.training.data.levir_cc import MASK_ROAD
 from kcfi.training.sharing.model_card import write_tower_card
 from kcfi.training.synthetic.dataset import Change, SyntheticDataset
 from kcfi.training.synthetic.layout import ObjectKind

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from kcfi.training.data import archive
-from kcfi.training.data.levir_cc import load_pairs
 from kcfi.training.data.shards import write_shards
+from kcfi.training.load import load_pairs
 from kcfi_cli import main
 
 

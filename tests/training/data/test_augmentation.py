@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from kcfi.training.data.augmentation import augment, flip, flip_caption, jitter
 from kcfi.training.collator import IGNORED, KCFICollator
+from kcfi.training.data.augmentation import augment, flip, flip_caption, jitter
 from kcfi.training.synthetic.dataset import SyntheticDataset
 from tests.training.synthetic.test_dataset import CAPTIONS, clauses, named_objects, position_fits
 

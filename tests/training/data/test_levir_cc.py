@@ -6,16 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kcfi.training.data.levir_cc import (
-    CLASS_NAMES,
-    LevirCCDataset,
-    class_ids,
-    grey_mask,
-    load_pairs,
-    num_classes,
-    read_captions,
-    warn_of_levir_cd,
-)
+from kcfi.training.data.levir_cc import LevirCCDataset, read_captions, warn_of_levir_cd
+from kcfi.training.data.pairs import CLASS_NAMES, class_ids, grey_mask, num_classes
+from kcfi.training.load import load_pairs
 
 FILE_VALUES = np.array([[0, 128, 255], [255, 0, 128]], np.uint8)
 

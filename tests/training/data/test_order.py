@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from kcfi.training.data import shards
-from kcfi.training.data.levir_cc import LevirCCDataset, UnreadablePairError
+from kcfi.training.data.levir_cc import LevirCCDataset
 from kcfi.training.data.order import EpochSampler, epoch_order, share_out
+from kcfi.training.data.pairs import UnreadablePairError
 from kcfi.training.data.shards import ShardDataset, write_shards
+from tests.training.data.visits import BATCH, PAIRS, STOP, visits
 from tests.training.test_trainer import losses
-from tests.training.visits import BATCH, PAIRS, STOP, visits
 
 
 @pytest.fixture

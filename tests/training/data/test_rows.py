@@ -13,13 +13,14 @@ from datasets.distributed import split_dataset_by_node
 
 from kcfi.training.collator import KCFICollator
 from kcfi.training.data.check import check_folder
-from kcfi.training.data.levir_cc import UnreadablePairError, load_pairs
+from kcfi.training.data.pairs import UnreadablePairError
 from kcfi.training.data.rows import Position, RowDataset, RowStream, open_pairs
 from kcfi.training.data.shards import commit_of
+from kcfi.training.load import load_pairs
 from kcfi.training.trainer import KCFITrainer, stream_batch
 from tests.training.data.test_shards import plain
+from tests.training.data.visits import Visits
 from tests.training.test_trainer import arguments, losses
-from tests.training.visits import Visits
 
 FOLDERS = {"image_before": "A", "image_after": "B", "mask": "label"}
 WEBDATASET = {

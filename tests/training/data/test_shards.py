@@ -7,10 +7,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from kcfi.training.data import shards
 from kcfi.training import train
-from kcfi.training.data.levir_cc import load_pairs
+from kcfi.training.data import shards
 from kcfi.training.data.shards import FEATURES, ShardDataset, write_shards
+from kcfi.training.load import load_pairs
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kcfi.training.synthetic.library import LibraryMaterials
+from kcfi.training.materials.cut import LIMITS, read_picture, write_library
 from kcfi.training.materials.sources import SURFACES, Source, read_source
-from kcfi.training.materials.cut import LIMITS, write_library
+from kcfi.training.synthetic.library import LibraryMaterials
 
 rasterio = pytest.importorskip("rasterio", reason="the extra `geo` is not installed")
 geotiff = importlib.import_module("kcfi.training.materials.geotiff")  # it needs rasterio
@@ -151,4 +151,4 @@ def test_without_rasterio_the_extra_is_named(tmp_path, monkeypatch):
     (tmp_path / "source.yaml").write_text("{name: town, licence: CC0, images: .}")
     source = read_source(tmp_path, list(LIMITS))
     with pytest.raises(ValueError, match=r"rasterio is needed .* pip install \"kcfi\[geo\]\""):
-        source.read(source.places()[0])
+        read_picture(source, source.places()[0])

@@ -3,8 +3,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from kcfi.training.materials.cut import LIMITS, read_picture
 from kcfi.training.materials.sources import SURFACES, read_source
-from kcfi.training.materials.cut import LIMITS
 
 DESCRIPTION = {"name": "town", "licence": "CC0", "metres_per_pixel": 0.5, "labels": "masks"}
 
@@ -52,13 +52,13 @@ def test_without_regions_a_source_is_all_train(town):
 
 def test_without_a_legend_what_is_not_black_is_building(town):
     source = read(town())
-    labels = source.read(source.places()[0]).labels
+    labels = read_picture(source, source.places()[0]).labels
     assert (labels[:, 0] == SURFACES.index("building")).all() and (labels[:, 1:] == SURFACES.index("open")).all()
 
 
 def test_colours_that_are_not_in_the_legend_are_unknown(town):
     source = read(town(legend={"road": [255, 255, 255]}))
-    labels = source.read(source.places()[0]).labels
+    labels = read_picture(source, source.places()[0]).labels
     assert (labels[:, 0] == SURFACES.index("road")).all() and (labels[:, 1:] == SURFACES.index("unknown")).all()
 
 
@@ -104,7 +104,7 @@ def test_a_mask_of_another_size_is_refused(town):
     Image.new("L", (8, 7)).save(root / "masks/a/1.png")
     source = read(root)
     with pytest.raises(ValueError, match=r"masks/a/1.png: 8 x 7 px, but .*images/a/1.png has 8 x 6"):
-        source.read(source.places()[0])
+        read_picture(source, source.places()[0])
 
 
 def test_a_folder_without_a_description_is_told_what_to_write(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kcfi.captioning import validation_dtype
+from kcfi.models import validation_dtype
 from kcfi.training.collator import KCFICollator
 from kcfi.training.scoring.evaluate import (
     PairPrediction,

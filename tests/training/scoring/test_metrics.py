@@ -13,8 +13,8 @@ import torch
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from kcfi.processing.places_kcfi import UNCHANGED_SENTENCES
-from kcfi.training.scoring import metrics
 from kcfi.training.data.levir_cc import read_captions
+from kcfi.training.scoring import metrics
 from kcfi.training.scoring.metrics import (
     CAPTION_SCORES,
     KCFIMetric,

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from kcfi.models import merge_lora
+from kcfi.training.lora import add_lora, save_start
 from kcfi.training.sharing.export import main, save
-from kcfi.training.lora import add_lora, merge_lora, save_start
 from tests.training.test_trainer import arguments
 
 

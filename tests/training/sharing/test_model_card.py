@@ -21,8 +21,8 @@ from kcfi import KCFIForConditionalGeneration, KCFIProcessor
 from kcfi.processing import InputError
 from kcfi.training.arguments import KCFITrainingArguments, parse_recipe
 from kcfi.training.collator import KCFICollator
-from kcfi.training.sharing.export import push
 from kcfi.training.scoring.metrics import CAPTION_SCORES, MaskScores, results
+from kcfi.training.sharing.export import push
 from kcfi.training.sharing.model_card import (
     CAPTION_METRICS,
     MASK_METRICS,

@@ -12,8 +12,7 @@ from scipy import ndimage
 
 from kcfi.processing.places_kcfi import UNCHANGED_SENTENCES
 from kcfi.training.data.levir_cc import LevirCCDataset
-from kcfi.training.synthetic.library import LibraryMaterials
-from kcfi.training.synthetic.single_dates import draw_pair
+from kcfi.training.synthetic.captions import locate
 from kcfi.training.synthetic.dataset import (
     Change,
     ObjectChange,
@@ -25,9 +24,10 @@ from kcfi.training.synthetic.dataset import (
     draw_scene,
     synthesize,
 )
-from kcfi.training.synthetic.captions import locate
 from kcfi.training.synthetic.layout import Frame
+from kcfi.training.synthetic.library import LibraryMaterials
 from kcfi.training.synthetic.painting import Look, _lay_roof
+from kcfi.training.synthetic.single_dates import draw_pair
 
 CAPTIONS = Path(__file__).parents[3] / "../shared/data/levir_cc_captions.json.gz"
 STOCK = [f"{sentence} ." for sentence in UNCHANGED_SENTENCES]

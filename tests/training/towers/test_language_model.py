@@ -6,9 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from kcfi.processing import KCFIProcessor
-from kcfi.training.towers.language_model import WORDS, Sketches, SketchReader, build_tokenizer, collate, main, sketch
 from kcfi.training.sharing.model_card import license_of
 from kcfi.training.synthetic.dataset import Change, ObjectChange, SyntheticDataset
+from kcfi.training.towers.language_model import WORDS, Sketches, SketchReader, build_tokenizer, collate, main, sketch
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from kcfi.captioning import Describer, load, mask_picture
+from kcfi.models import load
+from kcfi.pictures import mask_picture
+from kcfi.processing import Describer
 
 
 def test_bf16_is_what_a_model_computes_in_when_asked(detector, make_pair):

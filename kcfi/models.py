@@ -1,24 +1,17 @@
-"""Load a model, and write pictures of what it says: what `kcfi caption` does around a `Describer`.
+"""The name of a model -> the model and its processor, ready to describe pairs."""
 
-The describing itself travels with the model (`processing/describer_kcfi.py`).
-"""
-
+import re
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CompileConfig
 
-from kcfi.pictures import heat_map, overlay
-from kcfi.processing import ChangeReport, Describer, InputError
+from kcfi.files import read_yaml
+from kcfi.modeling_kcfi import KCFIForConditionalGeneration
+from kcfi.processing import InputError
 from kcfi.towers import refusals
-from kcfi.training.arguments import model_source, optional_fields, read_yaml
-from kcfi.training.data.levir_cc import MASK_BUILDING, MASK_ROAD, NO_LABEL
-
-__all__ = ["ChangeReport", "Describer", "load", "mask_picture", "save_pictures"]
 
 
 def default_device() -> torch.device:
@@ -63,7 +56,7 @@ def validation_dtype(model: str, device: torch.device) -> torch.dtype | None:
     recipe = Path(model) / "recipe.yaml"
     if device.type != "cuda" or not recipe.is_file():
         return None
-    settings = read_yaml(recipe, optional_fields())
+    settings = read_yaml(recipe, optional=None)
     return torch.bfloat16 if settings.get("bf16") else torch.float16 if settings.get("fp16") else None
 
 
@@ -77,39 +70,50 @@ def compiled_steps() -> dict[str, Any]:
     return {"cache_implementation": "static", "compile_config": settings}
 
 
-def mask_picture(mask: NDArray[np.uint8], num_classes: int) -> Image.Image:
-    """Class ids (H, W) -> grey values of LEVIR-MCI's masks: 0, 128 road, 255 building (or change).
+def embedded_model() -> str:
+    """Folder of `kcfi-tiny`, the model that is installed with the package."""
+    return str(files("kcfi.hub_configs") / "kcfi-tiny")
 
-    Pixels that the model did not see are 0.
+
+def model_source(model: str) -> str:
+    """What `from_pretrained` takes for the name of a model: "kcfi-tiny" is the embedded one.
+
+    A name that begins with a folder of this machine, like "runs/paper", is never looked up on the Hub.
+
+    Raises:
+        InputError: a path where there is no folder.
     """
-    values = np.zeros(256, np.uint8)
-    values[1:num_classes] = [MASK_BUILDING] if num_classes == 2 else [MASK_ROAD, MASK_BUILDING]
-    return Image.fromarray(values[mask])
+    if model == "kcfi-tiny":
+        return embedded_model()
+    if Path(model).is_dir():
+        return model
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model):
+        raise InputError(f"No model {model}: it is neither a folder nor a Hub id (`owner/name`).")
+    first, slash, name = model.partition("/")
+    if slash and Path(first).is_dir():
+        raise InputError(
+            f"No model {model}: the folder {first} is here and holds no folder {name}. If you mean a model of the "
+            f"Hub, `hf download {model} --local-dir {model}` puts it there."
+        )
+    return model
 
 
-def save_pictures(
-    report: ChangeReport, after: Image.Image, output: Path, name: str, num_classes: int, heatmap: bool = False
-) -> dict[str, str]:
-    """Write what there is to see of a pair as OUTPUT/NAME_mask.png, NAME_overlay.png and NAME_heatmap.png.
+def merge_lora(model: KCFIForConditionalGeneration) -> KCFIForConditionalGeneration:
+    """Add an adapter to the weights, in place: a plain model with equal outputs. Without one nothing happens."""
+    if not model._hf_peft_config_loaded:
+        return model
+    from peft.tuners.tuners_utils import BaseTunerLayer  # whoever has no adapter does without peft
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    Args:
-        report: of the pair.
-        after: its later image.
-        output: folder, which exists.
-        name: of the pair.
-        num_classes: of the model's mask.
-        heatmap: also draw the strength of the key change features.
-
-    Returns:
-        The paths, by kind; no mask and no overlay without a change detection head.
-    """
-    pictures = {}
-    if report.mask is not None:
-        pictures["mask"] = mask_picture(report.mask, num_classes)
-        pictures["overlay"] = overlay(after, np.where(report.mask == NO_LABEL, 0, report.mask))
-    if heatmap:
-        pictures["heatmap"] = heat_map(after, report.key_changes)
-    paths = {kind: output / f"{name}_{kind}.png" for kind in pictures}
-    for kind, picture in pictures.items():
-        picture.save(paths[kind])
-    return {kind: str(path) for kind, path in paths.items()}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            model.set_submodule(name, module.unload_and_optionally_merge_module(True, False, None))
+        elif isinstance(module, BaseTunerLayer):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+    # those of the adapter's file: saving would give its names to all weights
+    model._weight_conversions = None  # type: ignore[assignment]
+    model.requires_grad_(True)
+    return model

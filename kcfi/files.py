@@ -1,0 +1,129 @@
+"""JSON and YAML files, names in messages, and new folders."""
+
+import difflib
+import gzip
+import json
+import zlib
+from collections import Counter
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kcfi.processing import InputError
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file, plain or gzipped (`.gz`), refusing keys that occur twice in one object.
+
+    Args:
+        path: The file, in UTF-8.
+
+    Returns:
+        Its content.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        InputError: If it is no JSON or an object repeats a key.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        content = path.read_bytes()
+        text = gzip.decompress(content) if path.suffix == ".gz" else content
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from error
+
+
+def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object; plain `dict` would keep the last of two equal keys and say nothing."""
+    counts = Counter(key for key, _ in items)
+    if len(counts) < len(items):
+        raise InputError(f"{name_some(key for key in counts if counts[key] > 1)} occurs more than once")
+    return dict(items)
+
+
+def read_yaml(path: Path, optional: Collection[str] | None = ()) -> dict[str, Any]:
+    """The `field: value` lines of a file.
+
+    Args:
+        path: the file.
+        optional: fields that may be `null` (None: all).
+
+    Raises:
+        InputError: it is not YAML, holds something else, or another field has no value.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a YAML file: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold `field: value` lines, but holds a {type(values).__name__}.")
+    empty = [name for name, value in values.items() if value is None and optional is not None and name not in optional]
+    if empty:
+        raise InputError(f"{path}: {', '.join(map(str, empty))} has no value; leave the line out to keep the default.")
+    return values
+
+
+def as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """The dictionary of a field that may come as JSON or YAML text, or not at all.
+
+    Raises:
+        InputError: the text is not a dictionary.
+    """
+    parsed = parse_yaml(value) if isinstance(value, str) else value
+    if not isinstance(parsed, dict | None):
+        raise InputError(f"{value!r} is not a dictionary: write it as JSON, for example '{{\"num_labels\": 2}}'.")
+    return dict(parsed or {})
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a text in JSON or YAML.
+
+    Raises:
+        InputError: it is neither.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{text!r} is neither JSON nor YAML: {error}") from error
+
+
+def check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Refuse a name that is not known, and propose the nearest one.
+
+    Raises:
+        InputError: the first unknown name.
+    """
+    known = list(known)
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f" did you mean {nearest[0]!r}?" if nearest else f" known: {', '.join(sorted(known))}."
+            raise InputError(f"Unknown {what} {name!r}:{hint}")
+
+
+def name_some(names: Iterable[str], limit: int = 5) -> str:
+    """Join names for an error message, at most `limit` of them and the count of the rest."""
+    ordered = sorted(names)
+    rest = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + rest
+
+
+def check_new_folder(folder: Path) -> None:
+    """Refuse to write a data set over anything.
+
+    Raises:
+        FileExistsError: If the path is a file or a folder that is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder: choose a new one")
+
+
+def move_into_place(folder: Path, output: Path) -> None:
+    """Give a folder that is complete its name: `output`, new or empty (onto which Windows renames nothing)."""
+    if output.exists():
+        output.rmdir()
+    folder.rename(output)

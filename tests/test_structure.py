@@ -1,0 +1,133 @@
+"""Who imports whom: the rules of docs/architecture.md, read from the sources."""
+
+import ast
+import sys
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("kcfi", "kcfi_cli", "modeling_kcfi", "processing", "training")
+
+# Rooms from the ground up: a file imports from its own room and from rooms of lower floors.
+FLOORS = (
+    ("kcfi.modeling_kcfi", "kcfi.processing"),  # travel to the Hub
+    ("kcfi",),
+    ("kcfi.training.data",),
+    ("kcfi.training.synthetic",),
+    ("kcfi.training.materials",),
+    ("kcfi.training.load", "kcfi.training.feature_cache"),
+    ("kcfi.training.scoring",),
+    ("kcfi.training.sharing",),
+    ("kcfi.training",),  # one run
+    ("kcfi.training.ablation_table", "kcfi.training.towers"),
+    ("kcfi.training.ablate",),
+    ("kcfi_cli",),
+)
+
+
+def modules(root=ROOT):
+    """Every file of the project by its import name."""
+    found = {}
+    for part in PARTS:
+        paths = [root / f"{part}.py"] if (root / f"{part}.py").is_file() else sorted((root / part).rglob("*.py"))
+        for path in paths:
+            if any(parent.is_symlink() for parent in path.parents if parent != root):
+                continue  # links in kcfi/ to the folders beside it
+            name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+            found[name if part in ("kcfi", "kcfi_cli") else f"kcfi.{name}"] = path
+    return found
+
+
+def imports(name, path, known):
+    """The files of the project that a file imports, also inside functions; of a package, what is taken from it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    # never run: `processing_kcfi` names the pipeline there, so that transformers copies its file too
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+            source = f"{package}.{node.module}" if node.level else node.module
+            inner = [f"{source}.{alias.name}" for alias in node.names]
+            yield from (one if one in known else source for one in inner if one in known or source in known)
+
+
+@cache
+def graph(root=ROOT):
+    """What every file imports, by import names."""
+    known = modules(root)
+    return {name: set(imports(name, path, known)) - {name} for name, path in known.items()}
+
+
+def room(name):
+    """The floor and the room of a file: the longest of `FLOORS` that its name begins with."""
+    fitting = [
+        (len(one), floor, one)
+        for floor, rooms in enumerate(FLOORS)
+        for one in rooms
+        if name == one or name.startswith(f"{one}.")
+    ]
+    return max(fitting)[1:]
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_a_file_imports_from_its_own_room_and_from_lower_floors(name):
+    floor, own = room(name)
+    above = {other for other in graph()[name] if room(other)[1] != own and room(other)[0] >= floor}
+    assert not above, f"{name} is on floor {floor}, and imports {', '.join(sorted(above))}"
+
+
+def test_no_file_is_in_a_circle():
+    try:
+        TopologicalSorter(graph()).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_what_travels_to_the_hub_imports_nothing_of_the_project_but_files_beside_it():
+    for name, others in graph().items():
+        if room(name)[0] == 0:
+            assert {room(other)[1] for other in others} <= {room(name)[1]}, name
+
+
+def counts(root):
+    """Floors of files, files in circles, files per folder, the longest function: for a look at the whole."""
+    edges = {name: set(others) for name, others in graph(root).items()}
+    reach = {name: set(others) for name, others in edges.items()}
+    for middle in edges:
+        for others in reach.values():
+            if middle in others:
+                others |= reach[middle]
+    circles = sorted(name for name in edges if name in reach[name])
+    height = {}
+
+    def floor(name, above=()):
+        if name not in height:
+            below = [floor(one, (*above, name)) for one in edges[name] if one not in (*above, name)]
+            height[name] = 1 + max(below, default=0)
+        return height[name]
+
+    folders, longest = {}, (0, "")
+    for name, path in modules(root).items():
+        if path.name != "__init__.py":
+            folders.setdefault(path.parent.relative_to(root).as_posix(), []).append(name)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                longest = max(longest, (node.end_lineno - node.lineno + 1, f"{name}.{node.name}"))
+    return {
+        "floors": max(floor(name) for name in edges),
+        "files in circles": circles,
+        "files per folder": {folder: len(names) for folder, names in folders.items()},
+        "longest function": longest,
+    }
+
+
+if __name__ == "__main__":  # python tests/test_structure.py [CHECKOUT]
+    for what, value in counts(Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT).items():
+        print(f"{what}: {value}")
