@@ -26,7 +26,7 @@ from torch.profiler import profile, record_function
 from train_step import CASES, build
 from train_step import make_sides as make_step_sides
 
-from kcfi.training.trainer import cast_frozen_language_model
+from kcfi.training.parameters import cast_frozen_language_model
 
 PARTS = {
     "vision tower": "model.vision_tower",

@@ -24,8 +24,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import kcfi
 from kcfi.modeling_kcfi.change_detection_head import mask_loss
 from kcfi.training.collator import IGNORED, KCFICollator, training_inputs
+from kcfi.training.parameters import cast_frozen_language_model
 from kcfi.training.synthetic.dataset import SyntheticDataset
-from kcfi.training.trainer import cast_frozen_language_model
 
 CASES = {"kcfi-tiny": 6.0, "kcfi-dinov2s-smollm2-135m": 4.5}  # folder of hub_configs, and the bar
 

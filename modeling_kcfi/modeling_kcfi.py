@@ -5,6 +5,7 @@ model, T tokens, H x W pixels. Where shapes of image tokens say N, it is N / p^2
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -29,6 +30,9 @@ from .key_change_perceiver import KeyChangePerceiver, flatten_stages
 CHUNK = 1024  # positions scored at a time in training: 0.6 GB of logits in fp32 with the 152k tokens of Qwen2
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# images (B, 2, 3, H, W) -> stage features before and after, and the tower's own output
+StageCache = Callable[..., tuple[list[torch.Tensor], list[torch.Tensor], Any]]
 
 # config.json's entries for `trust_remote_code=True`: which class of which file each Auto class loads
 AUTO_MAP = {
@@ -247,6 +251,7 @@ class KCFIModel(KCFIPreTrainedModel):
         self.projector = KCFIProjector(config)
         self.change_detection_head = ChangeDetectionHead(config) if config.use_change_detection_head else None
         self.language_model = AutoModel.from_config(config.text_config)
+        self.stage_cache: StageCache | None = None
         self.patch_size = config.patch_size
         self.token_size = config.visual_token_size
         # CLIP, SigLIP and ViT refuse other sizes than their own unless asked; DINOv2 needs no asking
@@ -257,7 +262,9 @@ class KCFIModel(KCFIPreTrainedModel):
     def get_stage_features(
         self, pixel_values: torch.Tensor, **kwargs: Any
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
-        """Run the shared tower on both dates (eq. 1).
+        """What the shared tower says of both dates (eq. 1), from `stage_cache` where one is set.
+
+        `stage_cache` is a hook for a tower that does not change: called as this method, it gives equal features.
 
         Args:
             pixel_values: (B, 2, 3, H, W), before then after.
@@ -271,6 +278,10 @@ class KCFIModel(KCFIPreTrainedModel):
             ValueError: shape other than (B, 2, 3, H, W), or sides that the patch size (times the pooling of the visual
                 tokens) does not divide.
         """
+        return (self.stage_cache or self.encode)(pixel_values, **kwargs)
+
+    def encode(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
+        """Run the shared tower: `get_stage_features` without the cache."""
         patch = self.patch_size
         if pixel_values.ndim != 5 or pixel_values.shape[1] != 2:
             raise ValueError(f"pixel_values must be pairs, (B, 2, 3, H, W), not {tuple(pixel_values.shape)}.")
@@ -483,11 +494,12 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
     # Trainer then divides by the accumulation, and ranks average: both losses are means over the micro-batches. Else
     # it would count the tokens of the whole step for the caption loss, and add up the mask losses.
     accepts_loss_kwargs = False
-    caption_loss_function = staticmethod(chunked_caption_loss)  # with `skip_logits`; a fused kernel may take its place
 
     def __init__(self, config: KCFIConfig) -> None:
         super().__init__(config)
         self.model = KCFIModel(config)
+        # hook: computes the caption loss of `skip_logits`; a fused kernel with the same arguments may take its place
+        self.caption_loss_function: Callable[..., torch.Tensor] = chunked_caption_loss
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)  # GPT-2: "...wte"

@@ -10,7 +10,7 @@ from kcfi import KCFIConfig, KCFIForConditionalGeneration, embedded_model
 from kcfi.training.ablation_table import read_set
 from kcfi.training.arguments import packaged_recipes, parse_recipe
 from kcfi.training.data.pairs import num_classes
-from kcfi.training.trainer import freeze, parameter_groups
+from kcfi.training.parameters import freeze, parameter_groups
 
 NAMES = list(packaged_recipes())
 

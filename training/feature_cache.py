@@ -13,7 +13,7 @@ from kcfi.modeling_kcfi import KCFIModel
 
 
 class FeatureCache:
-    """Stands in for `KCFIModel.get_stage_features` of a model whose tower is frozen, with equal results.
+    """A `KCFIModel.stage_cache` for a model whose tower is frozen.
 
     An image's features lie in FOLDER/<tower>/<image>.safetensors. Both names are hashes: of the tower's weights, its
     config and the blocks that are read; of the pixels that the tower gets and its autocast. So another tower, other
@@ -25,7 +25,7 @@ class FeatureCache:
     """
 
     def __init__(self, model: KCFIModel, folder: str | Path) -> None:
-        self.encode = model.get_stage_features
+        self.encode = model.encode
         self.read = 0
         self.computed = 0
         self.folder = Path(folder) / _hash(model)

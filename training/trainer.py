@@ -2,10 +2,7 @@
 
 import json
 import math
-import shutil
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,10 +15,9 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled, is_tensorboard_available
+from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, denumpify_detensorize
 from transformers.utils import logging
@@ -29,214 +25,34 @@ from transformers.utils import logging
 from kcfi.files import name_some
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import NO_LABEL, InputError, KCFIProcessor
-from kcfi.training.arguments import KCFITrainingArguments, field_defaults
-from kcfi.training.collator import IGNORED, KCFICollator, check_packing, training_inputs
+from kcfi.training.arguments import KCFITrainingArguments
+from kcfi.training.checks import (
+    check_best_metric,
+    check_cacheable,
+    check_captions_per_pair,
+    check_java,
+    check_noise,
+    check_settings,
+)
+from kcfi.training.collator import IGNORED, KCFICollator, training_inputs
 from kcfi.training.data.order import EpochSampler
 from kcfi.training.data.readable_pairs import ReadablePairs
 from kcfi.training.data.rows import Position, RowDataset, RowStream
 from kcfi.training.data.shards import ShardDataset
-from kcfi.training.dwa import TASKS, DynamicWeightAverage
+from kcfi.training.dwa import DynamicWeightAverage
 from kcfi.training.feature_cache import FeatureCache
 from kcfi.training.liger import caption_loss_of
 from kcfi.training.lora import save_start
-from kcfi.training.scoring.evaluate import CAPTION_METRICS, PairPrediction, Scores, predict, sample_sheet
+from kcfi.training.losses import LossBalance, Throughput, evaluation_losses, peak_memory
+from kcfi.training.parameters import freeze, parameter_groups
+from kcfi.training.scoring.evaluate import PairPrediction, Scores, predict, sample_sheet
 from kcfi.training.sharing.model_card import CARD_FILE, card_of_run
-from kcfi.training.zero import gathered, whole_weights
+from kcfi.training.zero import whole_weights
 
 logger = logging.get_logger(__name__)
 
-# Settings of Trainer that a loop of captions and masks cannot follow, and what there is instead.
-REFUSED = {
-    "compute_loss_func": "the losses are those of eq. 8 and 9; override KCFITrainer.compute_loss for others",
-    "label_smoothing_factor": "the caption loss is that of eq. 8, with hard targets",
-    "average_tokens_across_devices": "both losses are means over all ranks; leave it true",
-    "use_cache": "a training step generates nothing; leave it false",
-    "preprocess_logits_for_metrics": "evaluation keeps no logits; compute_metrics gets captions and masks",
-    "prediction_loss_only": "evaluation scores captions and masks; evaluate less often (eval_steps) or on fewer pairs",
-    "include_for_metrics": "compute_metrics gets captions, masks and what they are compared with, no more",
-    "batch_eval_metrics": "caption scores are those of a whole split, so compute_metrics is called once",
-    "eval_accumulation_steps": "captions and masks leave the device after every batch",
-    "eval_do_concat_batches": "compute_metrics gets lists of pairs, not arrays of batches",
-    "eval_use_gather_object": "captions and masks are always gathered as objects",
-    "bf16_full_eval": "it would round the weights that train; `bf16: true` evaluates in autocast",
-    "fp16_full_eval": "it would round the weights that train; `fp16: true` evaluates in autocast",
-    "train_sampling_strategy": "the order of the pairs is a function of seed and epoch, so that runs resume exactly",
-    "auto_find_batch_size": "steps of a size that failed would stay in the dynamic weights; set "
-    "per_device_train_batch_size",
-    "parallelism_config": "every process is counted as a rank with pairs of its own; take `deepspeed: zero3`",
-    "remove_unused_columns": "the collator reads what the model does not know; leave it false",
-    "label_names": "captions and masks are the labels; leave it out",
-}
 
 STATE_FILE = "kcfi_state.json"  # in a checkpoint: dynamic weight average, pairs and captions seen
-
-
-def check_settings(args: KCFITrainingArguments, options: Mapping[str, Any]) -> None:
-    """Refuse the settings of `REFUSED` where they differ from their default.
-
-    Args:
-        args: settings.
-        options: of `Trainer.__init__`.
-
-    Raises:
-        InputError: names the setting, why it is refused and what there is instead.
-    """
-    given, defaults = {**vars(args), **options}, field_defaults()
-    for name, reason in REFUSED.items():
-        if given.get(name) != defaults.get(name):
-            raise InputError(f"KCFITrainer takes no {name}={given[name]!r}: {reason}.")
-
-
-def check_best_metric(args: KCFITrainingArguments, eval_dataset: Any) -> None:
-    """Refuse to choose checkpoints by a score of captions where the evaluation split has none.
-
-    Args:
-        args: settings.
-        eval_dataset: examples; read up to the first one with captions. Not looked into where it has no length.
-
-    Raises:
-        InputError: names a score to use instead.
-    """
-    best = (args.metric_for_best_model or "").removeprefix("eval_")
-    if args.eval_strategy == "no" or best not in CAPTION_METRICS or isinstance(eval_dataset, dict):
-        return
-    if not hasattr(eval_dataset, "__len__"):
-        return
-    if not any(eval_dataset[index]["captions"] for index in range(len(eval_dataset))):
-        raise InputError(
-            f"metric_for_best_model={best} is a score of captions, and no pair of the evaluation split has a "
-            "sentence: choose the best checkpoint by its masks (--metric_for_best_model mask_f1)."
-        )
-
-
-def check_cacheable(args: KCFITrainingArguments, collator: KCFICollator) -> None:
-    """Refuse a feature cache whose entries would be wrong, or never be read again.
-
-    Raises:
-        InputError: names the setting in its way.
-    """
-    reason = ""
-    if args.train_vision_tower:
-        reason = "the vision tower changes in training: add train_vision_tower: false"
-    elif collator.augment:
-        reason = "augment gives an image other pixels at every visit: leave it out"
-    elif is_deepspeed_zero3_enabled():
-        reason = "ZeRO-3 splits the tower's weights, by which entries are named: take zero2"
-    if reason:
-        raise InputError(f"feature_cache: {reason}; or leave out feature_cache.")
-
-
-def freeze(model: KCFIForConditionalGeneration, args: KCFITrainingArguments) -> list[nn.Module]:
-    """Switch gradients off where `args` say so, after loading, since loading switches them on.
-
-    A language model with adapters stays in training mode: all but them is frozen already, and they may have dropout.
-    With `args.bf16_language_model` its frozen weights become bf16.
-
-    Returns:
-        What must run in evaluation mode: frozen modules that have dropout, and batch norms, whose statistics would
-        depend on how an optimizer step is cut into micro-batches and ranks (a tower brings its own). All else stays in
-        training mode, because transformers checkpoints activations only there.
-    """
-    frozen = []
-    if not args.train_language_model and not model._hf_peft_config_loaded:
-        frozen += [model.model.language_model, model.lm_head]
-    if not args.train_vision_tower:
-        frozen.append(model.model.vision_tower)
-    for module in frozen:
-        module.requires_grad_(False)
-    if args.bf16_language_model:
-        cast_frozen_language_model(model, torch.bfloat16)
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    return [module for module in frozen if _has_dropout(module)] + norms
-
-
-def cast_frozen_language_model(model: KCFIForConditionalGeneration, dtype: torch.dtype) -> None:
-    """Give the frozen weights of the language model another type; not its buffers: rotary frequencies need fp32."""
-    for weight in [*model.model.language_model.parameters(), *model.lm_head.parameters()]:
-        if not weight.requires_grad:
-            weight.data = weight.data.to(dtype)
-
-
-def _has_dropout(module: nn.Module) -> bool:
-    """Whether a module drops anything out: by its layers, or by its config (attention reads the config)."""
-    settings = module.config.to_dict() if isinstance(module, PreTrainedModel) else {}
-    rates = [value for name, value in settings.items() if "dropout" in name or "pdrop" in name]
-    rates += [layer.p for layer in module.modules() if isinstance(layer, nn.Dropout)]
-    return any(rates)
-
-
-def parameter_groups(
-    model: KCFIForConditionalGeneration, args: KCFITrainingArguments, decayed: list[str]
-) -> list[dict[str, Any]]:
-    """Optimizer groups: (all else, vision tower, projector) x (with, without weight decay), empty ones left out.
-
-    Args:
-        model: after `freeze`.
-        args: the three learning rates and the weight decay.
-        decayed: names of the parameters that decay (no biases, no norms).
-
-    Returns:
-        Groups with "name", "params", "lr" and "weight_decay"; every trainable parameter is in exactly one.
-    """
-    rates = {
-        "": args.learning_rate,
-        "vision_": args.vision_learning_rate,
-        "projector_": args.projector_learning_rate,
-    }
-    parts = {"vision_": model.model.vision_tower, "projector_": model.model.projector}
-    owner = {id(parameter): name for name, part in parts.items() for parameter in part.parameters()}
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 may have split it
-            wide = sum(size > 1 for size in shape) > 1  # unlike batch norms and layer scales, which have other names
-            decays = name in decayed and wide
-            groups.setdefault((owner.get(id(parameter), ""), decays), []).append(parameter)
-
-    placed = [id(parameter) for parameters in groups.values() for parameter in parameters]
-    trainable = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
-    assert sorted(placed) == sorted(trainable), "every trainable parameter must be in exactly one optimizer group"
-    return [
-        {
-            "name": f"{part}learning_rate",
-            "params": parameters,
-            "lr": rates[part],
-            "weight_decay": args.weight_decay if decay else 0.0,
-        }
-        for (part, decay), parameters in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))
-    ]
-
-
-def evaluation_losses(model: KCFIForConditionalGeneration, batch: dict[str, Any], features: Any) -> torch.Tensor:
-    """Losses of a batch in evaluation, per pair and on its first caption.
-
-    Args:
-        model: in evaluation mode.
-        batch: of `KCFICollator` in evaluation mode.
-        features: what `get_image_features` returned for it.
-
-    Returns:
-        (B, 4): sum of the caption loss, its tokens (0 for a pair without captions), sum of the mask loss, its pixels.
-    """
-    answers = batch["labels"]  # (B,T')
-    attention_mask = torch.cat([batch["attention_mask"], (answers != IGNORED).long()], dim=1)
-    logits = model(
-        input_ids=torch.cat([batch["input_ids"], answers.clamp(min=0)], dim=1),
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0),  # prompts are padded on the left
-        mm_encoder_outputs={"image": features},
-        logits_to_keep=answers.shape[1] + 1,
-        use_cache=False,
-    ).logits[:, :-1]  # (B,T',vocabulary)
-    losses = F.cross_entropy(logits.float().transpose(1, 2), answers, ignore_index=IGNORED, reduction="none")
-    columns = [losses.sum(dim=1), (answers != IGNORED).sum(dim=1)]
-    if features.mask_logits is not None and "mask_labels" in batch:
-        masks = batch["mask_labels"]
-        losses = F.cross_entropy(features.mask_logits.float(), masks, ignore_index=NO_LABEL, reduction="none")
-        columns += [losses.sum(dim=(1, 2)), (masks != NO_LABEL).sum(dim=(1, 2))]
-    else:
-        columns += [torch.zeros_like(columns[0])] * 2
-    return torch.stack([column.float() for column in columns], dim=1)
 
 
 def as_eval_prediction(pairs: Sequence[PairPrediction]) -> EvalPrediction:
@@ -253,18 +69,6 @@ def trackers(report_to: Sequence[str]) -> list[str]:
         names.remove("tensorboard")
         logger.warning('TensorBoard is not installed: no curves are written (`pip install "kcfi[tensorboard]"`).')
     return names
-
-
-def peak_memory(device: torch.device) -> float | None:
-    """Most memory that this process has held so far, in MiB: of the GPU, else main memory (None on Windows)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if sys.platform == "win32":
-        return None
-    import resource  # not there on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def training_pairs(pairs: Any, args: KCFITrainingArguments) -> Any:
@@ -372,32 +176,10 @@ class KCFITrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         check_settings(args, kwargs)
-        if args.n_gpu > 1:
-            raise InputError(
-                f"{args.n_gpu} GPUs in one process (DataParallel) would average the losses wrongly: start one process "
-                f"per GPU, `torchrun --nproc_per_node {args.n_gpu} -m kcfi_cli train ...`, or choose one GPU by "
-                "CUDA_VISIBLE_DEVICES=0."
-            )
-        self.meteor = shutil.which("java") is not None
-        if args.eval_strategy != "no" and args.metric_for_best_model in ("s_m", "meteor") and not self.meteor:
-            raise InputError(
-                f"metric_for_best_model={args.metric_for_best_model} needs METEOR, and so Java, which is not on the "
-                "PATH: install a Java runtime, or choose the best checkpoint by another score "
-                "(--metric_for_best_model cider_d)."
-            )
-        if args.eval_strategy != "no" and not self.meteor:
-            logger.warning("Java is not on the PATH: evaluation leaves out METEOR and S_m*.")
-        if data_collator.captions_per_pair > 1:
-            prompt = len(data_collator.processor.encode_prompt())
-            captions = data_collator.captions_per_pair * args.generation_max_new_tokens
-            with gathered(model.model.language_model):
-                check_packing(model.model.language_model.eval(), prompt + captions)
+        self.meteor = check_java(args)
+        check_captions_per_pair(model, args, data_collator)
         self.evaluated = freeze(model, args)
-        if args.neftune_noise_alpha is not None and model.model.language_model in self.evaluated:
-            raise InputError(
-                "neftune_noise_alpha adds noise in training mode, and this frozen language model is kept out of it "
-                "for its dropout: leave it out, or `train_language_model: true`."
-            )
+        check_noise(model, args, self.evaluated)
         self.caption_loss = caption_loss_of(model, args)
         self.feature_cache = None
         if args.feature_cache:
@@ -412,35 +194,31 @@ class KCFITrainer(Trainer):
         if args.max_unreadable:
             self.train_dataset = ReadablePairs(self.train_dataset)
         self.evaluation_collator = data_collator.for_evaluation()
-        self.dwa = None
+        dwa = None
         if args.dwa != "none":
             window = args.dwa_window if args.dwa == "window" else 1  # "epoch": known when training begins
-            self.dwa = DynamicWeightAverage(args.dwa_temperature, window)
-        self.tile_known = False
-        self.pairs_seen = 0
-        self.captions_seen = 0
+            dwa = DynamicWeightAverage(args.dwa_temperature, window)
+        self.balance = LossBalance(dwa)
+        self.throughput = Throughput()
+        self.step_rates: dict[str, float] = {}  # learning rates of the last step
         self.unreadable = 0  # pairs of this epoch
         self.positions: dict[int, Position] = {}  # of the readers of a stream on this rank
-        self._weights = dict.fromkeys(TASKS, 1.0)
-        self._step_losses = dict.fromkeys(TASKS, 0.0)
-        self._logged: dict[str, list[float]] = {task: [] for task in TASKS}
-        self._log_started, self._log_pairs, self._log_captions = time.perf_counter(), 0, 0
-        self.add_callback(_EpochCallback(self))
+        self.add_callback(EpochCallback(self))
+        self.add_callback(TowerCheckpointingCallback())
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(KCFIProgressCallback)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trainer's; until it ends the model has the caption loss and the feature cache of the settings."""
         model = self.model
-        model.caption_loss_function = self.caption_loss  # type: ignore[method-assign]
-        if self.feature_cache is not None:
-            model.model.get_stage_features = self.feature_cache  # type: ignore[method-assign]
+        before = model.caption_loss_function, model.model.stage_cache
+        model.caption_loss_function, model.model.stage_cache = self.caption_loss, self.feature_cache
+        self.tile_known = False
+        self.throughput.stop()
         try:
             return super().train(*args, **kwargs)
         finally:
-            del model.caption_loss_function
-            if self.feature_cache is not None:
-                del model.model.get_stage_features
+            model.caption_loss_function, model.model.stage_cache = before
 
     # Data
 
@@ -520,6 +298,7 @@ class KCFITrainer(Trainer):
             InputError: more pairs of this epoch than `max_unreadable` could not be read, or the step has nothing to
                 learn from: neither a caption, nor a mask that the model has a head for.
         """
+        self.throughput.start()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.zeros(5, dtype=torch.int64, device=device)
         sides = [side for batch in batches for size in batch.pop("sizes") for side in size]
@@ -538,7 +317,7 @@ class KCFITrainer(Trainer):
             captions = batch["segment_ids"].amax(dim=1).sum().item()
             counts += torch.tensor([tokens, pixels, len(batch["filenames"]), captions, len(unreadable)], device=device)
         tokens, pixels, pairs, captions, broken = self.accelerator.reduce(counts, "sum").tolist()
-        self.labels = {"caption": tokens, "mask": pixels}
+        self.balance.start(tokens, pixels)
         if not tokens and not pixels:
             names = [name for batch in batches for name in batch["filenames"]]
             raise InputError(
@@ -552,10 +331,7 @@ class KCFITrainer(Trainer):
                 f"(named above), more than max_unreadable={self.args.max_unreadable} allows. Run `kcfi data "
                 "check` on the data set."
             )
-        self.pairs_seen += pairs
-        self.captions_seen += captions
-        self._log_pairs += pairs
-        self._log_captions += captions
+        self.throughput.count(pairs, captions)
         return batches, torch.tensor(max(tokens, 1), device=device)
 
     def compute_loss(
@@ -577,11 +353,8 @@ class KCFITrainer(Trainer):
         for module in self.evaluated:
             module.eval()
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False, skip_logits=True)
-        losses = {"caption": outputs.caption_loss}
-        if outputs.mask_loss is not None:
-            share = (inputs["mask_labels"] != NO_LABEL).sum() / max(self.labels["mask"], 1)
-            losses["mask"] = outputs.mask_loss * share
-        total = sum(self._weights[task] * loss for task, loss in losses.items())
+        losses = self.balance.share(outputs, inputs.get("mask_labels"))
+        total = self.balance.weigh(losses)
         if self.is_deepspeed_enabled and "mask" not in losses and outputs.mask_logits is not None:
             total = total + 0 * outputs.mask_logits.sum()  # ZeRO adds up buckets: all ranks need the same gradients
         if not torch.isfinite(total):
@@ -590,8 +363,6 @@ class KCFITrainer(Trainer):
                 f"Optimizer step {self.state.global_step + 1}: {values}. Pairs of the batch: {', '.join(filenames)}. "
                 "Training stopped before the weights changed; a lower learning rate or bf16 instead of fp16 may help."
             )
-        for task, loss in losses.items():
-            self._step_losses[task] += loss.detach()
         total = total * self.accelerator.num_processes
         return (total, outputs) if return_outputs else total
 
@@ -620,55 +391,33 @@ class KCFITrainer(Trainer):
         return norm
 
     def _finish_step(self) -> None:
-        sums = torch.tensor([float(self._step_losses[task]) for task in TASKS], device=self.args.device)
-        losses = dict(zip(TASKS, self.accelerator.reduce(sums, "sum").tolist(), strict=True))
-        for task, other in (("mask", "captions"), ("caption", "masks")):
-            if not self.labels[task]:
-                del losses[task]
-                if self.state.global_step == 0 and self.is_world_process_zero():
-                    logger.warning(
-                        f"The first step has no {task} loss: until one comes, {other} are trained alone, with "
-                        "weight 1."
-                    )
-        for task, loss in losses.items():
-            self._logged[task].append(loss)
-        self._step_losses = dict.fromkeys(TASKS, 0.0)
-        self._step_weights = self._weights
         # groups of an optimizer that the caller made have no names
-        self._step_rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups if "name" in group}
-        if self.dwa is not None:
-            self.dwa.update(losses)
-            self._weights = self.dwa.weights
+        self.step_rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups if "name" in group}
+        missing = self.balance.finish(lambda sums: self.accelerator.reduce(sums, "sum"), self.args.device)
+        if self.state.global_step == 0 and self.is_world_process_zero():
+            for task in missing:
+                other = "captions" if task == "mask" else "masks"
+                logger.warning(
+                    f"The first step has no {task} loss: until one comes, {other} are trained alone, with weight 1."
+                )
 
     # Log
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to a line of training: both losses and weights, learning rates, counts, speed, peak memory in MiB."""
         if "loss" in logs:
-            for task, losses in self._logged.items():
-                if losses:
-                    logs[f"{task}_loss"] = sum(losses) / len(losses)
-                    logs[f"{task}_weight"] = self._step_weights[task]
-                losses.clear()
-            logs |= self._step_rates
-            logs |= {"pairs": self.pairs_seen, "captions": self.captions_seen}
-            seconds = time.perf_counter() - self._log_started
-            logs["pairs_per_second"] = self._log_pairs / seconds
-            logs["captions_per_second"] = self._log_captions / seconds
+            logs |= {**self.balance.logs(), **self.step_rates, **self.throughput.logs()}
             memory = peak_memory(self.args.device)
             if memory is not None:
                 logs["peak_memory_mib"] = memory
-            self._log_started, self._log_pairs, self._log_captions = time.perf_counter(), 0, 0
         super().log(logs, start_time)
 
     # Evaluation
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's; its time does not count in pairs/s of training."""
-        started = time.perf_counter()
-        metrics = super().evaluate(*args, **kwargs)
-        self._log_started += time.perf_counter() - started
-        return metrics
+        with self.throughput.paused():
+            return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(
         self,
@@ -797,14 +546,13 @@ class KCFITrainer(Trainer):
         positions = gather_object([self.positions]) if isinstance(self.train_dataset, RowStream) else []
         if self.args.should_save:
             state: dict[str, Any] = {
-                "pairs": self.pairs_seen,
-                "captions": self.captions_seen,
+                "pairs": self.throughput.pairs,
+                "captions": self.throughput.captions,
                 "order": self._order(),
                 "other_steps": self.other_steps,
                 "positions": positions,  # of the readers of a stream, per rank
+                **self.balance.state_dict(),
             }
-            if self.dwa is not None:
-                state["dwa"] = self.dwa.state_dict()
             (Path(output_dir) / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def _order(self) -> dict[str, int]:
@@ -844,6 +592,8 @@ class KCFITrainer(Trainer):
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         self.other_steps = 0
+        if self.balance.dwa is not None and self.args.dwa == "epoch":
+            self.balance.dwa.window = num_update_steps_per_epoch
         if resume_from_checkpoint is None:
             return place
         state = _read_state(resume_from_checkpoint)
@@ -880,10 +630,8 @@ class KCFITrainer(Trainer):
             positions = state["positions"][self.args.process_index]
             self.positions = {int(reader): Position(*position) for reader, position in positions.items()}
             self.train_dataset.positions = dict(self.positions)
-        self.pairs_seen, self.captions_seen = state["pairs"], state["captions"]
-        if self.dwa is not None and "dwa" in state:
-            self.dwa.load_state_dict(state["dwa"])
-            self._weights = self.dwa.weights
+        self.throughput.count(state["pairs"] - self.throughput.pairs, state["captions"] - self.throughput.captions)
+        self.balance.load_state_dict(state)
 
 
 def _read_state(checkpoint: str) -> dict[str, Any]:
@@ -892,32 +640,32 @@ def _read_state(checkpoint: str) -> dict[str, Any]:
     return state
 
 
-class _EpochCallback(TrainerCallback):
-    """Tells the sampler and the collator the epoch, the dynamic weight average the steps of one.
-
-    It also takes activation checkpointing, which Trainer has just switched on in the whole model, from the tower that
-    `activation_checkpointing_towers` leaves out.
-    """
+class EpochCallback(TrainerCallback):
+    """Tells sampler and collator the epoch, on which their choices depend; unreadable pairs count per epoch."""
 
     def __init__(self, trainer: KCFITrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._log_started = time.perf_counter()
-        parts = self.trainer.model.model
-        others = {"vision": parts.language_model, "language": parts.vision_tower}
-        if args.activation_checkpointing_towers in others:
-            others[args.activation_checkpointing_towers].activation_checkpointing_disable()
-        if self.trainer.dwa is not None and args.dwa == "epoch":
-            batches = len(kwargs["train_dataloader"])
-            self.trainer.dwa.window = math.ceil(batches / args.gradient_accumulation_steps)
-
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first pair of an epoch is drawn."""
         epoch = int(state.epoch or 0)
         if not isinstance(self.trainer.train_dataset, RowStream):  # whose pairs bring their own along
             self.trainer.sampler.epoch = epoch
         self.trainer.data_collator.set_epoch(epoch)
         self.trainer.unreadable = 0
+
+
+class TowerCheckpointingCallback(TrainerCallback):
+    """Takes activation checkpointing from the tower that `activation_checkpointing_towers` leaves out.
+
+    Trainer has just switched it on in the whole model.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Behind Trainer's own preparations."""
+        others = {"vision": model.model.language_model, "language": model.model.vision_tower}
+        if args.activation_checkpointing_towers in others:
+            others[args.activation_checkpointing_towers].activation_checkpointing_disable()
 
 
 class KCFIProgressCallback(ProgressCallback):

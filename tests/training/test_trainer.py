@@ -19,16 +19,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import InputError
 from kcfi.training.arguments import KCFITrainingArguments
+from kcfi.training.checks import REFUSED
 from kcfi.training.collator import KCFICollator, packed_attention_mask
+from kcfi.training.losses import evaluation_losses
+from kcfi.training.parameters import freeze, parameter_groups
 from kcfi.training.scoring.evaluate import CAPTION_METRICS, predict
-from kcfi.training.trainer import (
-    REFUSED,
-    KCFITrainer,
-    evaluation_losses,
-    freeze,
-    parameter_groups,
-    trackers,
-)
+from kcfi.training.trainer import KCFITrainer, trackers
 from tests.training.conftest import needs_deepspeed
 
 JAVA = shutil.which("java") is not None

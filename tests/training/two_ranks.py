@@ -14,8 +14,9 @@ from accelerate.utils import gather_object
 from kcfi import KCFIForConditionalGeneration
 from kcfi.processing import KCFIProcessor
 from kcfi.training.collator import KCFICollator
+from kcfi.training.losses import evaluation_losses
 from kcfi.training.scoring.evaluate import predict
-from kcfi.training.trainer import KCFITrainer, evaluation_losses
+from kcfi.training.trainer import KCFITrainer
 from tests.training.conftest import Pairs
 from tests.training.test_trainer import TWO_RANKS, Gradients, arguments, break_gradients, losses
 

@@ -216,7 +216,7 @@ def evaluate_model(
     pairs = load_pairs(dataset, split, num_pairs, seed, columns, materials, pair_mix, dataset_revision)
     network, processor = load(model, device, dtype)
     if feature_cache:
-        network.model.get_stage_features = FeatureCache(network.model, feature_cache)
+        network.model.stage_cache = FeatureCache(network.model, feature_cache)
     mask_classes = mask_classes or ("road_building" if network.config.num_change_classes == 3 else "change")
     check_classes(network, mask_classes)
     autocast = None if dtype else validation_dtype(model, network.device)
