@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
@@ -507,68 +507,34 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_vision_text_pretrained(
-        cls,
-        vision: str | dict[str, Any],
-        text: str,
-        dtype: torch.dtype = torch.float32,
-        vision_revision: str | None = None,
-        text_revision: str | None = None,
-        **settings: Any,
+    def from_towers(
+        cls, config: KCFIConfig, vision_tower: PreTrainedModel, language_model: PreTrainedModel
     ) -> "KCFIForConditionalGeneration":
-        """Join two pretrained towers; perceiver, projector and head start from random weights.
+        """Put two towers into a model; perceiver, projector and head start from random weights.
 
-        `kcfi.join_towers` makes the matching processor too.
+        `kcfi.join_towers` loads the towers, and makes config and processor to match.
 
         Args:
-            vision: Hub id or folder of a ViT (of a CLIP or SigLIP model the vision half is taken), or a dict, the
-                config of a tower that starts from random weights.
-            text: Hub id or folder of a causal language model.
-            dtype: of the whole model.
-            vision_revision: branch, tag or commit of `vision` on the Hub (None: the newest).
-            text_revision: likewise of `text`.
-            **settings: fields of `KCFIConfig`. `image_token_id` should be the processor's
-                (`KCFIProcessor.image_token_id`); embeddings are added when it lies behind the vocabulary. Without it
-                one is added and its id taken.
+            config: of the model, with the configs of these towers.
+            vision_tower: a ViT; what nothing reads is taken away.
+            language_model: a causal language model with embeddings for `config.image_token_id`.
 
         Returns:
-            The model, in evaluation mode; it generates greedily unless told otherwise.
-
-        Raises:
-            ValueError: the language model's logits are not a plain linear map of its last state.
+            The model, in evaluation mode and of the language model's dtype; it generates greedily unless told
+            otherwise.
         """
-        language_model: Any = load_tower(AutoModelForCausalLM, text, revision=text_revision, dtype=dtype)
-        vocabulary = language_model.config.vocab_size
-        if settings.setdefault("image_token_id", vocabulary) >= vocabulary:
-            language_model.resize_token_embeddings(settings["image_token_id"] + 1)
-        lm_head = language_model.get_output_embeddings()
-        check_output_layer(text, language_model)
-
-        vision_config = vision
-        if isinstance(vision, str):
-            vision_config = AutoConfig.from_pretrained(vision, revision=vision_revision)
-            vision_config = getattr(vision_config, "vision_config", vision_config)
-        config = KCFIConfig(vision_config=vision_config, text_config=language_model.config, **settings)
-        config.vision_config.name_or_path = config.text_config.name_or_path = ""  # folders of this machine
-        if isinstance(vision, str):
-            vision_tower = load_tower(
-                AutoModel, vision, revision=vision_revision, config=config.vision_config, dtype=dtype
-            )
-        else:
-            vision_tower = AutoModel.from_config(config.vision_config, dtype=dtype)
-
         with torch.device("meta"):  # so that the towers are not allocated twice
             model = cls(config)
         for part in (model.model.key_change_perceiver, model.model.projector, model.model.change_detection_head):
             if part is not None:
-                part.to_empty(device="cpu").to(dtype).apply(model._init_weights)
+                part.to_empty(device="cpu").to(language_model.dtype).apply(model._init_weights)
         model.model.vision_tower = trim_tower(vision_tower, config.last_block)
         model.model.language_model = language_model.base_model
-        model.lm_head = lm_head
+        model.lm_head = language_model.get_output_embeddings()
         model.tie_weights()
         # Of the language model's own generation settings only the special tokens: Qwen's, for one, sample.
         special = {name: getattr(language_model.generation_config, name) for name in SPECIAL_TOKENS}
-        model.generation_config = GenerationConfig(**special)
+        model.generation_config = GenerationConfig(do_sample=False, **special)
         return model.eval()
 
     def get_output_embeddings(self) -> nn.Module:

@@ -45,8 +45,8 @@ sys.modules["kcfi"] = None  # import kcfi fails
 import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
-from transformers import pipeline
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 folder, work = sys.argv[1:]
 trust = {"trust_remote_code": True}
@@ -73,9 +73,8 @@ torch.save(
 )
 model.save_pretrained(f"{work}/again")
 processor.save_pretrained(f"{work}/again")
-joined = type(model).from_vision_text_pretrained(
-    config.vision_config.to_dict(), f"{work}/text", image_token_id=config.image_token_id
-)
+towers = AutoModel.from_config(config.vision_config), AutoModelForCausalLM.from_pretrained(f"{work}/text")
+joined = type(model).from_towers(config, *towers)
 joined.save_pretrained(f"{work}/joined")
 """
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from kcfi.modeling_kcfi import KCFIConfig, change_detection_head
+from kcfi.processing import image_processing_kcfi, processing_kcfi
+
 ROOT = Path(__file__).parents[1]
 PARTS = ("kcfi", "kcfi_cli", "modeling_kcfi", "processing", "training")
 
@@ -94,6 +97,12 @@ def test_what_travels_to_the_hub_imports_nothing_of_the_project_but_files_beside
     for name, others in graph().items():
         if room(name)[0] == 0:
             assert {room(other)[1] for other in others} <= {room(name)[1]}, name
+
+
+def test_what_models_and_processors_both_must_know_is_the_same_though_they_import_nothing_of_each_other():
+    assert change_detection_head.NO_LABEL == image_processing_kcfi.NO_LABEL
+    counts = {name: KCFIConfig(visual_inputs=name).num_image_tokens for name in processing_kcfi.NUM_IMAGE_TOKENS}
+    assert counts == processing_kcfi.NUM_IMAGE_TOKENS
 
 
 def counts(root):

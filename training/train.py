@@ -167,21 +167,15 @@ def build_model(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCF
     Raises:
         InputError: neither or both are given, an unknown setting, or no such folder.
     """
-    new = {name: value for name, value in vars(args).items() if name not in ("model", *REVISIONS, "lora") and value}
-    if args.model is None:
-        return new_model(args)
-    if new:
-        raise InputError(f"`model` is a finished model: leave out {', '.join(new)}.")
-    source = model_source(args.model)
-    revision = args.model_revision
-    with refusals(f"Cannot load the model {args.model!r}: "):
-        model: Any = AutoModelForImageTextToText.from_pretrained(source, revision=revision, dtype=torch.float32)
-        processor = AutoProcessor.from_pretrained(source, revision=revision)
-    return merge_lora(model), processor
-
-
-def new_model(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCFIProcessor]:
-    """A new model of a vision tower and a language model, and its processor; see `build_model`."""
+    if args.model is not None:
+        new = [name for name, value in vars(args).items() if name not in ("model", *REVISIONS, "lora") and value]
+        if new:
+            raise InputError(f"`model` is a finished model: leave out {', '.join(new)}.")
+        source, revision = model_source(args.model), args.model_revision
+        with refusals(f"Cannot load the model {args.model!r}: "):
+            model: Any = AutoModelForImageTextToText.from_pretrained(source, revision=revision, dtype=torch.float32)
+            processor = AutoProcessor.from_pretrained(source, revision=revision)
+        return merge_lora(model), processor
     settings, vision_config = as_dict(args.model_settings), as_dict(args.vision_config)
     if args.text_model is None or bool(args.vision_model) == bool(vision_config):
         raise InputError("Give `model`, or `text_model` and one of `vision_model` and `vision_config`.")

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import Dataset
 from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
 
-from kcfi import KCFIForConditionalGeneration
+from kcfi import KCFIForConditionalGeneration, join_towers
 from kcfi.processing import INSTRUCTIONS, KCFIProcessor
 
 UNCHANGED = ["the scene is the same as before .", "there is no difference .", "no change has occurred ."]
@@ -160,8 +160,6 @@ def processor() -> KCFIProcessor:
 
 
 @pytest.fixture
-def model(text_model, processor) -> KCFIForConditionalGeneration:
+def model(text_model) -> KCFIForConditionalGeneration:
     torch.manual_seed(0)
-    return KCFIForConditionalGeneration.from_vision_text_pretrained(
-        VISION, str(text_model), image_token_id=processor.image_token_id, flow_residual="cross"
-    )
+    return join_towers(VISION, str(text_model), flow_residual="cross")[0]

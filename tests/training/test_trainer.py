@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils.data import Subset
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainerCallback, TrainingArguments
 
+from kcfi import join_towers
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import InputError
 from kcfi.training.arguments import KCFITrainingArguments
@@ -158,9 +159,7 @@ def test_a_frozen_module_with_dropout_drops_nothing_out(model, processor, make_t
 def test_batch_norms_keep_the_statistics_of_their_tower(text_model, processor, make_pairs, tmp_path):
     size = {"img_size": 32, "depth": 2, "embed_dim": 16, "num_heads": 2}
     tower = {"model_type": "timm_wrapper", "architecture": "xcit_nano_12_p8_224", "model_args": size}
-    model = KCFIForConditionalGeneration.from_vision_text_pretrained(
-        tower, str(text_model), image_token_id=processor.image_token_id
-    )
+    model, _ = join_towers(tower, str(text_model))
     norm = model.model.vision_tower.timm_model.patch_embed.proj[0][1]
     weight, mean = norm.weight.detach().clone(), norm.running_mean.clone()
     args = arguments(tmp_path, max_steps=2)
@@ -275,9 +274,7 @@ def test_masks_alone_are_trained_with_weight_one_and_said_once(make_trainer, mak
 
 
 def test_a_step_with_nothing_to_learn_from_is_refused(text_model, vision, processor, make_pairs, tmp_path):
-    model = KCFIForConditionalGeneration.from_vision_text_pretrained(
-        vision, str(text_model), image_token_id=processor.image_token_id, use_change_detection_head=False
-    )
+    model, _ = join_towers(vision, str(text_model), use_change_detection_head=False)
     pairs = make_pairs(4, captions="none")
     trainer = KCFITrainer(model, arguments(tmp_path), KCFICollator(processor), train_dataset=pairs)
     with pytest.raises(
