@@ -32,8 +32,7 @@ def modules(root=ROOT):
     """Every file of the project by its import name."""
     found = {}
     for part in PARTS:
-        paths = [root / f"{part}.py"] if (root / f"{part}.py").is_file() else sorted((root / part).rglob("*.py"))
-        for path in paths:
+        for path in sorted((root / part).rglob("*.py")):
             if any(parent.is_symlink() for parent in path.parents if parent != root):
                 continue  # links in kcfi/ to the folders beside it
             name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")

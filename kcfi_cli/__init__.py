@@ -639,7 +639,3 @@ def run_export(options: argparse.Namespace) -> None:
     model, _ = load(options.model)
     export_detector(model.float().cpu(), options.output)
     print(f"{options.output}: pixel_values -> mask_logits, key_changes")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
