@@ -1,6 +1,8 @@
 """Who imports whom: the rules of docs/architecture.md, read from the sources."""
 
 import ast
+import json
+import subprocess
 import sys
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -93,6 +95,20 @@ def test_what_travels_to_the_hub_imports_nothing_of_the_project_but_files_beside
     for name, others in graph().items():
         if room(name)[0] == 0:
             assert {room(other)[1] for other in others} <= {room(name)[1]}, name
+
+
+def test_a_caption_imports_nothing_that_only_training_and_scoring_need(tmp_path):
+    code = (
+        "import json, sys; from kcfi_cli import main; code = main(sys.argv[1:]); print(json.dumps(sorted(sys.modules)))\n"
+        "sys.exit(code)"
+    )
+    pair = [str(ROOT / "kcfi" / "example" / f"{date}.png") for date in ("before", "after")]
+    command = [sys.executable, "-c", code, "caption", *pair, "--output", str(tmp_path)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = json.loads(process.stdout.splitlines()[-1])
+    assert "kcfi.processing.describer_kcfi" in loaded and (tmp_path / "after_mask.png").is_file()
+    needless = {"peft", "datasets", "evaluate", "pycocoevalcap", "torchmetrics"}
+    assert [name for name in loaded if name in needless or name.startswith("kcfi.training")] == []
 
 
 def counts(root):
