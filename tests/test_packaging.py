@@ -103,13 +103,17 @@ def test_the_sdist_builds_the_wheel_of_the_checkout_without_the_links(dist, chec
     assert names(from_checkout) == names(from_sdist)
 
 
-def test_every_folder_with_code_is_in_the_map_of_setup_cfg():
+def test_every_folder_with_code_is_a_package_of_setup_cfg():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     mapped = dict(line.split(" = ") for line in setup["options"]["package_dir"].strip().splitlines())
     assert mapped == {wheel.replace("/", "."): folder for folder, wheel in FOLDERS.items()}
-    files = set().union(*map(own_files, FOLDERS))
-    with_code = {name.rpartition("/")[0].replace("/", ".") for name in files if name.endswith(".py")}
+    with_code = {
+        Path(path).parent.as_posix().replace("/", ".")
+        for folder in FOLDERS
+        for path in own_files(folder)
+        if path.endswith(".py")
+    }
     assert set(setup["options"]["packages"].split()) == with_code
 
 

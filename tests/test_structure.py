@@ -91,12 +91,6 @@ def test_no_file_is_in_a_circle():
         pytest.fail(" -> ".join(error.args[1]))
 
 
-def test_what_travels_to_the_hub_imports_nothing_of_the_project_but_files_beside_it():
-    for name, others in graph().items():
-        if room(name)[0] == 0:
-            assert {room(other)[1] for other in others} <= {room(name)[1]}, name
-
-
 def test_a_caption_imports_nothing_that_only_training_and_scoring_need(tmp_path):
     code = (
         "import json, sys; from kcfi_cli import main\n"
@@ -109,6 +103,12 @@ def test_a_caption_imports_nothing_that_only_training_and_scoring_need(tmp_path)
     assert "kcfi.processing.describer_kcfi" in loaded and (tmp_path / "after_mask.png").is_file()
     needless = {"peft", "datasets", "evaluate", "pycocoevalcap", "torchmetrics"}
     assert [name for name in loaded if name in needless or name.startswith("kcfi.training")] == []
+
+
+def test_what_travels_to_the_hub_imports_nothing_of_the_project_but_files_beside_it():
+    for name, others in graph().items():
+        if room(name)[0] == 0:
+            assert {room(other)[1] for other in others} <= {room(name)[1]}, name
 
 
 def counts(root):
