@@ -227,7 +227,7 @@ def test_a_file_that_an_installed_package_misses_is_no_bad_input(monkeypatch, tm
 
 
 def test_the_process_shows_a_bug_with_its_note_last(environment):
-    code = "import sys, kcfi_cli\nkcfi_cli.run_score = lambda options: 1 / 0\nsys.exit(kcfi_cli.main(sys.argv[1:]))"
+    code = "import sys, kcfi_cli\nkcfi_cli.score.run = lambda options: 1 / 0\nsys.exit(kcfi_cli.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "score", "a.json", "--references", "b.json"]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = process.stderr.splitlines()

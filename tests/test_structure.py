@@ -1,6 +1,8 @@
 """Who imports whom: the rules of docs/architecture.md, read from the sources."""
 
 import ast
+import json
+import subprocess
 import sys
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -35,8 +37,7 @@ def modules(root=ROOT):
     """Every file of the project by its import name."""
     found = {}
     for part in PARTS:
-        paths = [root / f"{part}.py"] if (root / f"{part}.py").is_file() else sorted((root / part).rglob("*.py"))
-        for path in paths:
+        for path in sorted((root / part).rglob("*.py")):
             if any(parent.is_symlink() for parent in path.parents if parent != root):
                 continue  # links in kcfi/ to the folders beside it
             name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
@@ -91,6 +92,20 @@ def test_no_file_is_in_a_circle():
         TopologicalSorter(graph()).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_a_caption_imports_nothing_that_only_training_and_scoring_need(tmp_path):
+    code = (
+        "import json, sys; from kcfi_cli import main\n"
+        "assert main(sys.argv[1:]) == 0; print(json.dumps(sorted(sys.modules)))"
+    )
+    pair = [str(ROOT / "kcfi" / "example" / f"{date}.png") for date in ("before", "after")]
+    command = [sys.executable, "-c", code, "caption", *pair, "--output", str(tmp_path)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = json.loads(process.stdout.splitlines()[-1])
+    assert "kcfi.processing.describer_kcfi" in loaded and (tmp_path / "after_mask.png").is_file()
+    needless = {"peft", "datasets", "evaluate", "pycocoevalcap", "torchmetrics"}
+    assert [name for name in loaded if name in needless or name.startswith("kcfi.training")] == []
 
 
 def test_what_travels_to_the_hub_imports_nothing_of_the_project_but_files_beside_it():

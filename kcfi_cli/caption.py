@@ -1,0 +1,163 @@
+"""`kcfi caption`: what changed between two images, or in many pairs."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from kcfi_cli.options import Commands, UsageError, add_model_options, check_writable
+
+
+def add_parser(commands: Commands) -> None:
+    """The parser of `kcfi caption`."""
+    parser = commands.add_parser(
+        "caption",
+        usage="kcfi caption BEFORE AFTER [options]\n       kcfi caption MANIFEST [options]",
+        help="describe a pair of images, or many",
+        description="Describe what changed between two co-registered images, and write a mask and an overlay.\n"
+        "Of two folders, or a manifest, write captions.csv too: a second call does what is missing, and the exit code "
+        "is 1 if\na pair could not be read.",
+        epilog="examples:\n  kcfi caption before.png after.png --heatmap --output report\n"
+        "  kcfi caption LEVIR-CC/images/test/A LEVIR-CC/images/test/B --output report",
+    )
+    parser.add_argument(
+        "before",
+        type=Path,
+        metavar="BEFORE",
+        help="image of the earlier date, a folder of them, or MANIFEST: a CSV "
+        "file with columns before, after (paths) and maybe name",
+    )
+    parser.add_argument(
+        "after",
+        type=Path,
+        nargs="?",
+        metavar="AFTER",
+        help="image of the later date, of the same size; or the folder of the images with the same names",
+    )
+    add_model_options(parser)
+    parser.add_argument("--output", default="kcfi-output", type=Path, help="folder for the pictures (%(default)s)")
+    parser.add_argument(
+        "--bands",
+        type=int,
+        nargs=3,
+        metavar=("R", "G", "B"),
+        help="which bands of the files are red, green and blue, counted from 1; needed of four bands, for example",
+    )
+    parser.add_argument(
+        "--stretch",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="percentiles that become black and white, as 2 98: needed of 16 bits and of most floats. Each band of "
+        "each image gets its own",
+    )
+    parser.add_argument(
+        "--max_image_pixels", type=int, metavar="N", help="read files of up to so many pixels (178956970)"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=8, help="pairs or tiles at a time (%(default)s); CPUs encode 2"
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="let torch.compile translate the writing of sentences, which stay the same: meant for large language "
+        "models beside a GPU, where it was not tried (on a CPU kcfi-tiny gains nothing)",
+    )
+    parser.add_argument("--regions", action="store_true", help="also write a sentence per changed region")
+    parser.add_argument("--heatmap", action="store_true", help="also draw the strength of the key change features")
+    parser.add_argument("--json", action="store_true", help="print one JSON object (per pair)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """`kcfi caption`; the exit code is 1 if pairs of a list could not be read."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from kcfi.pictures import save_pictures
+    from kcfi.processing.reading_kcfi import read_pair
+
+    disable_progress_bar()  # of loading weights, which is over before it can be read
+    manifest = options.after is None and options.before.suffix.lower() == ".csv"
+    if options.after is None and not manifest:
+        raise UsageError(f"Give the later image too, or a manifest (.csv) in place of {options.before}.")
+    if manifest or options.before.is_dir():
+        return caption_list(options)
+    for path in (options.before, options.after):
+        path.stat()  # not there: said before a model is loaded
+    check_writable(options.output)
+    describer = build_describer(options)
+    before, after = read_pair(options.before, options.after, **describer.reading(**reading(options)))
+    [report] = describer.describe_pairs([(before, after)], options.regions)
+    options.output.mkdir(parents=True, exist_ok=True)
+    classes = describer.model.config.num_change_classes
+    files = save_pictures(report, after, options.output, options.after.stem, classes, options.heatmap)
+
+    if options.json:
+        result = {
+            "caption": report.caption,
+            "caption_box": report.caption_box,
+            "score": report.score,
+            "changed_fraction": report.changed_fraction,
+            "mask": None,
+            "overlay": None,
+            **files,
+            "model": options.model,
+        }
+        if options.regions:
+            result["regions"] = [vars(region) for region in report.regions]
+        print(json.dumps(result))
+        return 0
+    print(report.caption)
+    if report.caption_box != (0, 0, *after.size):
+        left, top, right, bottom = report.caption_box
+        print(f"described: x {left}-{right}, y {top}-{bottom}, which changed most")
+    if report.changed_fraction is not None:
+        print(f"changed: {report.changed_fraction:.1%} of the area")
+    for region in report.regions:
+        left, top, right, bottom = region.box
+        print(f"  x {left}-{right}, y {top}-{bottom} ({region.pixels} px): {region.caption}")
+    for kind, path in files.items():
+        print(f"{kind}: {path}")
+    return 0
+
+
+def reading(options: argparse.Namespace) -> dict[str, Any]:
+    """Settings of `read_pair` that were given."""
+    settings = {name: getattr(options, name) for name in ("bands", "stretch", "max_image_pixels")}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def build_describer(options: argparse.Namespace) -> Any:
+    """The Describer that the options of `kcfi caption` ask for."""
+    from kcfi.models import compiled_steps, load, validation_dtype
+    from kcfi.processing import INSTRUCTIONS, Describer
+
+    model, processor = load(options.model, options.device, options.dtype)
+    autocast = None if options.dtype else validation_dtype(options.model, model.device)
+    settings = (options.tile, options.batch_size, options.instruction or INSTRUCTIONS[0], autocast)
+    return Describer(model, processor, *settings, **(compiled_steps() if options.compile else {}))
+
+
+def caption_list(options: argparse.Namespace) -> int:
+    """`kcfi caption` for two folders or a manifest."""
+    from tqdm import tqdm
+
+    from kcfi.pair_list import TABLE, describe_list, find_pairs
+
+    pairs = find_pairs(options.before, options.after)
+    check_writable(options.output)
+    describer = build_describer(options)
+    # a table has one kind of sentences
+    asked = {name: getattr(options, name) for name in ("dtype", "tile", "instruction", "bands", "stretch")}
+    model = options.model + "".join(f" {name}={value}" for name, value in asked.items() if value is not None)
+    failed = 0
+    for row in describe_list(
+        describer, pairs, options.output, model, options.regions, options.heatmap, **reading(options)
+    ):
+        failed += row["error"] is not None
+        changed = "" if row["changed_fraction"] is None else f" ({row['changed_fraction']:.1%})"
+        line = f"{row['name']}: {row['error'] or row['caption']}{changed}"
+        tqdm.write(json.dumps(row) if options.json else line)
+    if not options.json:
+        print(f"{len(pairs) - failed} of {len(pairs)} pairs: {options.output / TABLE}")
+    return 1 if failed else 0
