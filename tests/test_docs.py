@@ -48,3 +48,11 @@ def test_the_api_page_has_every_public_name_where_it_can_be_imported():
         module, _, attribute = name.rpartition(".")
         assert getattr(import_module(module), attribute).__doc__, name
     assert PUBLIC == {name.rpartition(".")[2] for name in NAMES} and len(NAMES) == len(PUBLIC)
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_a_list_begins_behind_an_empty_line_without_which_the_site_shows_a_paragraph(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for paragraph in re.split(r"\n\n+", text):
+        lines = paragraph.strip("\n").splitlines()
+        assert not any(line.startswith("- ") for line in lines) or lines[0].startswith("- "), lines[0]

@@ -1,4 +1,4 @@
-"""What README.md and the pages of docs/ show runs as it stands there: Python examples, recipes, options of commands."""
+"""What README.md and docs/ show runs as it stands there: Python examples, recipes, options of commands."""
 
 import json
 import re
