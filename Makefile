@@ -1,4 +1,4 @@
-# make demo: caption the example pair.   make test: the tests.   Everything happens inside $(VENV).
+# make demo: caption the example pair.   make test: the tests.   make docs: the site.   Everything happens in $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
@@ -7,7 +7,7 @@ ENDS ?= floors newest
 BIN := $(VENV)/bin
 EXAMPLE := kcfi/example
 
-.PHONY: demo test test-all test-versions lint bench bench-quality tiny clean
+.PHONY: demo test test-all test-versions lint docs bench bench-quality tiny clean
 
 demo: $(VENV)/installed
 	$(BIN)/kcfi caption $(EXAMPLE)/before.png $(EXAMPLE)/after.png --heatmap --output demo-output
@@ -26,6 +26,10 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# docs/ as a site: open site/index.html. A link that leads nowhere, or a page in no menu, ends the build
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # ratios to plain baselines, into docs/performance.md; nothing else should run meanwhile
 bench: $(VENV)/installed-dev
@@ -55,5 +59,9 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-output
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-output
