@@ -14,14 +14,13 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     TimmWrapperImageProcessor,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from kcfi.files import check_names
 from kcfi.modeling_kcfi import KCFIConfig, KCFIForConditionalGeneration
-from kcfi.modeling_kcfi.modeling_kcfi import check_output_layer, load_tower
+from kcfi.modeling_kcfi.modeling_kcfi import load_tower
 from kcfi.processing import InputError, KCFIProcessor
 
 
@@ -97,11 +96,13 @@ def join_towers(
             mean, std = pixels.data_config["mean"], pixels.data_config["std"]
         else:
             mean, std = pixels.image_mean, pixels.image_std
-    words: Any = _load(AutoConfig, text, text_revision)
+    tokenizer: Any = _load(AutoTokenizer, text, text_revision)
+    # loaded before its config is read: of a composite model AutoConfig would give the whole
+    language_model: Any = load_tower(AutoModelForCausalLM, text, revision=text_revision, dtype=dtype)
     # 0: the placeholder comes from the processor, whose geometry comes from here
-    config: Any = KCFIConfig(vision_config=tower, text_config=words, image_token_id=0, **settings)
+    config: Any = KCFIConfig(vision_config=tower, text_config=language_model.config, image_token_id=0, **settings)
     processor = KCFIProcessor.from_towers(
-        _load(AutoTokenizer, text, text_revision),
+        tokenizer,
         image_mean=mean,
         image_std=std,
         image_size=config.image_size,
@@ -109,22 +110,18 @@ def join_towers(
         visual_inputs=config.visual_inputs,
         shortest_edge=shortest_edge,
     )
-
-    language_model: Any = load_tower(AutoModelForCausalLM, text, revision=text_revision, dtype=dtype)
     placeholder: Any = processor.image_token_id
     if placeholder >= language_model.config.vocab_size:
         language_model.resize_token_embeddings(placeholder + 1)
-    check_output_layer(text, language_model)
     config.text_config, config.image_token_id = language_model.config, placeholder
-    config.vision_config.name_or_path = config.text_config.name_or_path = ""  # folders of this machine
     if isinstance(vision, str):
         kwargs = {"revision": vision_revision, "config": config.vision_config, "dtype": dtype}
         vision_tower = load_tower(AutoModel, vision, **kwargs)
     else:
         vision_tower = AutoModel.from_config(config.vision_config, dtype=dtype)
     model = KCFIForConditionalGeneration.from_towers(config, vision_tower, language_model)
-    # greedy decoding, and none of the penalties that instruct models ship for long answers
-    model.generation_config = GenerationConfig(do_sample=False, **processor.generation_tokens)
+    model.generation_config.update(**processor.generation_tokens)
+    config.vision_config.name_or_path = config.text_config.name_or_path = ""  # folders of this machine
     return model, processor
 
 

@@ -16,7 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MultimodalBaseModelOutputWithPast,
+    MultimodalCausalLMOutputWithPast,
+)
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, torch_compilable_check
@@ -62,40 +66,33 @@ class KCFIImageFeatures(BaseModelOutputWithPooling):
 
 
 @dataclass
-class KCFIModelOutputWithPast(BaseModelOutputWithPast):
+class KCFIModelOutputWithPast(MultimodalBaseModelOutputWithPast):
     r"""Output of `KCFIModel`.
 
     Args:
         last_hidden_state (`torch.Tensor` of shape `(B, T, D)`): last states of the language model.
         cache, hidden_states, attentions: of the language model.
-        image_hidden_states (`torch.Tensor` of shape `(B, num_image_tokens * N, D)`): what replaced `<image>`.
+        image_outputs (`KCFIImageFeatures`): of the pairs; its `pooler_output` replaced `<image>`. None without pixels.
         mask_logits (`torch.Tensor` of shape `(B, num_change_classes, H, W)`): None without pixels or head.
     """
 
-    image_hidden_states: torch.Tensor | None = None
     mask_logits: torch.Tensor | None = None
 
 
 @dataclass
-class KCFICausalLMOutputWithPast(ModelOutput):
+class KCFICausalLMOutputWithPast(MultimodalCausalLMOutputWithPast):
     r"""Output of `KCFIForConditionalGeneration`.
 
     Args:
         loss (`torch.Tensor` of shape `()`): sum of the losses below that could be computed, equal weights.
         logits (`torch.Tensor` of shape `(B, T, vocabulary)`): next-token scores; None with `skip_logits`.
         cache, hidden_states, attentions: of the language model.
-        image_hidden_states (`torch.Tensor` of shape `(B, num_image_tokens * N, D)`): what replaced `<image>`.
+        image_outputs (`KCFIImageFeatures`): of the pairs; its `pooler_output` replaced `<image>`. None without pixels.
         caption_loss (`torch.Tensor` of shape `()`): eq. 8, given `labels`; 0 when they are -100 everywhere.
         mask_loss (`torch.Tensor` of shape `()`): eq. 9, given `mask_labels`.
         mask_logits (`torch.Tensor` of shape `(B, num_change_classes, H, W)`): class scores per pixel.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    cache: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: torch.Tensor | None = None
     caption_loss: torch.Tensor | None = None
     mask_loss: torch.Tensor | None = None
     mask_logits: torch.Tensor | None = None
@@ -264,7 +261,8 @@ class KCFIModel(KCFIPreTrainedModel):
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
         """What the shared tower says of both dates (eq. 1), from `stage_cache` where one is set.
 
-        `stage_cache` is a hook for a tower that does not change: called as this method, it gives equal features.
+        `stage_cache` is a hook for a tower that does not change: a function (no module) that is called as this method
+        and gives equal features.
 
         Args:
             pixel_values: (B, 2, 3, H, W), before then after.
@@ -273,15 +271,19 @@ class KCFIModel(KCFIPreTrainedModel):
         Returns:
             Stage features before and after, two lists of L maps (B, C, h, w), taken before the final norm and without
             class or register tokens; and the tower's own output.
+        """
+        encode = self.encode_dates if self.stage_cache is None else self.stage_cache
+        return encode(pixel_values, **kwargs)
+
+    def encode_dates(
+        self, pixel_values: torch.Tensor, **kwargs: Any
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
+        """Run the shared tower on both dates: `get_stage_features`, whose arguments and results it has, uncached.
 
         Raises:
             ValueError: shape other than (B, 2, 3, H, W), or sides that the patch size (times the pooling of the visual
                 tokens) does not divide.
         """
-        return (self.stage_cache or self.encode)(pixel_values, **kwargs)
-
-    def encode(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
-        """Run the shared tower: `get_stage_features` without the cache."""
         patch = self.patch_size
         if pixel_values.ndim != 5 or pixel_values.shape[1] != 2:
             raise ValueError(f"pixel_values must be pairs, (B, 2, 3, H, W), not {tuple(pixel_values.shape)}.")
@@ -425,16 +427,15 @@ class KCFIModel(KCFIPreTrainedModel):
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=None if image is None else torch.stack(list(image.pooler_output)),
+            image_outputs=image,
             mask_logits=None if image is None else image.mask_logits,
         )
 
 
-def check_output_layer(name: str, language_model: PreTrainedModel) -> None:
+def check_output_layer(language_model: PreTrainedModel) -> None:
     """Refuse a language model whose logits are not a plain linear map of its last state: KCFI would change them.
 
     Args:
-        name: of the language model, for the message.
         language_model: a causal language model with its output layer.
 
     Raises:
@@ -449,8 +450,9 @@ def check_output_layer(name: str, language_model: PreTrainedModel) -> None:
             plain = torch.allclose(head(states), language_model(tokens).logits, atol=1e-4)
     if not plain:
         raise ValueError(
-            f"The logits of {name} ({config.model_type}) are not a plain linear map of its last state (a bias, "
-            "scaling, soft-capping or another width), which KCFI needs: choose another language model."
+            f"The logits of {language_model.name_or_path} ({config.model_type}) are not a plain linear map of its "
+            "last state (a bias, scaling, soft-capping or another width), which KCFI needs: choose another language "
+            "model."
         )
 
 
@@ -498,7 +500,7 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
     def __init__(self, config: KCFIConfig) -> None:
         super().__init__(config)
         self.model = KCFIModel(config)
-        # hook: computes the caption loss of `skip_logits`; a fused kernel with the same arguments may take its place
+        # hook: the function (no module) that computes the caption loss of `skip_logits`; a fused kernel may replace it
         self.caption_loss_function: Callable[..., torch.Tensor] = chunked_caption_loss
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         embeddings = self.get_input_embeddings()
@@ -516,23 +518,27 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
 
         Args:
             config: of the model, with the configs of these towers.
-            vision_tower: a ViT; what nothing reads is taken away.
-            language_model: a causal language model with embeddings for `config.image_token_id`.
+            vision_tower: a ViT; it becomes part of the model, without what nothing reads.
+            language_model: a causal language model with embeddings for `config.image_token_id`; likewise.
 
         Returns:
-            The model, in evaluation mode and of the language model's dtype; it generates greedily unless told
-            otherwise.
+            The model, in evaluation mode and of the language model's dtype. Of its generation settings only the
+            special tokens stay: it decodes greedily, without the penalties that instruct models ship.
+
+        Raises:
+            ValueError: the language model's logits are not a plain linear map of its last state.
         """
+        check_output_layer(language_model)
         with torch.device("meta"):  # so that the towers are not allocated twice
             model = cls(config)
         for part in (model.model.key_change_perceiver, model.model.projector, model.model.change_detection_head):
             if part is not None:
                 part.to_empty(device="cpu").to(language_model.dtype).apply(model._init_weights)
-        model.model.vision_tower = trim_tower(vision_tower, config.last_block)
+        tower: Any = trim_tower(vision_tower, config.last_block)
+        model.model.vision_tower = tower.to(language_model.dtype)
         model.model.language_model = language_model.base_model
         model.lm_head = language_model.get_output_embeddings()
         model.tie_weights()
-        # Of the language model's own generation settings only the special tokens: Qwen's, for one, sample.
         special = {name: getattr(language_model.generation_config, name) for name in SPECIAL_TOKENS}
         model.generation_config = GenerationConfig(do_sample=False, **special)
         return model.eval()
@@ -620,7 +626,7 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
                 )
         if mask_labels is not None and outputs.mask_logits is not None:
             detection_loss = mask_loss(outputs.mask_logits, mask_labels)
-        losses = [loss for loss in (caption_loss, detection_loss) if loss is not None]
+        losses: list[Any] = [loss for loss in (caption_loss, detection_loss) if loss is not None]
 
         return KCFICausalLMOutputWithPast(
             loss=sum(losses[1:], losses[0]) if losses else None,
@@ -628,7 +634,7 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
             caption_loss=caption_loss,
             mask_loss=detection_loss,
             mask_logits=outputs.mask_logits,

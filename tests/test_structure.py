@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,7 @@ FLOORS = (
     ("kcfi.training.synthetic",),
     ("kcfi.training.materials",),
     ("kcfi.training.load", "kcfi.training.feature_cache"),
-    ("kcfi.training.scoring",),
-    ("kcfi.training.sharing",),
+    ("kcfi.training.scoring", "kcfi.training.sharing"),
     ("kcfi.training",),  # one run
     ("kcfi.training.ablation_table", "kcfi.training.towers"),
     ("kcfi.training.ablate",),
@@ -37,7 +37,7 @@ def modules(root=ROOT):
     """Every file of the project by its import name."""
     found = {}
     for part in PARTS:
-        for path in sorted((root / part).rglob("*.py")):
+        for path in [*root.glob(f"{part}.py"), *sorted((root / part).rglob("*.py"))]:
             if any(parent.is_symlink() for parent in path.parents if parent != root):
                 continue  # links in kcfi/ to the folders beside it
             name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
@@ -45,28 +45,42 @@ def modules(root=ROOT):
     return found
 
 
-def imports(name, path, known):
+LINKED = ("modeling_kcfi", "processing", "training")  # importing them so loads a file a second time
+
+
+def imports(name, package, tree, known):
     """The files of the project that a file imports, also inside functions; of a package, what is taken from it."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    # never run: `processing_kcfi` names the pipeline there, so that transformers copies its file too
-    tree.body = [
-        node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
-    ]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name in known)
+            sources = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-            source = f"{package}.{node.module}" if node.level else node.module
-            inner = [f"{source}.{alias.name}" for alias in node.names]
-            yield from (one if one in known else source for one in inner if one in known or source in known)
+            source = resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
+            sources = [f"{source}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for source in sources:
+            assert source.split(".")[0] not in LINKED, f"{name}: import kcfi.{source}"
+            parts = source.split(".")
+            longest = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+            found = next((one for one in longest if one in known), None)
+            if found:
+                yield found
+
+
+def tree_of(name, path):
+    """The source of a file, without the line of `processing_kcfi` by which transformers copies the pipeline's file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if name == "kcfi.processing.processing_kcfi":
+        tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")]
+    return tree
 
 
 @cache
 def graph(root=ROOT):
     """What every file imports, by import names."""
     known = modules(root)
-    return {name: set(imports(name, path, known)) - {name} for name, path in known.items()}
+    packages = {n: n if path.name == "__init__.py" else n.rpartition(".")[0] for n, path in known.items()}
+    return {n: set(imports(n, packages[n], tree_of(n, path), known)) - {n} for n, path in known.items()}
 
 
 def room(name):
@@ -85,6 +99,35 @@ def test_a_file_imports_from_its_own_room_and_from_lower_floors(name):
     floor, own = room(name)
     above = {other for other in graph()[name] if room(other)[1] != own and room(other)[0] >= floor}
     assert not above, f"{name} is on floor {floor}, and imports {', '.join(sorted(above))}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from kcfi.training.trainer import KCFITrainer",
+        "from kcfi.training import trainer",
+        "import kcfi.training.trainer",
+        "import kcfi.training.trainer as other",
+        "from ..trainer import KCFITrainer",
+        "from .. import trainer",
+        "def later():\n    from kcfi.training import trainer",
+        "if True:\n    from ..trainer import KCFITrainer",
+    ],
+)
+def test_an_import_from_above_is_seen_however_it_is_written(line):
+    found = set(imports("kcfi.training.data.pairs", "kcfi.training.data", ast.parse(line), graph()))
+    assert "kcfi.training.trainer" in found and room("kcfi.training.trainer") > room("kcfi.training.data.pairs")
+
+
+@pytest.mark.parametrize("line", ["from training.trainer import KCFITrainer", "import processing"])
+def test_an_import_past_the_package_is_refused(line):
+    with pytest.raises(AssertionError, match=r"import kcfi\."):
+        list(imports("kcfi.models", "kcfi", ast.parse(line), graph()))
+
+
+def test_every_folder_with_code_is_a_room_of_its_own():
+    folders = {name if path.name == "__init__.py" else name.rpartition(".")[0] for name, path in modules().items()}
+    assert folders <= {one for rooms in FLOORS for one in rooms}
 
 
 def test_no_file_is_in_a_circle():

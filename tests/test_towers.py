@@ -116,6 +116,22 @@ def save_text(family: str, folder: Path) -> str:
     return str(folder)
 
 
+def save_composite(folder: Path) -> str:
+    """A language model whose repository also has a vision half, with the tokenizer of `save_text`."""
+    text = save_text("qwen3", folder)
+    vocabulary = AutoConfig.from_pretrained(folder).vocab_size
+    for file in folder.glob("*model*"):
+        file.unlink()
+    layers = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    config = AutoConfig.for_model(
+        "qwen3_5",
+        text_config={**DECODER, **layers, "vocab_size": vocabulary, "head_dim": 8, "tie_word_embeddings": True},
+        vision_config={"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32},
+    )
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    return text
+
+
 def encode(processor, pairs):
     """A batch of two prompts of different lengths, padded."""
     texts = [processor.prompt(), processor.prompt("What changed ?")]
@@ -174,6 +190,18 @@ def test_a_language_model_of_any_family_is_joined_with_an_image_token(family, tm
     generation = model.generation_config
     assert not generation.do_sample and processor.tokenizer.convert_tokens_to_ids(end) in generation.eos_token_id
     check_that_it_runs(model, processor, pairs)
+
+
+def test_of_a_composite_model_the_language_model_is_joined(tmp_path, vision, pairs):
+    model, processor = join_towers(vision, save_composite(tmp_path))
+    assert model.config.text_config.model_type == "qwen3_5_text"
+    assert model.config.text_config.vocab_size == model.lm_head.out_features
+    check_that_it_runs(model, processor, pairs)
+
+
+def test_what_is_no_causal_language_model_is_bad_input(vision):
+    with pytest.raises(kcfi.processing.InputError, match="CLIPConfig"):
+        join_towers(vision, vision)
 
 
 def test_a_model_with_a_new_image_token_and_its_processor_survive_saving(tmp_path, vision, pairs):

@@ -63,7 +63,7 @@ def check_settings(args: KCFITrainingArguments, options: Mapping[str, Any]) -> N
         )
 
 
-def check_java(args: KCFITrainingArguments) -> bool:
+def find_java(args: KCFITrainingArguments) -> bool:
     """Whether METEOR, a Java program, can be computed; without, evaluation leaves it out.
 
     Raises:
@@ -106,7 +106,11 @@ def check_best_metric(args: KCFITrainingArguments, eval_dataset: Any) -> None:
 def check_captions_per_pair(
     model: KCFIForConditionalGeneration, args: KCFITrainingArguments, collator: KCFICollator
 ) -> None:
-    """Refuse several captions per pair where the language model cannot keep them apart (`check_packing`)."""
+    """Refuse several captions per pair where the language model cannot keep them apart.
+
+    Raises:
+        InputError: of `check_packing`.
+    """
     if collator.captions_per_pair > 1:
         prompt = len(collator.processor.encode_prompt())
         captions = collator.captions_per_pair * args.generation_max_new_tokens
@@ -132,7 +136,11 @@ def check_cacheable(args: KCFITrainingArguments, collator: KCFICollator) -> None
 
 
 def check_noise(model: KCFIForConditionalGeneration, args: KCFITrainingArguments, evaluated: list[nn.Module]) -> None:
-    """Refuse NEFTune where the language model is among the modules that run in evaluation mode (`freeze`)."""
+    """Refuse NEFTune where the language model is among the modules that run in evaluation mode (`freeze`).
+
+    Raises:
+        InputError: it is.
+    """
     if args.neftune_noise_alpha is not None and model.model.language_model in evaluated:
         raise InputError(
             "neftune_noise_alpha adds noise in training mode, and this frozen language model is kept out of it "

@@ -19,7 +19,7 @@ PADDING = -1  # segment id of padding
 
 @dataclass
 class KCFICollator:
-    """Examples (see `levir_cc`) -> tensors of a batch.
+    """Examples (see `data/pairs.py`) -> tensors of a batch.
 
     In training a pair gives one row, a prompt and `captions_per_pair` captions behind it, padded on the right.
     Instruction, captions and augmentation are drawn once per pair and visit, by a function of (seed, epoch, filename):

@@ -25,7 +25,7 @@ class FeatureCache:
     """
 
     def __init__(self, model: KCFIModel, folder: str | Path) -> None:
-        self.encode = model.encode
+        self.encode = model.encode_dates
         self.read = 0
         self.computed = 0
         self.folder = Path(folder) / _hash(model)

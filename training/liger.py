@@ -7,19 +7,19 @@ from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_liger_kernel_available
 
-from kcfi.modeling_kcfi.modeling_kcfi import CHUNK, KCFIForConditionalGeneration, chunked_caption_loss
+from kcfi.modeling_kcfi.modeling_kcfi import CHUNK, KCFIForConditionalGeneration
 from kcfi.processing import InputError
 from kcfi.training.arguments import KCFITrainingArguments
 
 
 def caption_loss_of(model: KCFIForConditionalGeneration, args: KCFITrainingArguments) -> Callable[..., torch.Tensor]:
-    """What computes the caption loss of a training: `chunked_caption_loss`, or the same by Liger's kernel.
+    """What computes the caption loss of a training: the model's own function, or Liger's kernel.
 
     Raises:
         InputError: `use_liger_kernel` without a GPU or Liger, or with an output layer that the kernel cannot read.
     """
     if not args.use_liger_kernel:
-        return chunked_caption_loss
+        return model.caption_loss_function
     if args.device.type in ("cpu", "mps"):
         raise InputError("use_liger_kernel: its kernel is written in Triton and needs a GPU; leave it out here.")
     if not is_liger_kernel_available():

@@ -30,9 +30,9 @@ from kcfi.training.checks import (
     check_best_metric,
     check_cacheable,
     check_captions_per_pair,
-    check_java,
     check_noise,
     check_settings,
+    find_java,
 )
 from kcfi.training.collator import IGNORED, KCFICollator, training_inputs
 from kcfi.training.data.order import EpochSampler
@@ -43,10 +43,11 @@ from kcfi.training.dwa import DynamicWeightAverage
 from kcfi.training.feature_cache import FeatureCache
 from kcfi.training.liger import caption_loss_of
 from kcfi.training.lora import save_start
-from kcfi.training.losses import LossBalance, Throughput, evaluation_losses, peak_memory
+from kcfi.training.losses import LossBalance, evaluation_losses
 from kcfi.training.parameters import freeze, parameter_groups
 from kcfi.training.scoring.evaluate import PairPrediction, Scores, predict, sample_sheet
 from kcfi.training.sharing.model_card import CARD_FILE, card_of_run
+from kcfi.training.throughput import Throughput, peak_memory
 from kcfi.training.zero import whole_weights
 
 logger = logging.get_logger(__name__)
@@ -176,7 +177,7 @@ class KCFITrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         check_settings(args, kwargs)
-        self.meteor = check_java(args)
+        self.meteor = find_java(args)
         check_captions_per_pair(model, args, data_collator)
         self.evaluated = freeze(model, args)
         check_noise(model, args, self.evaluated)
@@ -201,6 +202,7 @@ class KCFITrainer(Trainer):
         self.balance = LossBalance(dwa)
         self.throughput = Throughput()
         self.step_rates: dict[str, float] = {}  # learning rates of the last step
+        self.tile_known = False
         self.unreadable = 0  # pairs of this epoch
         self.positions: dict[int, Position] = {}  # of the readers of a stream on this rank
         self.add_callback(EpochCallback(self))
@@ -212,8 +214,9 @@ class KCFITrainer(Trainer):
         """Trainer's; until it ends the model has the caption loss and the feature cache of the settings."""
         model = self.model
         before = model.caption_loss_function, model.model.stage_cache
-        model.caption_loss_function, model.model.stage_cache = self.caption_loss, self.feature_cache
-        self.tile_known = False
+        model.caption_loss_function = self.caption_loss
+        if self.feature_cache is not None:
+            model.model.stage_cache = self.feature_cache
         self.throughput.stop()
         try:
             return super().train(*args, **kwargs)

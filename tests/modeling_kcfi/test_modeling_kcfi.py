@@ -21,7 +21,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kcfi import join_towers
-from kcfi.modeling_kcfi import KCFIForConditionalGeneration, KCFIModel, modeling_kcfi
+from kcfi.modeling_kcfi import KCFIConfig, KCFIForConditionalGeneration, KCFIModel, modeling_kcfi
 
 TOWERS = ["vit", "clip", "siglip", "dinov2", "dinov2_with_registers", "dinov3", "beit", "timm"]
 LANGUAGE_MODELS = ["qwen2", "qwen3", "llama", "gpt2", "opt"]
@@ -88,7 +88,7 @@ def test_any_size_that_the_patch_divides(make_model, make_inputs, tower, size):
     with torch.no_grad():
         outputs = model(**make_inputs(size=size))
     assert outputs.mask_logits.shape == (2, 2, *size)
-    assert outputs.image_hidden_states.shape == (2, size[0] * size[1] // 16, 32)
+    assert torch.stack(outputs.image_outputs.pooler_output).shape == (2, size[0] * size[1] // 16, 32)
     assert outputs.logits.isfinite().all()
 
 
@@ -181,8 +181,12 @@ def test_pooling_averages_the_visual_tokens_and_leaves_the_mask_alone(make_model
     with torch.no_grad():
         fine = full(**make_inputs(size=size, image_tokens=count))
         coarse = pooled(**make_inputs(size=size, image_tokens=count, patch=8))
-    grid = fine.image_hidden_states.unflatten(1, (count, size[0] // 8, 2, size[1] // 8, 2))  # (B,count,h,2,w,2,D)
-    torch.testing.assert_close(coarse.image_hidden_states, grid.mean(dim=(3, 5)).flatten(1, 3), atol=1e-4, rtol=1e-4)
+    grid = torch.stack(fine.image_outputs.pooler_output).unflatten(
+        1, (count, size[0] // 8, 2, size[1] // 8, 2)
+    )  # (B,count,h,2,w,2,D)
+    torch.testing.assert_close(
+        torch.stack(coarse.image_outputs.pooler_output), grid.mean(dim=(3, 5)).flatten(1, 3), atol=1e-4, rtol=1e-4
+    )
     torch.testing.assert_close(coarse.mask_logits, fine.mask_logits)
 
 
@@ -203,7 +207,7 @@ def test_image_tokens_are_before_after_change_through_one_projector(
         expected = torch.cat([features @ layers.linear_1.weight.T + layers.linear_1.bias for features in read], dim=1)
         if projector == "mlp2x_gelu":
             expected = F.gelu(expected) @ layers.linear_2.weight.T + layers.linear_2.bias
-        torch.testing.assert_close(outputs.image_hidden_states, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.stack(outputs.image_outputs.pooler_output), expected, atol=1e-4, rtol=1e-4)
 
         embeddings = model.get_input_embeddings()(inputs["input_ids"])
         embeddings[:, : tokens * 16] = expected
@@ -541,7 +545,15 @@ def test_a_joined_model_decodes_greedily_and_keeps_the_special_tokens(save_langu
     _, text = save_language_model()
     generation = join(vision["vit"], text).generation_config
     assert not generation.do_sample
-    assert (generation.eos_token_id, generation.pad_token_id) == ([2], 0)
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, [2], 0)
+
+
+def test_towers_of_two_precisions_have_that_of_the_language_model(save_tower, save_language_model, make_inputs):
+    tower, (language_model, _) = save_tower("vit")[0], save_language_model()
+    config = KCFIConfig(vision_config=tower.config, text_config=language_model.config, image_token_id=4)
+    model = KCFIForConditionalGeneration.from_towers(config, tower, language_model.to(torch.bfloat16))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model(**make_inputs()).logits.isfinite().all()
 
 
 @pytest.mark.parametrize(("image_token_id", "vocabulary"), [(4, 99), (99, 100), (120, 121)])

@@ -1,7 +1,7 @@
 """The library of materials (`kcfi data materials`): real surfaces, roofs and places at 0.5 m/px, from single dates.
 
 ```
-LIBRARY/materials.json       sources, and an entry per image (`Material` in material_library.py)
+LIBRARY/materials.json       sources, and an entry per image (`Material` in synthetic/library.py)
 LIBRARY/textures/*.jpg       one surface each, at least 48 px on a side
 LIBRARY/roofs/*.png          RGBA; rectified: the sides of the roof are parallel to those of the image
 LIBRARY/tiles/*.jpg          whole places
@@ -327,7 +327,7 @@ class Library:
         """Cut everything from an image of a source; returns whether it shows a labelled building.
 
         Raises:
-            FileNotFoundError, ValueError: As `Source.read`.
+            FileNotFoundError, ValueError: As `read_picture`.
         """
         picture = read_picture(source, place)
         if picture.labels is not None:

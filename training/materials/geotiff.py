@@ -1,4 +1,4 @@
-"""GeoTIFFs and footprints in GeoJSON as pictures for `material_sources.py`. Needs rasterio, the extra `geo`."""
+"""GeoTIFFs and footprints in GeoJSON as pictures for `sources.py`. Needs rasterio, the extra `geo`."""
 
 from functools import lru_cache
 from pathlib import Path

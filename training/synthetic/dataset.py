@@ -3,14 +3,14 @@
 Real LEVIR-CC cannot be shipped, so the embedded model, the tests and the benchmarks train on these drawings. One pair
 goes through four steps, each a pure function of (seed, split, index):
 
-1. layout (`synthetic_layout.py`): roads, villas, large buildings and woods of a place, some of them *changing*;
+1. layout (`layout.py`): roads, villas, large buildings and woods of a place, some of them *changing*;
 2. state: a changing object is there (1) or not (0) at each date. A pair whose objects appear has the states (0, 1), a
    pair whose objects are removed (1, 0). An unchanged pair is the same kind of layout with (0, 0) or (1, 1), so that
    no single image tells the two apart;
-3. truth (`synthetic_captions.py`): the change mask and, measured on its pixels, the facts that the five captions
+3. truth (`captions.py`): the change mask and, measured on its pixels, the facts that the five captions
    state. No texture is needed up to here;
-4. picture (`synthetic_painting.py`): each date is painted under its own light, season, trees, shadows, cars, noise and
-   registration shift (the irrelevant changes), with textures from `Materials` (`synthetic_materials.py`).
+4. picture (`painting.py`): each date is painted under its own light, season, trees, shadows, cars, noise and
+   registration shift (the irrelevant changes), with textures from `Materials` (`textures.py`).
 
 With a library of real surfaces (`kcfi data materials`) there are three kinds of pairs, mixed by `pair_mix`: "drawn"
 (procedural textures), "composed" (the same geometry with real ground and roofs) and "single_date" (one real image
