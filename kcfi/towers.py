@@ -96,13 +96,10 @@ def join_towers(
             mean, std = pixels.data_config["mean"], pixels.data_config["std"]
         else:
             mean, std = pixels.image_mean, pixels.image_std
-    tokenizer: Any = _load(AutoTokenizer, text, text_revision)
-    # loaded before its config is read: of a composite model AutoConfig would give the whole
-    language_model: Any = load_tower(AutoModelForCausalLM, text, revision=text_revision, dtype=dtype)
-    # 0: the placeholder comes from the processor, whose geometry comes from here
-    config: Any = KCFIConfig(vision_config=tower, text_config=language_model.config, image_token_id=0, **settings)
+    # refuses settings before anything large is loaded; the language model's part follows below
+    config: Any = KCFIConfig(vision_config=tower, **settings)
     processor = KCFIProcessor.from_towers(
-        tokenizer,
+        _load(AutoTokenizer, text, text_revision),
         image_mean=mean,
         image_std=std,
         image_size=config.image_size,
@@ -110,10 +107,15 @@ def join_towers(
         visual_inputs=config.visual_inputs,
         shortest_edge=shortest_edge,
     )
+    # its config from itself: of a composite model AutoConfig would give the whole
+    language_model: Any = load_tower(AutoModelForCausalLM, text, revision=text_revision, dtype=dtype)
     placeholder: Any = processor.image_token_id
     if placeholder >= language_model.config.vocab_size:
         language_model.resize_token_embeddings(placeholder + 1)
     config.text_config, config.image_token_id = language_model.config, placeholder
+    tied = settings.get("tie_word_embeddings", False)
+    config.tie_word_embeddings = tied or language_model.config.tie_word_embeddings
+    config.validate_architecture()
     if isinstance(vision, str):
         kwargs = {"revision": vision_revision, "config": config.vision_config, "dtype": dtype}
         vision_tower = load_tower(AutoModel, vision, **kwargs)

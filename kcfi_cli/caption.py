@@ -71,20 +71,20 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """`kcfi caption`; the exit code is 1 if pairs of a list could not be read."""
+    manifest = options.after is None and options.before.suffix.lower() == ".csv"
+    if options.after is None and not manifest:
+        raise UsageError(f"Give the later image too, or a manifest (.csv) in place of {options.before}.")
+    for path in filter(None, (options.before, options.after)):
+        path.stat()  # not there: said before anything heavy is imported
+    check_writable(options.output)
     from transformers.utils.logging import disable_progress_bar
 
     from kcfi.pictures import save_pictures
     from kcfi.processing.reading_kcfi import read_pair
 
     disable_progress_bar()  # of loading weights, which is over before it can be read
-    manifest = options.after is None and options.before.suffix.lower() == ".csv"
-    if options.after is None and not manifest:
-        raise UsageError(f"Give the later image too, or a manifest (.csv) in place of {options.before}.")
     if manifest or options.before.is_dir():
         return caption_list(options)
-    for path in (options.before, options.after):
-        path.stat()  # not there: said before a model is loaded
-    check_writable(options.output)
     describer = build_describer(options)
     before, after = read_pair(options.before, options.after, **describer.reading(**reading(options)))
     [report] = describer.describe_pairs([(before, after)], options.regions)

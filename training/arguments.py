@@ -1,6 +1,7 @@
 """The dataclasses that are the whole command line of training, and the recipes (YAML) that fill them."""
 
 import dataclasses
+import difflib
 import json
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -351,8 +352,10 @@ def find_recipe(recipe: str | Path, folder: Path = Path()) -> Path:
         return folder / recipe
     name = str(recipe).removesuffix(".yaml")
     if name not in packaged:
+        nearest = difflib.get_close_matches(name, packaged, n=1)
+        hint = f"did you mean {nearest[0]!r}? Else " if nearest else ""
         names = ", ".join(packaged)
-        raise InputError(f"No recipe {recipe}: give a YAML file, or one of the packaged recipes: {names}.")
+        raise InputError(f"No recipe {recipe}: {hint}give a YAML file, or one of the packaged recipes: {names}.")
     return packaged[name]
 
 

@@ -115,7 +115,6 @@ def train(recipe: Recipe, checkpoint: str | None = None) -> KCFITrainer:
     output_dir = Path(str(args.output_dir))
     if checkpoint:
         take_commits(recipe, output_dir)
-    pin_models(recipe)
     source: dict[str, Any] = {
         "seed": data.dataset_seed,
         "columns": as_dict(data.columns),
@@ -136,6 +135,7 @@ def train(recipe: Recipe, checkpoint: str | None = None) -> KCFITrainer:
             data.dataset, data.eval_split, data.num_eval_pairs, revision=data.dataset_revision, **source
         )
 
+    pin_models(recipe)
     set_seed(args.seed)
     with whole_weights(args):
         model, processor = build_model(recipe.model)

@@ -132,7 +132,7 @@ def test_bad_bases_are_refused(write):
     one, two = write("one.yaml", "base: two.yaml\nseed: 1\n"), write("two.yaml", "base: one.yaml\n")
     with pytest.raises(ValueError, match=f"each other's base: {one} -> {two} -> {one}"):
         parse_recipe(one)
-    with pytest.raises(ValueError, match=r"No recipe papr: .*debug, .*paper, .*released"):
+    with pytest.raises(ValueError, match=r"No recipe papr: did you mean 'paper'. .*debug, .*paper, .*released"):
         parse_recipe(write("three.yaml", "base: papr\n"))
     with pytest.raises(ValueError, match=r"empty\.yaml: seed has no value"):
         write("empty.yaml", "seed:\n")
@@ -174,7 +174,7 @@ def test_a_share_of_unreadable_pairs_is_at_least_0_and_below_1(recipe, share):
 
 
 def test_an_unknown_recipe_lists_the_packaged_ones():
-    with pytest.raises(ValueError, match=r"No recipe papr: .*debug, .*paper, .*released"):
+    with pytest.raises(ValueError, match=r"No recipe papr: did you mean 'paper'. .*debug, .*paper, .*released"):
         parse_recipe("papr")
 
 

@@ -163,7 +163,7 @@ def warn_of_levir_cd(filenames: Iterable[str]) -> None:
 
 
 class LevirCCDataset(Dataset[dict[str, Any]]):
-    """One split of a folder in one of the layouts of the module's docstring; yields the example described there.
+    """One split of a folder in one of the layouts of the module's docstring; yields the example of `pairs.py`.
 
     The captions are read at construction, the images when an example is asked for.
 
