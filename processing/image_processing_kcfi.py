@@ -38,7 +38,7 @@ from .reading_kcfi import (
 NO_LABEL = 255  # class id of pixels without a label, and of pixels the model did not see
 
 
-class KCFIImagesKwargs(ImagesKwargs, total=False):
+class KCFIImageProcessorKwargs(ImagesKwargs, total=False):
     """Settings of `read_image`, beside those of transformers."""
 
     bands: list[int] | tuple[int, ...] | None
@@ -62,7 +62,7 @@ class KCFIPairProcessing(BaseImageProcessor):
     bands = None
     stretch = None
     max_image_pixels = MAX_IMAGE_PIXELS
-    valid_kwargs = KCFIImagesKwargs
+    valid_kwargs = KCFIImageProcessorKwargs
 
     stack: Callable[[list[Any]], Any]
 
