@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kcfi.models import load
+from kcfi.models import load, model_source
 from kcfi.pictures import mask_picture
 from kcfi.processing import Describer
 
@@ -35,3 +35,12 @@ def test_mask_files_hold_the_values_of_levir_mci():
     mask = np.array([[0, 1], [2, 0]], np.uint8)
     assert np.asarray(mask_picture(mask, 3)).tolist() == [[0, 128], [255, 0]]
     assert np.asarray(mask_picture(mask // 2, 2)).tolist() == [[0, 0], [255, 0]]
+
+
+def test_a_missing_folder_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "clip").mkdir(parents=True)
+    assert model_source("runs/clip") == "runs/clip"
+    assert model_source("openai/clip-vit-large-patch14") == "openai/clip-vit-large-patch14"
+    with pytest.raises(ValueError, match="No model runs/paper: the folder runs is here and holds no folder paper"):
+        model_source("runs/paper")

@@ -2,7 +2,6 @@ import pytest
 import yaml
 
 from kcfi.files import as_dict
-from kcfi.models import model_source
 from kcfi.training.arguments import packaged_recipes, parse_recipe
 
 
@@ -158,15 +157,6 @@ def test_null_is_refused_where_there_must_be_a_value(recipe):
         parse_recipe(recipe, ["--learning_rate", "null"])
 
 
-def test_a_missing_folder_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "clip").mkdir(parents=True)
-    assert model_source("runs/clip") == "runs/clip"
-    assert model_source("openai/clip-vit-large-patch14") == "openai/clip-vit-large-patch14"
-    with pytest.raises(ValueError, match="No model runs/paper: the folder runs is here and holds no folder paper"):
-        model_source("runs/paper")
-
-
 @pytest.mark.parametrize("share", ["-0.1", "1"])
 def test_a_share_of_unreadable_pairs_is_at_least_0_and_below_1(recipe, share):
     with pytest.raises(ValueError, match=r"max_unreadable=.* must be at least 0 and below 1"):
@@ -176,11 +166,6 @@ def test_a_share_of_unreadable_pairs_is_at_least_0_and_below_1(recipe, share):
 def test_an_unknown_recipe_lists_the_packaged_ones():
     with pytest.raises(ValueError, match=r"No recipe papr: did you mean 'paper'. .*debug, .*paper, .*released"):
         parse_recipe("papr")
-
-
-def test_text_that_is_no_dictionary_is_refused():
-    with pytest.raises(ValueError, match="'cross' is not a dictionary"):
-        as_dict("cross")
 
 
 @pytest.mark.parametrize("name", packaged_recipes())

@@ -6,11 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kcfi.training.data.levir_cc import LevirCCDataset, read_captions, warn_of_levir_cd
-from kcfi.training.data.pairs import CLASS_NAMES, class_ids, grey_mask, num_classes
+from kcfi.training.data.levir_cc import LevirCCDataset, warn_of_levir_cd
 from kcfi.training.load import load_pairs
-
-FILE_VALUES = np.array([[0, 128, 255], [255, 0, 128]], np.uint8)
 
 
 def edit_captions(root, edit):
@@ -18,49 +15,6 @@ def edit_captions(root, edit):
     content = json.loads(path.read_text())
     edit(content)
     path.write_text(json.dumps(content))
-
-
-@pytest.mark.parametrize(
-    ("mask_classes", "expected"),
-    [
-        ("change", [[0, 1, 1], [1, 0, 1]]),
-        ("building", [[0, 0, 1], [1, 0, 0]]),
-        ("road_building", [[0, 1, 2], [2, 0, 1]]),
-    ],
-)
-def test_each_file_value_becomes_its_class(mask_classes, expected):
-    ids = class_ids(Image.fromarray(FILE_VALUES), mask_classes, "m.png")
-    assert ids.dtype == np.uint8
-    assert ids.tolist() == expected
-    assert num_classes(mask_classes) == len(CLASS_NAMES[mask_classes]) == max(map(max, expected)) + 1
-
-
-def test_any_other_file_value_is_refused_by_name():
-    for value in set(range(256)) - {0, 128, 255}:
-        mask = Image.fromarray(np.array([[0, value]], np.uint8))
-        with pytest.raises(ValueError, match=rf"^m\.png: mask value {value} is unknown"):
-            class_ids(mask, "change", "m.png")
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P"])
-def test_a_mask_of_equal_channels_is_grey(mode):
-    mask = Image.fromarray(FILE_VALUES).convert(mode)
-    assert np.array_equal(grey_mask(mask, "m.png"), FILE_VALUES)
-
-
-def test_a_black_and_white_mask_holds_0_and_255():
-    mask = Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1")
-    assert class_ids(mask, "building", "m.png").tolist() == [[0, 1]]
-
-
-def test_a_coloured_mask_is_refused():
-    with pytest.raises(ValueError, match=r"m\.png: a colour mask"):
-        class_ids(Image.new("RGB", (2, 2), (255, 255, 0)), "change", "m.png")
-
-
-def test_a_16_bit_mask_is_refused():
-    with pytest.raises(ValueError, match=r"m\.png: mask of mode I;16"):
-        class_ids(Image.new("I;16", (2, 2), 255), "change", "m.png")
 
 
 def test_an_example_holds_both_dates_mask_and_sentences(root):
@@ -221,35 +175,3 @@ def test_pairs_named_like_those_of_levir_cd_are_warned_of(caplog):
     [record] = caplog.records
     assert "2 pairs have file names of LEVIR-CD: images/test_2.png, train_36_0512_0512.png." in record.getMessage()
     assert "for a model trained on them this is no zero-shot score" in record.getMessage()
-
-
-def test_load_pairs_takes_the_first_pairs_of_a_folder(root):
-    assert [example["filename"] for example in load_pairs(str(root), "train")] == ["a.png", "b.png"]
-    assert [example["filename"] for example in load_pairs(str(root), "train", num_pairs=1)] == ["a.png"]
-    assert len(load_pairs(str(root), "train", num_pairs=99)) == 2
-    with pytest.raises(ValueError, match="num_pairs is 0"):
-        load_pairs(str(root), "train", num_pairs=0)
-
-
-def test_load_pairs_draws_synthetic_pairs():
-    dataset = load_pairs("synthetic", "val", num_pairs=3, seed=7)
-    assert len(dataset) == 3
-    assert dataset[0].keys() == {
-        "image_before",
-        "image_after",
-        "mask",
-        "captions",
-        "changed",
-        "filename",
-        "split",
-    }
-    assert len(load_pairs("synthetic", "test")) == 500
-    with pytest.raises(ValueError, match="split 'dev' is unknown"):
-        load_pairs("synthetic", "dev")
-
-
-def test_a_repeated_key_in_the_json_is_named(tmp_path):
-    path = tmp_path / "captions.json"
-    path.write_text('{"images": [], "images": []}')
-    with pytest.raises(ValueError, match="images occurs more than once"):
-        read_captions(path, "train")
