@@ -138,6 +138,8 @@ class KCFIConfig(PreTrainedConfig):
     """
 
     model_type = "kcfi"
+    # a plain Trainer gathers all else of the outputs, as tensors
+    keys_to_ignore_at_inference = ["cache", "image_outputs"]  # noqa: RUF012 (as in all of transformers)
     sub_configs_defaults = {  # noqa: RUF012 (a class variable in every composite config of transformers)
         "vision_config": SubConfigSpec(
             config_class=AutoConfig,
