@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from kcfi.models import load
 from kcfi.training.collator import KCFICollator
 from kcfi.training.synthetic.dataset import PAIR_KINDS, SyntheticDataset
-from kcfi.training.synthetic.library import LibraryMaterials
+from kcfi.training.synthetic.material_library import LibraryMaterials
 
 BINS = 10
 

@@ -59,7 +59,7 @@ def load_pairs(
         raise InputError(f"materials and pair_mix are for dataset 'synthetic'; {dataset} comes as it is")
     if dataset == "synthetic":
         from kcfi.training.synthetic.dataset import SyntheticDataset  # a folder needs none of its drawing code
-        from kcfi.training.synthetic.library import LibraryMaterials
+        from kcfi.training.synthetic.material_library import LibraryMaterials
 
         if split not in SYNTHETIC_PAIRS:
             raise InputError(f"split '{split}' is unknown; 'synthetic' has {', '.join(SYNTHETIC_PAIRS)}")

@@ -40,7 +40,7 @@ from kcfi.training.data.shards import ShardDataset
 from kcfi.training.load import load_pairs
 from kcfi.training.lora import add_lora
 from kcfi.training.scoring.evaluate import check_classes
-from kcfi.training.synthetic.library import attributions
+from kcfi.training.synthetic.material_library import attributions
 from kcfi.training.trainer import KCFITrainer
 from kcfi.training.zero import whole_weights
 

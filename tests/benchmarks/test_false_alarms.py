@@ -11,7 +11,7 @@ import torch
 
 from kcfi.models import load
 from kcfi.training.synthetic.dataset import SyntheticDataset
-from kcfi.training.synthetic.library import LibraryMaterials
+from kcfi.training.synthetic.material_library import LibraryMaterials
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "false_alarms.py"
 

@@ -1,7 +1,7 @@
 """The library of materials (`kcfi data materials`): real surfaces, roofs and places at 0.5 m/px, from single dates.
 
 ```
-LIBRARY/materials.json       sources, and an entry per image (`Material` in synthetic/library.py)
+LIBRARY/materials.json       sources, and an entry per image (`Material` in synthetic/material_library.py)
 LIBRARY/textures/*.jpg       one surface each, at least 48 px on a side
 LIBRARY/roofs/*.png          RGBA; rectified: the sides of the roof are parallel to those of the image
 LIBRARY/tiles/*.jpg          whole places
@@ -32,7 +32,7 @@ from kcfi.pictures import MASK_BUILDING, MASK_ROAD, contact_sheet, overlay
 from kcfi.processing import InputError
 from kcfi.processing.reading_kcfi import read_image
 from kcfi.training.materials.sources import FINEST, SURFACES, Picture, Place, Source, read_source
-from kcfi.training.synthetic.library import KEEP_OFF, LAND, OPEN, VILLA_AREA, Material
+from kcfi.training.synthetic.material_library import KEEP_OFF, LAND, OPEN, VILLA_AREA, Material
 from kcfi.training.synthetic.textures import Array, TextureKind
 
 MaterialKind = TextureKind | Literal["tile"]

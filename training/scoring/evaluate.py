@@ -30,7 +30,7 @@ from kcfi.training.feature_cache import FeatureCache
 from kcfi.training.load import load_pairs
 from kcfi.training.scoring.metrics import CAPTION_SCORES, MaskScores, require_java, results
 from kcfi.training.synthetic.dataset import SyntheticDataset
-from kcfi.training.synthetic.library import attributions
+from kcfi.training.synthetic.material_library import attributions
 
 CAPTION_METRICS = (*CAPTION_SCORES, "cider_d_changed", "change_accuracy")  # entries of `flat_scores` about captions
 SAMPLES = 3  # pairs of each kind, changed and unchanged, that are shown at every evaluation of a training

@@ -46,7 +46,7 @@ from kcfi.training.synthetic.layout import (
     draw_layout,
     drop_hardly_visible,
 )
-from kcfi.training.synthetic.library import LibraryMaterials
+from kcfi.training.synthetic.material_library import LibraryMaterials
 from kcfi.training.synthetic.painting import Cover, Look, Painter, Window, draw_cover, draw_looks, draw_window
 from kcfi.training.synthetic.single_dates import SingleDatePair, draw_pair
 from kcfi.training.synthetic.textures import Materials, ProceduralMaterials

@@ -17,7 +17,7 @@ from scipy import ndimage
 from kcfi.pictures import MASK_BUILDING, MASK_ROAD
 from kcfi.training.synthetic.captions import Change, Ground, ObjectChange, locate
 from kcfi.training.synthetic.layout import MARGIN, MIN_VISIBLE, GroundKind, ObjectKind, SyntheticSettings, crop
-from kcfi.training.synthetic.library import KEEP_OFF, LAND, OPEN, VILLA_AREA, LibraryMaterials
+from kcfi.training.synthetic.material_library import KEEP_OFF, LAND, OPEN, VILLA_AREA, LibraryMaterials
 from kcfi.training.synthetic.painting import draw_looks, photograph
 from kcfi.training.synthetic.textures import Array, Materials, crop_noise
 

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from kcfi.training.materials import cut as materials
 from kcfi.training.materials.cut import cut_roofs, cut_scene_textures, write_library
 from kcfi.training.materials.sources import SURFACES, Picture
-from kcfi.training.synthetic.library import LibraryMaterials
+from kcfi.training.synthetic.material_library import LibraryMaterials
 from kcfi_cli import main
 
 LEGEND = {"building": [200, 0, 0], "land": [0, 200, 0], "road": [0, 0, 200], "water": [0, 200, 200]}

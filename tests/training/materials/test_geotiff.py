@@ -9,7 +9,7 @@ from PIL import Image
 
 from kcfi.training.materials.cut import LIMITS, read_picture, write_library
 from kcfi.training.materials.sources import SURFACES, Source, read_source
-from kcfi.training.synthetic.library import LibraryMaterials
+from kcfi.training.synthetic.material_library import LibraryMaterials
 
 rasterio = pytest.importorskip("rasterio", reason="the extra `geo` is not installed")
 geotiff = importlib.import_module("kcfi.training.materials.geotiff")  # it needs rasterio

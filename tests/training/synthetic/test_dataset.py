@@ -25,7 +25,7 @@ from kcfi.training.synthetic.dataset import (
     synthesize,
 )
 from kcfi.training.synthetic.layout import Frame
-from kcfi.training.synthetic.library import LibraryMaterials
+from kcfi.training.synthetic.material_library import LibraryMaterials
 from kcfi.training.synthetic.painting import Look, _lay_roof
 from kcfi.training.synthetic.single_dates import draw_pair
 

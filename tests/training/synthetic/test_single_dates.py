@@ -10,7 +10,7 @@ from kcfi.training.synthetic import single_dates
 from kcfi.training.synthetic.captions import describe
 from kcfi.training.synthetic.dataset import SyntheticDataset
 from kcfi.training.synthetic.layout import SyntheticSettings, crop
-from kcfi.training.synthetic.library import LibraryMaterials
+from kcfi.training.synthetic.material_library import LibraryMaterials
 from kcfi.training.synthetic.single_dates import draw_pair, removable_buildings
 from tests.training.synthetic.test_dataset import named_objects
 

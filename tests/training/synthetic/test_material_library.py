@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from kcfi.training.synthetic.library import LibraryMaterials, mosaic
+from kcfi.training.synthetic.material_library import LibraryMaterials, mosaic
 
 
 def test_surfaces_come_from_the_library_and_the_rest_is_procedural(library):
