@@ -194,7 +194,7 @@ def test_between_two_epochs_a_run_goes_on_with_steps_of_another_size(folder, cha
 def run_ranks(folder, ranks, kind):
     """visits.py under torchrun: what each rank visited, by the number of loader workers."""
     script = Path(__file__).with_name("visits.py")
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[3]), "OMP_NUM_THREADS": "1"}
     environment["HF_DATASETS_CACHE"] = str(folder / "cache")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     done = subprocess.run(
