@@ -1,4 +1,4 @@
-"""Pictures for people: a mask over its image, sheets of many pairs, bar charts."""
+"""Pictures: mask files, and for people a mask over its image, heat maps, sheets of many pairs, bar charts."""
 
 import textwrap
 from collections.abc import Sequence
