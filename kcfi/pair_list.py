@@ -23,8 +23,8 @@ from kcfi.processing.describer_kcfi import Pair
 from kcfi.processing.reading_kcfi import read_pair
 
 TABLE = "captions.csv"
-COLUMNS = ["name", "before", "after", "caption", "caption_box", "score", "changed_fraction", "mask", "overlay"]
-COLUMNS += ["heatmap", "regions", "model", "error"]
+COLUMNS = ["name", "before", "after", "caption", "caption_box", "score", "changed_fraction", "changed_probability"]
+COLUMNS += ["mask", "overlay", "heatmap", "regions", "model", "error"]
 LISTS = ("caption_box", "regions")  # columns that hold JSON
 IMAGES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2"}
 
@@ -149,6 +149,7 @@ def describe_list(
                     caption = " ".join(report.caption.split())  # a row is a line
                     row |= {"caption": caption, "caption_box": report.caption_box, "score": report.score}
                     row |= {"changed_fraction": report.changed_fraction, **paths}
+                    row["changed_probability"] = report.changed_probability
                     if regions:
                         row["regions"] = [vars(region) for region in report.regions]
                 texts = {name: json.dumps(row[name]) for name in LISTS if row[name] is not None}

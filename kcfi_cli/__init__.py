@@ -7,10 +7,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from kcfi_cli import ablate, caption, data, evaluate, export, push, score, serve, train
+from kcfi_cli import ablate, calibrate, caption, data, evaluate, export, push, score, serve, train
 from kcfi_cli.options import Parser, UsageError
 
-COMMANDS = (caption, train, evaluate, score, ablate, data, push, serve, export)  # as `kcfi --help` lists them
+COMMANDS = (
+    caption,
+    train,
+    evaluate,
+    calibrate,
+    score,
+    ablate,
+    data,
+    push,
+    serve,
+    export,
+)  # as `kcfi --help` lists them
 
 EXAMPLES = """examples:
   kcfi caption before.png after.png                        sentence, mask and overlay by the embedded model

@@ -63,6 +63,13 @@ def add_parser(commands: Commands) -> None:
         help="let torch.compile translate the writing of sentences, which stay the same: meant for large language "
         "models beside a GPU, where it was not tried (on a CPU kcfi-tiny gains nothing)",
     )
+    parser.add_argument(
+        "--alarm_rate",
+        type=float,
+        metavar="SHARE",
+        help="call at most this share of unchanged pairs (of large images: tiles) changed, as 0.01; needs a model "
+        "that `kcfi calibrate` has seen",
+    )
     parser.add_argument("--regions", action="store_true", help="also write a sentence per changed region")
     parser.add_argument("--heatmap", action="store_true", help="also draw the strength of the key change features")
     parser.add_argument("--json", action="store_true", help="print one JSON object (per pair)")
@@ -98,6 +105,7 @@ def run(options: argparse.Namespace) -> int:
             "caption_box": report.caption_box,
             "score": report.score,
             "changed_fraction": report.changed_fraction,
+            "changed_probability": report.changed_probability,
             "mask": None,
             "overlay": None,
             **files,
@@ -112,10 +120,10 @@ def run(options: argparse.Namespace) -> int:
         left, top, right, bottom = report.caption_box
         print(f"described: x {left}-{right}, y {top}-{bottom}, which changed most")
     if report.changed_fraction is not None:
-        print(f"changed: {report.changed_fraction:.1%} of the area")
+        print(f"changed: {report.changed_fraction:.1%} of the area (probability {report.changed_probability:.0%})")
     for region in report.regions:
         left, top, right, bottom = region.box
-        print(f"  x {left}-{right}, y {top}-{bottom} ({region.pixels} px): {region.caption}")
+        print(f"  x {left}-{right}, y {top}-{bottom} ({region.pixels} px, {region.probability:.0%}): {region.caption}")
     for kind, path in files.items():
         print(f"{kind}: {path}")
     return 0
@@ -135,7 +143,8 @@ def build_describer(options: argparse.Namespace) -> Any:
     model, processor = load(options.model, options.device, options.dtype)
     autocast = None if options.dtype else validation_dtype(options.model, model.device)
     settings = (options.tile, options.batch_size, options.instruction or INSTRUCTIONS[0], autocast)
-    return Describer(model, processor, *settings, **(compiled_steps() if options.compile else {}))
+    compiled = compiled_steps() if options.compile else {}
+    return Describer(model, processor, *settings, alarm_rate=options.alarm_rate, **compiled)
 
 
 def caption_list(options: argparse.Namespace) -> int:
@@ -148,7 +157,9 @@ def caption_list(options: argparse.Namespace) -> int:
     check_writable(options.output)
     describer = build_describer(options)
     # a table has one kind of sentences
-    asked = {name: getattr(options, name) for name in ("dtype", "tile", "instruction", "bands", "stretch")}
+    asked = {
+        name: getattr(options, name) for name in ("dtype", "tile", "instruction", "alarm_rate", "bands", "stretch")
+    }
     model = options.model + "".join(f" {name}={value}" for name, value in asked.items() if value is not None)
     failed = 0
     for row in describe_list(

@@ -17,6 +17,7 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from .calibration_kcfi import Calibration
 from .image_processing_kcfi import NO_LABEL
 from .places_kcfi import Box, center_of, place_in_image, place_phrase, tells_of_change
 from .processing_kcfi import INSTRUCTIONS, KCFIProcessor
@@ -32,6 +33,7 @@ MERGE = 8  # px: gaps of up to twice this do not part a region
 MIN_REGION = 100  # px: smaller regions get no sentence (25 m2 at 0.5 m/px)
 LONGEST = 64  # tokens of a sentence; LEVIR-CC has at most 39 words
 ENCODED_BY_CPU = 2  # pairs at a time: the best number or close to it, and eight are slower (docs/lab_log.md)
+UNCHANGED = "the scene is the same as before ."
 BEAMS = 5  # sentences among which one that tells of a change is looked for, where the mask marks one
 
 Pair = tuple[Image.Image, Image.Image]  # before and after, of one size
@@ -46,12 +48,14 @@ class Region:
         pixels: how many of them changed.
         caption: its sentence; the places that it names are places in the whole image.
         score: of the sentence, as in `ChangeReport`.
+        probability: mean probability of change of its pixels, 0 to 1.
     """
 
     box: Box
     pixels: int
     caption: str = ""
     score: float | None = None
+    probability: float | None = None
 
 
 @dataclass
@@ -67,6 +71,9 @@ class ChangeReport:
         mask: (H, W) uint8 class ids, 0 = no change, 255 = not seen by the model (the border that its centre crop
             leaves); None without a change detection head.
         changed_fraction: share of the pixels seen that changed, 0 to 1; None without a head.
+        changed_probability: that anything changed, 0 to 1 (of images that are cut into tiles: in the surest one); None
+            without a head. See `Calibration`.
+        probabilities: (H, W) probability of change, whatever the class; None without a head.
         key_changes: (H, W) norm of the key change features (the paper's Fig. 1), in the model's own units.
         regions: changed regions, largest first; empty unless they were asked for.
     """
@@ -76,6 +83,8 @@ class ChangeReport:
     score: float | None
     mask: NDArray[np.uint8] | None
     changed_fraction: float | None
+    changed_probability: float | None
+    probabilities: NDArray[np.float32] | None
     key_changes: NDArray[np.float32]
     regions: list[Region] = field(default_factory=list)
 
@@ -204,7 +213,8 @@ class Describer:
     describes, is marked as changed but the sentence says that nothing is, the likeliest of `BEAMS` other sentences
     that tells of a change takes its place, and where none does, the plain statement of class and place ("a building
     has changed in the top left corner ."). The sentence of a pair that fits into one tile stays as the model wrote
-    it: that is what is scored.
+    it: that is what is scored. With an `alarm_rate` its changed probability decides: up to the threshold the pair
+    counts as unchanged, the mask is empty and the sentence says so; above it the sentence tells of a change.
 
     Args:
         model: KCFIForConditionalGeneration, in evaluation mode.
@@ -215,10 +225,13 @@ class Describer:
         batch_size: tiles, or pairs that fit into one, that the model takes at a time; a CPU encodes fewer.
         instruction: the question put to the model.
         autocast: type that torch computes in beside weights of another (None: that of the weights).
+        alarm_rate: call at most this share of unchanged pairs (or tiles) changed, see `Calibration.threshold`; None =
+            go by the likeliest class and sentence.
         **generation: further arguments of `generate()`, for one sentence per pair.
 
     Raises:
-        InputError: a tile smaller than a patch of the vision tower, an empty batch, or several sentences asked for.
+        InputError: a tile smaller than a patch of the vision tower, an empty batch, several sentences asked for, or an
+            alarm rate for which the processor's calibration has too few pairs, or the model no head.
     """
 
     def __init__(
@@ -229,10 +242,15 @@ class Describer:
         batch_size: int = 8,
         instruction: str = INSTRUCTIONS[0],
         autocast: torch.dtype | None = None,
+        alarm_rate: float | None = None,
         **generation: Any,
     ) -> None:
         self.model, self.processor, self.batch_size = model, processor, batch_size
         self.instruction, self.autocast, self.generation = instruction, autocast, generation
+        self.calibration = Calibration(**(processor.calibration or {}))
+        self.threshold = None if alarm_rate is None else self.calibration.threshold(alarm_rate)
+        if alarm_rate is not None and model.model.change_detection_head is None:
+            raise InputError("This model has no change detection head: it cannot keep an alarm rate.")
         images, side = processor.image_processor, model.config.image_size
         resized = images.size.get("shortest_edge") or images.size["height"]
         self.tile = tile or processor.tile_size or resized
@@ -287,6 +305,15 @@ class Describer:
         """Whether an image is read at once, as in training."""
         return max(image.size) <= self.tile
 
+    def mask_logits(self, pairs: Sequence[Pair]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Mask logits (classes, H, W) of pairs that fit into a tile, and where the model saw them, bool (H, W)."""
+        sizes = [(before.height, before.width) for before, _ in pairs]
+        kind = self.model.device.type
+        with torch.no_grad(), torch.autocast(kind, self.autocast, enabled=self.autocast is not None):
+            maps = self._maps(self._compare(*self._stages(pairs, as_trained=True)))
+        resized = self.processor.image_processor.post_process_maps(maps, sizes)
+        return [(values[1:], seen) for values, seen in resized]
+
     def _describe_small(self, pairs: Sequence[Pair], regions: bool) -> Iterator[ChangeReport]:
         """Pairs that fit into a tile: encoded once, for the masks and for all sentences."""
         for batch in _chunks(pairs, self.batch_size):
@@ -296,10 +323,15 @@ class Describer:
             sentences, scores = self._write(features)
             maps = self.processor.image_processor.post_process_maps(self._maps(features), sizes)
             for index, (values, seen) in enumerate(maps):
-                report, found = _report(values, seen, regions)
+                report, found = self._report(values, seen, [(0, 0, *sizes[index][::-1])], regions)
                 report.caption, report.score = sentences[index], scores[index]
                 to_view = self.processor.image_processor.to_view
                 told = []
+                if self.threshold is not None and self._called_changed(report) != tells_of_change(report.caption):
+                    report.caption, report.score = UNCHANGED, None
+                    if self._called_changed(report):
+                        whole = to_view(torch.ones(sizes[index], dtype=torch.bool))
+                        told.append(_Told(report, report.caption_box, _likeliest(report), whole))
                 for region, area in found:
                     pixels = seen_from(report.caption_box, region.box, area)
                     told.append(_Told(region, report.caption_box, pixels, to_view(torch.from_numpy(pixels))))
@@ -308,6 +340,10 @@ class Describer:
                     self._tell(some, one, batch[index][0].size, report.mask)
                 yield report
 
+    def _called_changed(self, report: ChangeReport) -> bool:
+        """Whether the probability of a pair, read at once, is above the threshold of the alarm rate."""
+        return report.changed_probability > self.threshold  # type: ignore[operator]  # both are there
+
     def _describe_large(self, before: Image.Image, after: Image.Image, regions: bool) -> ChangeReport:
         """A pair that is cut into tiles: detected first, then described where it changed."""
         width, height = before.size
@@ -315,7 +351,7 @@ class Describer:
         head = self.model.model.change_detection_head
         channels = 1 if head is None else 1 + self.model.config.num_change_classes
         values = blend(self._tile_maps(before, after, boxes), boxes, (channels, height, width))
-        report, found = _report(values, torch.ones(height, width, dtype=torch.bool), regions)
+        report, found = self._report(values, torch.ones(height, width, dtype=torch.bool), boxes, regions)
         changed = np.zeros((height, width), bool) if report.mask is None else changed_pixels(report.mask)
         evidence = changed if changed.any() else report.key_changes
         report.caption_box = max(boxes, key=lambda box: evidence[box[1] : box[3], box[0] : box[2]].sum())
@@ -328,6 +364,8 @@ class Describer:
             pixels, view = seen_from(box, region.box, area), torch.zeros_like(whole)
             view[: pixels.shape[0], : pixels.shape[1]] = torch.from_numpy(pixels)
             told.append(_Told(region, box, pixels, view))
+        if self.threshold is not None and not changed.any():
+            told, report.caption = told[1:], UNCHANGED
         for some in _chunks(told, self.batch_size):
             views = [(self._view(before, each.box), self._view(after, each.box)) for each in some]
             self._tell(some, self._stages(views), before.size, report.mask)
@@ -413,6 +451,43 @@ class Describer:
         maps = F.interpolate(norms[:, None].unflatten(2, grid), (side, side), mode="bilinear")
         return (maps if features.mask_logits is None else torch.cat([maps, features.mask_logits.float()], 1)).cpu()
 
+    def _report(
+        self, values: torch.Tensor, seen: torch.Tensor, boxes: Sequence[Box], regions: bool
+    ) -> tuple[ChangeReport, list[tuple[Region, NDArray[np.bool_]]]]:
+        """Maps (1 or 1 + classes, H, W) of `_maps` -> a report that lacks its sentences yet, and its regions.
+
+        Args:
+            values: the maps.
+            seen: where the model saw the image, bool (H, W).
+            boxes: the tiles of the image; each is called changed or not by itself.
+            regions: whether regions are asked for.
+        """
+        height, width = values.shape[1:]
+        report = ChangeReport("", (0, 0, width, height), None, None, None, None, None, values[0].numpy())
+        found: list[tuple[Region, NDArray[np.bool_]]] = []
+        if len(values) > 1:
+            changes = 1 - self.calibration.class_probabilities(values[1:])[0]
+            called = torch.zeros_like(seen)
+            sure = [self._tile_probability(changes, seen, box) for box in boxes]
+            for (left, top, right, bottom), probability in zip(boxes, sure, strict=True):
+                called[top:bottom, left:right] |= self.threshold is None or probability > self.threshold
+            mask = (values[1:].argmax(0) * called).masked_fill(~seen, NO_LABEL).to(torch.uint8).numpy()
+            report.mask, report.probabilities = mask, changes.numpy()
+            report.changed_probability = max(sure)
+            report.changed_fraction = float(changed_pixels(mask).sum() / seen.sum())
+            found = changed_regions(mask) if regions else []
+            for region, area in found:
+                left, top, right, bottom = region.box
+                region.probability = float(report.probabilities[top:bottom, left:right][area].mean())
+        report.regions = [region for region, _ in found]
+        return report, found
+
+    def _tile_probability(self, changes: torch.Tensor, seen: torch.Tensor, box: Box) -> float:
+        """Probability that anything changed in a box of an image."""
+        left, top, right, bottom = box
+        pixels = changes[top:bottom, left:right][seen[top:bottom, left:right]]
+        return self.calibration.pair_probability(pixels) if len(pixels) else 0.0
+
     def _write(self, features: Any, **generation: Any) -> tuple[list[str], list[float]]:
         """`write_captions` with this describer's instruction and settings."""
         prompt = torch.tensor([self.processor.encode_prompt(self.instruction)], device=self.model.device)
@@ -420,18 +495,14 @@ class Describer:
         return write_captions(self.model, self.processor, features, prompt, **{**self.generation, **generation})
 
 
-def _report(
-    values: torch.Tensor, seen: torch.Tensor, regions: bool
-) -> tuple[ChangeReport, list[tuple[Region, NDArray[np.bool_]]]]:
-    """Maps (1 or 1 + classes, H, W) of `Describer._maps` -> a report that lacks its sentences yet, and its regions."""
-    mask = changed = None
-    if len(values) > 1:
-        mask = values[1:].argmax(0).masked_fill(~seen, NO_LABEL).to(torch.uint8).numpy()
-        changed = float(changed_pixels(mask).sum() / seen.sum())
-    found = changed_regions(mask) if regions and mask is not None else []
-    height, width = values.shape[1:]
-    whole = (0, 0, width, height)
-    return ChangeReport("", whole, None, mask, changed, values[0].numpy(), [region for region, _ in found]), found
+def _likeliest(report: ChangeReport) -> NDArray[np.bool_]:
+    """The marked pixels of a report, (H, W); where they are fewer than `MIN_REGION`, the likeliest so many."""
+    assert report.mask is not None and report.probabilities is not None  # there is a head
+    pixels = changed_pixels(report.mask)
+    if pixels.sum() < MIN_REGION:
+        count = min(MIN_REGION, pixels.size)
+        pixels = report.probabilities >= np.partition(report.probabilities.ravel(), -count)[-count]
+    return pixels
 
 
 __all__ = ["ChangeReport", "Describer", "Region"]

@@ -22,7 +22,8 @@ class ChangeCaptioningPipeline(Pipeline):
         >>> captioner = pipeline("change-captioning", model="folder-or-hub-id")
         >>> captioner(["before.png", "after.png"])
         {'caption': 'a house appears next to the road .', 'caption_box': (0, 0, 256, 256),
-         'mask': <PIL.Image.Image ...>, 'changed_fraction': 0.031, 'score': 0.87}
+         'mask': <PIL.Image.Image ...>, 'changed_fraction': 0.031, 'changed_probability': 0.98,
+         'score': 0.87}
     """
 
     model: Any  # KCFIForConditionalGeneration; models and processors import nothing of each other
@@ -43,19 +44,20 @@ class ChangeCaptioningPipeline(Pipeline):
                 arrays or tensors, also stacked (2, C, H, W) or (B, 2, C, H, W). Examples of KCFI's data sets (with
                 `image_before`, `image_after`) count as pairs.
             **kwargs: `batch_size`; `instruction` (default: the first of Table I); `regions` = True for a sentence per
-                changed region; `tile`, see `Describer`; `reading`, settings of `read_pair` as a dict; and arguments of
-                `generate()`.
+                changed region; `tile` and `alarm_rate`, see `Describer`; `reading`, settings of `read_pair` as a dict;
+                and arguments of `generate()`.
 
         Returns:
             For one pair a dict, for a list a list of them, otherwise an iterator:
             `caption` (str);
             `caption_box`, the part of the images (left, top, right, bottom in pixels) that it describes;
             `mask`, a PIL image (mode L) of class ids at the input's size, 255 where the model did not look;
-            `changed_fraction`, the share of pixels it looked at that are of a change class (both None without a change
-            detection head);
+            `changed_fraction`, the share of pixels it looked at that are of a change class, and `changed_probability`,
+            that anything changed (all three None without a change detection head);
             `score` (0 to 1), the geometric mean of the probabilities of the caption's tokens (None where the mask
             spoke, see `Describer`);
-            `regions`, if they were asked for: dicts with `box`, `pixels`, `caption` and `score`, largest first.
+            `regions`, if they were asked for: dicts with `box`, `pixels`, `caption`, `score` and `probability`,
+            largest first.
         """
         if isinstance(pairs, (list, tuple, np.ndarray, torch.Tensor)):
             pairs = unstack(pairs)
@@ -68,10 +70,11 @@ class ChangeCaptioningPipeline(Pipeline):
         instruction: str | None = None,
         regions: bool | None = None,
         tile: int | None = None,
+        alarm_rate: float | None = None,
         reading: Mapping[str, Any] | None = None,
         **generate_kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        describing = {"instruction": instruction, "regions": regions, "tile": tile}
+        describing = {"instruction": instruction, "regions": regions, "tile": tile, "alarm_rate": alarm_rate}
         forward = {name: value for name, value in describing.items() if value is not None}
         preprocess = {} if reading is None else {"reading": reading}
         return preprocess, {**forward, **generate_kwargs}, {} if regions is None else {"regions": regions}
@@ -90,6 +93,7 @@ class ChangeCaptioningPipeline(Pipeline):
         instruction: str = INSTRUCTIONS[0],
         regions: bool = False,
         tile: int | None = None,
+        alarm_rate: float | None = None,
         **generate_kwargs: Any,
     ) -> dict[str, Any]:
         """Describe the pairs of a batch."""
@@ -97,7 +101,8 @@ class ChangeCaptioningPipeline(Pipeline):
         pairs = input_tensors["pairs"]
         batched = isinstance(pairs[0], list)  # the base class makes a list of the lists of `preprocess`
         pairs = [pair for (pair,) in pairs] if batched else pairs
-        describer = Describer(self.model, self.processor, tile, max(len(pairs), 8), instruction, **settings)
+        size = max(len(pairs), 8)
+        describer = Describer(self.model, self.processor, tile, size, instruction, alarm_rate=alarm_rate, **settings)
         reports = describer.describe_pairs(pairs, regions)
         return {"reports": [[report] for report in reports] if batched else reports}
 
@@ -109,6 +114,7 @@ class ChangeCaptioningPipeline(Pipeline):
             "caption_box": report.caption_box,
             "mask": None if report.mask is None else Image.fromarray(report.mask),
             "changed_fraction": report.changed_fraction,
+            "changed_probability": report.changed_probability,
             "score": report.score,
         }
         if regions:

@@ -1,7 +1,7 @@
 """KCFIProcessor: a before/after pair and an instruction -> model inputs, and the model's outputs -> results."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -10,6 +10,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
+from .calibration_kcfi import Calibration
 from .image_processing_kcfi import KCFIImageProcessor
 from .reading_kcfi import InputError, unstack
 
@@ -141,6 +142,8 @@ class KCFIProcessor(ProcessorMixin):
         tile_size: side in pixels of the images that the model was trained on; `Describer` cuts larger ones into tiles
             of it. None = that to which the image processor resizes. Training sets it.
         ground_sampling_distance: m per pixel of these images; None = not known.
+        calibration: fields of a `Calibration`, as `kcfi calibrate` measures them; None = probabilities as the model
+            gives them.
 
     Example:
         >>> inputs = processor(images=[[before, after]], text=[processor.prompt()], return_tensors="pt")
@@ -159,6 +162,7 @@ class KCFIProcessor(ProcessorMixin):
         image_token: str = "<image>",
         tile_size: int | None = None,
         ground_sampling_distance: float | None = None,
+        calibration: Mapping[str, Any] | None = None,
     ) -> None:
         if visual_inputs not in NUM_IMAGE_TOKENS:
             raise InputError(f"visual_inputs={visual_inputs!r} is not one of {', '.join(NUM_IMAGE_TOKENS)}.")
@@ -171,6 +175,8 @@ class KCFIProcessor(ProcessorMixin):
         self.visual_inputs = visual_inputs
         self.tile_size = tile_size
         self.ground_sampling_distance = ground_sampling_distance
+        self.calibration = calibration
+        Calibration(**(calibration or {}))  # refuses other fields
         self.num_image_tokens = NUM_IMAGE_TOKENS[visual_inputs]
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)

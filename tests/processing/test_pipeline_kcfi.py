@@ -57,7 +57,7 @@ def same(result, expected):
 def test_a_pair_gives_a_caption_and_a_mask_of_its_size(captioner, pair):
     assert isinstance(captioner, ChangeCaptioningPipeline)
     result = captioner(pair, **SHORT)
-    assert set(result) == {"caption", "caption_box", "mask", "changed_fraction", "score"}
+    assert set(result) == {"caption", "caption_box", "mask", "changed_fraction", "changed_probability", "score"}
     assert result["caption_box"] == (0, 0, *pair[0].size)
     assert isinstance(result["caption"], str) and result["caption"]
     assert (result["mask"].mode, result["mask"].size) == ("L", pair[0].size)

@@ -1,6 +1,6 @@
 """Captions of synthetic scenes: the facts that hold for a pair, and sentences in LEVIR-CC's words that state them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +24,8 @@ class ObjectChange:
         road: What they stand along: "road", "roads", "new road" or "new roads" (which changed as well), "" if one of
             them stands along none.
         both_sides: They stand on both sides of one road.
+        rows: Villas: sides of roads along which at least `ROWS` of them stand, 0 unless all stand so.
+        parking: A large building with a parking lot.
     """
 
     kind: ObjectKind
@@ -31,6 +33,8 @@ class ObjectChange:
     position: str
     road: Literal["", "road", "roads", "new road", "new roads"] = ""
     both_sides: bool = False
+    rows: int = 0
+    parking: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,77 +85,120 @@ def locate(pixels: NDArray[np.bool_]) -> str:
     return "center" if inner.sum() >= POSITION_SHARE * pixels.sum() else ""
 
 
-NOUNS: dict[ObjectKind, list[str]] = {
-    "villa": ["villa", "house"],
-    "large building": ["large building"],
-    "road": ["road"],
+# Wordings with how often LEVIR-CC's captions of changed pairs use them, roughly, relative to each other in a table
+# (counted in the train split: `docs/real_pairs.md`). A sentence is made of facts; no sentence of the data set is kept.
+Wordings = Mapping[str, float]
+
+NOUNS: dict[ObjectKind, Wordings] = {
+    "villa": {"house": 6, "building": 2, "villa": 2, "detached house": 0.6},
+    "large building": {"large building": 3, "building": 2},
+    "road": {"road": 1},
 }
+ROWS = 3  # houses along one side of a road are a row from so many on
 
 
-def _noun_phrases(change: ObjectChange, appears: bool) -> list[str]:
-    """Ways to name the changed objects of one kind with their rough count."""
-    nouns = NOUNS[change.kind]
+def _some(count: int) -> Wordings:
+    """Words for a rough count of 2 or more."""
+    exact: dict[int, Wordings] = {2: {"two": 1}, 3: {"three": 3}, 4: {"four": 1.5}}
+    if count > 6:
+        return {"many": 5, "lots of": 0.7, "massive": 0.5}
+    return exact.get(count) or {"some": 4, "several": 2}
+
+
+def _subjects(change: ObjectChange, appears: bool, alone: bool) -> Wordings:
+    """Ways to name the changed objects of one kind with their rough count.
+
+    Args:
+        change: the objects.
+        appears: whether they were built.
+        alone: whether no other kind of building changed, so that "buildings" says which.
+    """
+    nouns = {noun: weight for noun, weight in NOUNS[change.kind].items() if alone or noun != "building"}
     if change.count == 1:
-        return [f"a {noun}" for noun in nouns] + (["a new road"] if change.kind == "road" and appears else [])
-    if change.count == 2:
-        words = ["two"]
-    elif change.count <= 6:
-        words = ["some", "several", *{3: ["three"], 4: ["four"]}.get(change.count, [])]
-    else:
-        words = ["many", "lots of", *(["rows of"] if change.kind == "villa" and change.road else [])]
-    return [f"{word} {noun}s" for word in words for noun in nouns]
+        named = {f"a {noun}": weight for noun, weight in nouns.items()}
+        if change.kind == "road" and appears:
+            named |= {"a new road": 0.3}
+        if change.parking and appears:
+            named |= {f"{name} with a parking lot": weight for name, weight in named.items()}
+        return named
+    counts = dict(_some(change.count))
+    if 3 <= change.count <= 6:
+        counts |= {"some": 3, "several": 1.5}
+    named = {f"{word} {noun}s": a * b for word, a in counts.items() for noun, b in nouns.items()}
+    if change.kind == "villa" and change.rows:
+        words = {1: "a row of", 2: "two rows of", 3: "three rows of"}
+        row = words.get(change.rows, "rows of")
+        named |= {f"{row} {noun}s": 1.5 * weight for noun, weight in nouns.items()}
+        if change.rows > 1:
+            named |= {f"rows of {noun}s": weight for noun, weight in nouns.items()}
+    return named
 
 
-def _verbs(appears: bool, plural: bool) -> list[str]:
+def _verbs(appears: bool, plural: bool) -> Wordings:
     be, have = ("are", "have") if plural else ("is", "has")
     if appears:
-        return [
-            "appear" if plural else "appears",
-            f"{be} built",
-            f"{have} been built",
-            f"{be} constructed",
-            "show up" if plural else "shows up",
-        ]
-    return [
-        "disappear" if plural else "disappears",
-        f"{be} removed",
-        f"{have} been removed",
-        f"{have} disappeared",
-        f"{be} demolished",
-    ]
+        return {
+            f"{be} built": 5,
+            "appear" if plural else "appears": 2.5,
+            f"{be} constructed": 1.5,
+            f"{have} been built": 1,
+            f"{have} been constructed": 0.4,
+            "show up" if plural else "shows up": 0.3,
+        }
+    return {
+        f"{be} removed": 3,
+        "disappear" if plural else "disappears": 2,
+        f"{have} been removed": 1.5,
+        f"{have} disappeared": 0.5,
+        f"{be} demolished": 0.5,
+    }
 
 
-def _position_phrases(position: str) -> list[str]:
+def _positions(position: str) -> Wordings:
     if not position:
-        return []
+        return {}
     if position == "center":
-        return ["in the center of the scene", "in the middle of the scene"]
+        return {"in the center of the scene": 2, "in the middle of the scene": 1, "in the middle": 0.5}
     if position.endswith("corner"):
-        return [f"in the {position} of the scene", f"at the {position}"]
+        upper = position.replace("top", "upper").replace("bottom", "lower")
+        return {
+            f"in the {position} of the scene": 2,
+            f"in the {upper}": 1,
+            f"in the {position}": 1,
+            f"on the {upper.removesuffix(' corner')}": 0.7,
+        }
     if position in ("left", "right"):
-        return [f"on the {position} side of the scene", f"on the {position}"]
-    return [f"at the {position} of the scene", f"at the {position}"]
+        return {f"on the {position} side of the scene": 2, f"on the {position}": 1.5}
+    return {f"at the {position} of the scene": 2, f"at the {position}": 2}
 
 
-def _road_phrases(change: ObjectChange) -> list[str]:
-    """Where the objects stand relative to a road that is there at the same date."""
+def _along(change: ObjectChange) -> Wordings:
+    """Where the objects stand relative to a road that is there at the same date; a new road may be just "the road"."""
     if not change.road:
-        return []
-    if change.kind == "large building":
-        return [f"beside the {change.road}", f"next to the {change.road}"]
-    if change.both_sides:
-        return [f"along the {change.road}", f"on both sides of the {change.road}"]
-    return [f"beside the {change.road}", *([f"along the {change.road}"] if change.count > 1 else [])]
+        return {}
+    old, near = change.road.removeprefix("new "), {"beside": 2.0, "next to": 1.0}
+    if change.kind == "villa" and change.count > 1:
+        near = {"on both sides of": 4.0, "along": 4.0} if change.both_sides else {"along": 4.0, "beside": 1.0}
+    said = {f"{word} the {old}": weight for word, weight in near.items()}
+    if change.road != old:
+        said |= {f"{word} the newly built {old}": 0.2 * weight for word, weight in near.items()}
+    return said
 
 
-GROUND_PHRASES = {"trees": ["in the woods"], "bareland": ["on the bareland"], "grass": ["on the grass"], "": []}
+GROUNDS: dict[Ground, Wordings] = {
+    "trees": {"in the woods": 2, "in the forest": 1},
+    "bareland": {"on the bareland": 4, "in the bareland": 1.5, "on bareland": 1, "in the desert": 1},
+    "grass": {"on the grass": 1, "on the meadow": 0.6},
+    "": {},
+}
+REPLACED = {"trees": {"trees": 3, "woods": 1}, "bareland": {"bareland": 1}, "grass": {"grass": 1}}
 
 
 def describe(change: Change, rng: np.random.Generator) -> list[str]:
-    """Five sentences in LEVIR-CC's words that say nothing but the given facts, every changed kind named in each.
+    """Five sentences in LEVIR-CC's words, about as frequent as there, that say nothing but the given facts.
 
-    A changed object is indefinite ("a road", "some villas"), what is there at both dates definite ("the road"), and
-    "the new road" is one that changed.
+    Buildings that changed are named in every sentence; of a road that changed with them, some only say that the
+    buildings stand along it, as annotators do. "The newly built road" is one that changed.
 
     Returns:
         Lower-case sentences that end in " ."; LEVIR-CC's five stock sentences when nothing changed.
@@ -167,39 +214,58 @@ def describe(change: Change, rng: np.random.Generator) -> list[str]:
 
 
 def _sentence(change: Change, rng: np.random.Generator) -> str:
-    def pick(options: Sequence[Any]) -> Any:
-        return options[int(rng.integers(len(options)))]
+    """One sentence, drawn by the weights of the wordings."""
 
-    def subject(objects: Sequence[ObjectChange]) -> str:
-        return " and ".join(pick(_noun_phrases(entry, change.appears)) for entry in objects)
+    def pick(wordings: Wordings) -> str:
+        ends = np.cumsum(list(wordings.values()))
+        return list(wordings)[int(np.searchsorted(ends, rng.random() * ends[-1], side="right"))]
 
-    def clause(objects: Sequence[ObjectChange], places: Sequence[str]) -> str:
-        verb = pick(_verbs(change.appears, sum(entry.count for entry in objects) > 1))
-        return " ".join([subject(objects), verb, *([pick(places)] if places else [])])
+    def maybe(*places: Wordings) -> str:
+        """A place of the first kind that there is, behind a space."""
+        return next((f" {pick(place)}" for place in places if place), "")
 
-    first, last = change.objects[0], change.objects[-1]
-    position, ground = _position_phrases(change.position), GROUND_PHRASES[change.ground]
-    plural = len(change.objects) > 1 or first.count > 1
+    buildings = [entry for entry in change.objects if entry.kind != "road"]
+    road = next((entry for entry in change.objects if entry.kind == "road"), None)
+    named = {e.kind: pick(_subjects(e, change.appears, len(buildings) < 2)) for e in change.objects}
+
+    def clause(objects: Sequence[ObjectChange], *places: str) -> str:
+        """Subject, verb and places; "a row of houses is built"."""
+        text = " and ".join(named[entry.kind] for entry in objects)
+        plural = len(objects) > 1 or not text.startswith("a ")
+        return f"{text} {pick(_verbs(change.appears, plural))}{''.join(places)}"
+
+    where, ground, everything = _positions(change.position), GROUNDS[change.ground], list(change.objects)
+    subject = " and ".join(named[entry.kind] for entry in everything)
+    several = len(everything) > 1 or not subject.startswith("a ")
+    forms: dict[str, float] = {clause(everything): 0.5}
     if not change.appears:
-        forms = [clause(change.objects, position), clause(change.objects[::-1], position)]
-        if len(change.objects) == 1:
-            forms.append(clause([first], _road_phrases(first)))
+        forms[clause(everything[::-1], maybe(where))] = 1.5
+        if len(everything) == 1:
+            forms[clause(everything, maybe(_along(everything[0]), where))] = 1
         if change.ground:
-            forms.append(f"{subject(change.objects)} {'are' if plural else 'is'} replaced by {change.ground}")
-        return str(pick(forms))
+            forms[f"{subject} {'are' if several else 'is'} replaced by {pick(REPLACED[change.ground])}"] = 0.7
+        return pick(forms)
 
-    forms = [clause(change.objects, position), clause(change.objects, ground or position)]
-    if len(change.objects) == 1:
-        forms.append(clause([first], _road_phrases(first) or position))
-        forms.append(clause([first], _road_phrases(first) or ground))
-    else:  # a road, and buildings that may stand along it
-        beside = _road_phrases(last)
-        forms.append(clause([first], ground) + " and " + clause([last], _position_phrases(last.position)))
-        forms.append(clause([last], beside) if last.road.startswith("new") else clause([last, first], position))
-        forms.append(clause([first], _position_phrases(first.position)) + " and " + clause([last], beside[:1]))
-        if last.kind == "villa" and last.both_sides:
-            forms.append(f"{clause([first], [])} with {subject([last])} on both sides")
-    if change.ground == "trees":
-        forms.append("the trees are removed and " + clause(change.objects, position))
-        forms.append(f"{subject(change.objects)} {'replace' if plural else 'replaces'} the trees")
-    return str(pick(forms))
+    old = pick({"trees": 3, "woods": 0.7}) if change.ground == "trees" else ""
+    if where:
+        forms[clause(everything[::-1], maybe(where))] = 2
+    if ground:
+        forms[clause(everything[::-1], maybe(ground))] = 2.5
+    if old:
+        forms[f"the {old} are removed and " + clause(everything, maybe(where) if rng.random() < 0.3 else "")] = 1.5
+        forms[f"{subject} {'replace' if several else 'replaces'} the {old}"] = 1
+        forms[f"the {old} are replaced by {subject}"] = 0.5
+    along = _along(buildings[-1]) if buildings else {}
+    if along:
+        forms[clause(buildings, maybe(along))] = 4
+        forms[clause(buildings, maybe(along), maybe(ground, where))] = 1.5
+    if road and len(buildings) == 1:
+        houses = named[buildings[0].kind]
+        if along:
+            sides = "on both sides" if buildings[0].both_sides else "along" if buildings[0].count > 1 else "beside"
+            roads = f"{named['road']} with {houses} {sides}"
+            forms[f"{roads} {pick(_verbs(True, not roads.startswith('a ')))}{maybe(ground, where)}"] = 1.5
+        if buildings[0].kind == "villa" and buildings[0].count > 6:
+            roads = "roads" if road.count > 1 else "a road"
+            forms[f"a residential area with many houses and {roads} {pick(_verbs(True, False))}"] = 1.5
+    return pick(forms)

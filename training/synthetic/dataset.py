@@ -12,13 +12,14 @@ goes through four steps, each a pure function of (seed, split, index):
 4. picture (`painting.py`): each date is painted under its own light, season, trees, shadows, cars, noise and
    registration shift (the irrelevant changes), with textures from `Materials` (`textures.py`).
 
-With a library of real surfaces (`kcfi data materials`) there are three kinds of pairs, mixed by `pair_mix`: "drawn"
-(procedural textures), "composed" (the same geometry with real ground and roofs) and "single_date" (one real image
-twice, `single_dates.py`).
+With a library of real surfaces (`kcfi data materials`) there are four kinds of pairs, mixed by `pair_mix`: "drawn"
+(procedural textures), "composed" (the same geometry with real ground and roofs), "single_date" (one real image
+twice, `single_dates.py`) and "developed" (two real images, `developed.py`).
 """
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,7 +35,8 @@ from tqdm import tqdm
 from kcfi.files import check_new_folder
 from kcfi.pictures import MASK_BUILDING, MASK_ROAD, contact_sheet, overlay
 from kcfi.processing import InputError
-from kcfi.training.synthetic.captions import Change, Ground, ObjectChange, describe, locate
+from kcfi.training.synthetic.captions import ROWS, Change, Ground, ObjectChange, describe, locate
+from kcfi.training.synthetic.developed import OPEN_LAND, draw_developed, open_scenes
 from kcfi.training.synthetic.layout import (
     MARGIN,
     Layout,
@@ -66,12 +68,13 @@ __all__ = [
 ]
 
 SPLITS = {"train": 0, "val": 1, "test": 2}  # position of a split in the seed
-PAIR_KINDS = ("drawn", "composed", "single_date")
-ZOOM = (0.8, 1.5)  # of pairs with real materials: users' images are not all at 0.5 m/px, nor all houses of one size
+PAIR_KINDS = ("drawn", "composed", "single_date", "developed")
+REAL_PLACES = {"single_date": draw_pair, "developed": draw_developed}
+ZOOM = (0.7, 1.6)  # of pairs with real materials: users' images are not all at 0.5 m/px, nor all houses of one size
 
 
 def _ground_below(layout: Layout, cover: Cover, changed: NDArray[np.bool_]) -> Ground:
-    """What covers most of the changed pixels at the date without the objects; "" when mixed, or a dry field."""
+    """What covers most of the changed pixels at the date without the objects; "" when mixed."""
     trees = crop(cover.trees)[changed]
     if trees.mean() > 0.45:
         return "trees"
@@ -82,7 +85,7 @@ def _ground_below(layout: Layout, cover: Cover, changed: NDArray[np.bool_]) -> G
             share[other] *= 1 - opaque
         share[kind] += opaque
     if trees.mean() < 0.2:
-        if share["soil"].mean() > 0.6:
+        if (share["soil"] + share["field"]).mean() > 0.6:  # annotators call a dry field bareland too
             return "bareland"
         if share["grass"].mean() > 0.6:
             return "grass"
@@ -105,7 +108,10 @@ def _measure(layout: Layout, objects: NDArray[np.uint8], ground: Ground) -> Chan
             both_sides = len(found) > 2 and any(side and (road, -side) in sides for road, side in sides)
             road = _name_roads({b.road for b in found}, layout, in_view)
             position = locate(np.isin(objects, numbers))
-            changed.append(ObjectChange(kind, len(found), position, road, both_sides and road != ""))
+            lengths = Counter((b.road, b.side) for b in found)
+            rows = len(lengths) if kind == "villa" and road and min(lengths.values()) >= ROWS else 0
+            parking = kind == "large building" and all(b.parking for b in found)
+            changed.append(ObjectChange(kind, len(found), position, road, both_sides and road != "", rows, parking))
     return Change(tuple(changed), layout.appears, locate(objects > 0), ground)
 
 
@@ -230,6 +236,7 @@ class SyntheticDataset(Dataset[dict[str, Any]]):
         self.materials = materials
         library = materials if isinstance(materials, LibraryMaterials) and materials.has_tiles(labelled=True) else None
         possible = {"drawn": True, "composed": materials is not None, "single_date": library is not None}
+        possible["developed"] = library is not None and bool(open_scenes(library))
         self.mix = check_pair_mix(pair_mix or {kind: 1.0 for kind, is_possible in possible.items() if is_possible})
         if self.mix["composed"] and not possible["composed"]:
             raise InputError("pair_mix asks for 'composed' pairs: they need a library of `kcfi data materials`")
@@ -237,6 +244,11 @@ class SyntheticDataset(Dataset[dict[str, Any]]):
             raise InputError(
                 "pair_mix asks for 'single_date' pairs: they need a library of `kcfi data materials` with labelled "
                 f"tiles of split '{split}'"
+            )
+        if self.mix["developed"] and not possible["developed"]:
+            raise InputError(
+                "pair_mix asks for 'developed' pairs: they need a library of `kcfi data materials` with labelled "
+                f"tiles and tiles of open land ({', '.join(OPEN_LAND)}) of split '{split}'"
             )
 
     def __len__(self) -> int:
@@ -256,8 +268,8 @@ class SyntheticDataset(Dataset[dict[str, Any]]):
     def scene(self, index: int) -> tuple[Scene, np.random.Generator]:
         """The scene of a drawn or composed pair, at the side it is drawn at, and the generator for its captions."""
         rng, changed = self._chance(index)
-        if self.kind(index) == "single_date":
-            raise InputError(f"pair {index} is a single-date pair: it has no scene")
+        if self.kind(index) in REAL_PLACES:
+            raise InputError(f"pair {index} is made of real places: it has no scene")
         return draw_scene(rng, changed, self._settings(index)), rng
 
     def _settings(self, index: int) -> SyntheticSettings:
@@ -274,12 +286,13 @@ class SyntheticDataset(Dataset[dict[str, Any]]):
         real = self.materials if self.kind(index) == "composed" else None
         return Painter(scene.layout, scene.window, real or ProceduralMaterials(), rng)
 
-    def _single_date(self, index: int) -> tuple[SingleDatePair, np.random.Generator] | None:
-        """A single-date pair and the generator for its captions; None if the index holds another kind."""
-        if self.kind(index) != "single_date" or not isinstance(self.materials, LibraryMaterials):
+    def _real_places(self, index: int) -> tuple[SingleDatePair, np.random.Generator] | None:
+        """A pair of real places and the generator for its captions; None if the index holds another kind."""
+        draw = REAL_PLACES.get(self.kind(index))
+        if draw is None or not isinstance(self.materials, LibraryMaterials):
             return None
         rng, changed = self._chance(index)
-        return draw_pair(self.materials, rng, changed, self._settings(index)), rng
+        return draw(self.materials, rng, changed, self._settings(index)), rng
 
     def truth(self, index: int) -> tuple[NDArray[np.uint8], Change, list[str]]:
         """Mask (H, W), facts and captions of a drawn pair, not painted: for pretraining a language model."""
@@ -294,7 +307,7 @@ class SyntheticDataset(Dataset[dict[str, Any]]):
 
     def standing(self, index: int) -> NDArray[np.bool_]:
         """Pixels of (labelled) buildings that stand at both dates, (H, W)."""
-        single = self._single_date(index)
+        single = self._real_places(index)
         pixels = single[0].standing if single else self.scene(index)[0].standing
         return np.asarray(self._resized(Image.fromarray(pixels)))
 
@@ -302,7 +315,7 @@ class SyntheticDataset(Dataset[dict[str, Any]]):
         return image.resize((self.settings.image_size,) * 2, method)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        single = self._single_date(index)
+        single = self._real_places(index)
         if single is not None:
             pair, rng = single
             before, after, mask, change = pair.before, pair.after, pair.mask, pair.change

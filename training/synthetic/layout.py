@@ -109,7 +109,7 @@ SCENARIOS = (
     Scenario(("road",), 0.11),
     Scenario(("road", "large building"), 0.09),
 )
-REMOVED_WEIGHT = 0.25  # how often a change is a removal, relative to the same change as an appearance
+REMOVED_WEIGHT = 0.15  # how often a change is a removal, relative to the same change as an appearance
 
 
 def xy(point: Polygon) -> tuple[float, float]:
@@ -195,6 +195,7 @@ class Building:
         road: Index of the road it stands along, -1 for none.
         side: 1 or -1, the side of that road.
         changing: Whether it comes or goes between the states.
+        parking: Whether its lot is large enough for parked cars.
     """
 
     kind: ObjectKind
@@ -209,6 +210,7 @@ class Building:
     road: int
     side: int
     changing: bool
+    parking: bool = False
 
     def footprint(self) -> list[Polygon]:
         """The polygons whose union the building covers."""
@@ -369,7 +371,7 @@ def _draw_villa(
         road: Index of the road, -1 for none.
         side: Side of the road.
     """
-    half_width, half_depth = rng.uniform(10.5, min(15.5, lot_width / 2 - 3)), rng.uniform(9.5, 14)
+    half_width, half_depth = rng.uniform(10, min(18, lot_width / 2 - 2)), rng.uniform(9, 17)
     boxes = [Box(-half_width, half_width, -half_depth, half_depth)]
     left = rng.choice([-1, 1])
     if rng.random() < 0.75:  # garage in front
@@ -394,7 +396,7 @@ def _draw_villa(
         bounds=bounds,
         boxes=tuple(boxes),
         hip=float(rng.choice([1.0, 1.0, 1.0, 0.55, 0.0])),
-        tint=tuple((rng.uniform(0.72, 1.28) * rng.uniform(0.96, 1.04, 3)).tolist()),
+        tint=tuple((rng.uniform(0.6, 1.4) * rng.uniform(0.92, 1.08, 3)).tolist()),
         lot=frame.box(-lot_width / 2, lot_width / 2, -edge + 1, back),
         driveway=frame.box(garage - 4, garage + 4, -edge, -half_depth) if road >= 0 else None,
         pool=pool,
@@ -409,7 +411,7 @@ def _draw_row(
 ) -> tuple[list[Building], list[Polygon]]:
     """Villas and empty lots along one side of a road."""
     villas, empty = [], []
-    lot_width, gappy = rng.uniform(31, 44), rng.choice([0.0, 0.12, 0.5])
+    lot_width, gappy = rng.uniform(27, 46), rng.choice([0.0, 0.12, 0.5])
     position = rng.uniform(0, lot_width)
     length = (len(road.points) - 1) * ROAD_STEP
     while position < length:
@@ -418,7 +420,7 @@ def _draw_row(
         x, y = road.points[at]
         if not (-30 < x < canvas + 30 and -30 < y < canvas + 30):
             continue
-        edge = rng.uniform(25, 29)
+        edge = rng.uniform(26, 31)
         away = road.width / 2 + edge
         heading = road.headings[at]
         frame = Frame(x - side * away * math.sin(heading), y + side * away * math.cos(heading), heading)
@@ -439,7 +441,9 @@ def _draw_row(
 def _draw_large_building(rng: np.random.Generator, plot: _Plot, canvas: int) -> Building | None:
     """A flat or low roof of 25 to 70 m with a parking lot, somewhere free; None if there is no such place."""
     for _ in range(25):
-        half_width, half_depth = rng.uniform(26, 64), rng.uniform(20, 38)
+        # halls, and blocks of flats, which are long and narrow
+        hall = rng.random() < 0.75
+        half_width, half_depth = rng.uniform(26, 75), rng.uniform(20, 55) if hall else rng.uniform(9, 14)
         x, y = rng.uniform(0.08, 0.92, 2) * canvas
         road, angle = -1, rng.uniform(0, 2 * math.pi)
         if plot.roads:
@@ -454,14 +458,20 @@ def _draw_large_building(rng: np.random.Generator, plot: _Plot, canvas: int) -> 
         main = Box(-half_width, half_width, -half_depth, half_depth)
         if not plot.free(frame, main, 8):
             continue
-        front, back = rng.uniform(14, 34), rng.uniform(4, 16)
+        front, back = rng.uniform(14, 34) if rng.random() < 0.6 else rng.uniform(34, 110), rng.uniform(4, 16)
         parking = Box(-half_width - 5, half_width + 5, -half_depth - front, half_depth + back)
-        if not plot.free(frame, parking, 2):
+        cars = plot.free(frame, parking, 2)
+        if not cars:
             parking = Box(-half_width - 3, half_width + 3, -half_depth - 3, half_depth + 3)
         boxes = [main]
-        if rng.random() < 0.3:  # an L: cut a corner by replacing the front half with a narrower wing
+        form = rng.random()
+        if form < 0.3:  # an L: cut a corner by replacing the front half with a narrower wing
             cut = rng.uniform(-0.3, 0.3) * half_width
             boxes = [Box(-half_width, half_width, 0, half_depth), Box(-half_width, cut, -half_depth, 0)]
+        elif form < 0.4 and hall:  # a U: two wings around a courtyard
+            wing = rng.uniform(0.3, 0.45) * half_width
+            boxes = [Box(-half_width, half_width, half_depth - 2 * wing, half_depth)]
+            boxes += [Box(u, u + wing, -half_depth, half_depth) for u in (-half_width, half_width - wing)]
         plot.boxes.append((frame, parking))
         return Building(
             kind="large building",
@@ -469,13 +479,14 @@ def _draw_large_building(rng: np.random.Generator, plot: _Plot, canvas: int) -> 
             bounds=main,
             boxes=tuple(boxes),
             hip=float(rng.choice([-1.0, -1.0, 0.0])),  # -1 = flat
-            tint=tuple((rng.uniform(0.85, 1.12) * rng.uniform(0.97, 1.03, 3)).tolist()),
+            tint=tuple((rng.uniform(0.75, 1.15) * rng.uniform(0.94, 1.06, 3)).tolist()),
             lot=frame.box(parking.u0, parking.u1, parking.v0, parking.v1),
             driveway=None,
             pool=None,
             road=road,
             side=0,
             changing=False,
+            parking=cars,
         )
     return None
 

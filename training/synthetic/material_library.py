@@ -98,7 +98,7 @@ class LibraryMaterials(ProceduralMaterials):
         return any(bool(entry.label) == labelled for entry in self.by_kind.get("tile", []))
 
     def tile(
-        self, labelled: bool, size: int, rng: np.random.Generator
+        self, labelled: bool, size: int, rng: np.random.Generator, scene: str = ""
     ) -> tuple[Image.Image, NDArray[np.uint8] | None]:
         """A real place, `size` x `size` px, turned and mirrored; a mosaic where the tiles of the library are smaller.
 
@@ -106,6 +106,7 @@ class LibraryMaterials(ProceduralMaterials):
             labelled: Whether labels are wanted.
             size: Side in px.
             rng: Source of chance.
+            scene: Class of scenes; "": any.
 
         Returns:
             RGB image, and labels (size, size) or None for a tile without. The seams of a mosaic are `KEEP_OFF`.
@@ -113,7 +114,7 @@ class LibraryMaterials(ProceduralMaterials):
         Raises:
             ValueError: If the split has no such tile.
         """
-        tiles = [entry for entry in self.by_kind.get("tile", []) if bool(entry.label) == labelled]
+        tiles = [e for e in self.by_kind.get("tile", []) if bool(e.label) == labelled and scene in ("", e.scene)]
         if not tiles:
             raise InputError(f"{self.root} has no {'labelled' if labelled else 'unlabelled'} tiles")
         first = tiles[int(rng.integers(len(tiles)))]

@@ -32,7 +32,7 @@ class Look:
     """How a date looks. Each field is one irrelevant change, named like its switch in `SyntheticSettings`.
 
     Attributes:
-        light: Brightness, contrast, gamma, saturation, and the gains of red, green and blue.
+        light: Brightness, contrast, gamma, saturation, haze (grey level of black), and the gains of red, green, blue.
         season: Gains of red, green and blue of low vegetation, then of trees.
         trees: Seed of the jitter of single trees.
         shadows: Direction to the sun (radians in the image) and length of a villa's shadow in px.
@@ -60,18 +60,19 @@ def _draw_look(rng: np.random.Generator) -> Look:
     seeds = rng.integers(0, 2**31, 4).tolist()
     return Look(
         light=(
-            rng.uniform(0.72, 1.15),
-            rng.uniform(0.85, 1.3),
-            rng.uniform(0.8, 1.25),
-            rng.uniform(0.55, 1.25),
-            *rng.uniform(0.95, 1.05, 3).tolist(),
+            rng.uniform(0.5, 1.2),
+            rng.uniform(0.75, 1.4),
+            rng.uniform(0.75, 1.3),
+            rng.uniform(0.4, 1.3),
+            max(0.0, rng.uniform(-20, 35)),
+            *rng.uniform(0.93, 1.07, 3).tolist(),
         ),
         season=(1 + 0.1 * dry, 1 - 0.03 * dry, 1 - 0.03 * dry, 1 + 0.1 * dry, 1.0, 1 + 0.03 * dry),
         trees=seeds[0],
         shadows=(rng.uniform(0.12, 0.88) * math.pi, rng.uniform(3, 9)),  # the sun stands in the south, image bottom
         cars=seeds[1],
         noise=(seeds[2], rng.uniform(1.0, 5.0)),
-        blur=float(rng.choice([0.0, rng.uniform(0.3, 0.8)])),
+        blur=float(rng.choice([0.0, rng.uniform(0.3, 1.2)])),
         shift=(0.0, 0.0),
         ground=seeds[3],
     )
@@ -232,7 +233,7 @@ def _trees(layout: Layout, state: int, look: Look, window: Window) -> Array:
     x, y = x[near].clip(0, canvas - 1), y[near].clip(0, canvas - 1)
     rng = np.random.default_rng(look.trees)
     density = wooded[y, x] * rng.uniform(0.75, 1.25, len(near))
-    kept = (density > crowns.rank[near]) & (clearance[y // 2, x // 2] >= 0.8 * crowns.radius[near])
+    kept = (density > crowns.rank[near]) & (clearance[y // 2, x // 2] >= 0.6 * crowns.radius[near])
     edge = np.ones(len(crowns.rank), np.float32)  # height at which a crown ends: 0 = full grown, 1 = no tree
     edge[near] = np.where(kept, rng.uniform(0, 0.22, len(near)), 1)
     rows, columns = window.crowns
@@ -295,8 +296,8 @@ class Painter:
         buildings = layout.present_buildings(state)
         roofs = {kind: _footprints(layout.canvas, [b for b in buildings if b.kind == kind]) for kind in ROOFS}
         self._paint_shadows(picture, look, trees, list(roofs.values()))
-        self._paint_trees(picture, look, trees)
         self._paint_roofs(picture, buildings, roofs, look)
+        self._paint_trees(picture, look, trees)  # crowns hang over eaves and roads
         return photograph(picture, look)
 
     def _paint_paved(self, picture: Image.Image, state: int, look: Look) -> None:
@@ -363,6 +364,7 @@ class Painter:
             (u0, v0), (u1, v1) = lot[0].tolist(), lot[2].tolist()
             rows = [v0 + 7] if building.bounds.v0 - v0 > 12 else []
             rows += [building.bounds.v0 - 7] if building.bounds.v0 - v0 > 24 else []
+            rows += np.arange(v0 + 24, building.bounds.v0 - 30, 17).tolist()
             rows += [v1 - 6] if v1 - building.bounds.v1 > 12 else []
             busy = cars.uniform(0.1, 0.7)
             for v in rows:
@@ -421,7 +423,7 @@ class Painter:
         for index, building in enumerate(self.layout.buildings):  # those that are not there are not covered either
             rng = np.random.default_rng((self.seed, len(get_args(TextureKind)), index))
             roof = self.materials.roof(ROOFS[building.kind], rng)
-            if roof is not None:
+            if roof is not None and rng.random() < REAL_ROOFS:
                 _lay_roof(texture, roof, building)
         covered = ImageChops.lighter(roofs["villa"], roofs["large building"])
         picture.paste(_lit(texture, np.asarray(shading.smooth(), np.uint16)), mask=covered)
@@ -462,6 +464,8 @@ def _footprints(canvas: int, buildings: list[Building]) -> Image.Image:
             shapes.polygon(polygon)
     return shapes.smooth()
 
+
+REAL_ROOFS = 0.6  # of the buildings, where the materials have roofs; the others keep the drawn, hipped ones
 
 _CAR_COLOURS = (
     (225, 225, 225),
@@ -531,16 +535,13 @@ def photograph(picture: Image.Image, look: Look) -> Image.Image:
         picture = picture.crop(box)
     else:
         picture = picture.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    brightness, contrast, gamma, saturation, *gains = look.light
+    brightness, contrast, gamma, saturation, haze, *gains = look.light
     ramp = (np.arange(256) / 255) ** gamma
-    ramp = 255 * brightness * (0.42 + contrast * (ramp - 0.42))
+    ramp = haze + (255 - haze) * brightness * (0.42 + contrast * (ramp - 0.42)).clip(min=0)
     curve = np.concatenate([ramp * gain for gain in gains]).clip(0, 255).astype(np.uint8)
     picture = ImageEnhance.Color(picture.point(curve.tolist())).enhance(saturation)
     if look.blur:
-        side, corner = math.exp(-1 / (2 * look.blur**2)), math.exp(-1 / look.blur**2)
-        picture = picture.filter(
-            ImageFilter.Kernel((3, 3), [corner, side, corner, side, 1, side, corner, side, corner])
-        )
+        picture = picture.filter(ImageFilter.GaussianBlur(look.blur))
     seed, strength = look.noise
     rng = np.random.default_rng(seed)
     grain = Image.fromarray((crop_noise("fine", size, rng) * strength + 128).clip(0, 255).astype(np.uint8))

@@ -22,7 +22,7 @@ from kcfi.training.synthetic.painting import draw_looks, photograph
 from kcfi.training.synthetic.textures import Array, Materials, crop_noise
 
 LARGEST_AREA = 2000  # px (500 m2): larger labels are often blocks of many houses, which cannot be counted
-REMOVED_SHARE = 0.2  # of the changed pairs
+REMOVED_SHARE = 0.15  # of the changed pairs
 UNLABELLED_SHARE = 0.25  # of the unchanged pairs, where the library has both: changed pairs are always labelled
 TRIALS = 12  # places looked at before a pair stays unchanged
 GROUNDS: dict[GroundKind, Ground] = {"grass": "grass", "soil": "bareland", "field": ""}

@@ -33,7 +33,7 @@ def test_a_changed_pair_differs_at_its_buildings_and_hardly_elsewhere(library):
     for pair in pairs_of(library, changed=True):
         assert pair.mask.any() and pair.change.objects
         difference = np.abs(np.asarray(pair.before, int) - np.asarray(pair.after, int)).sum(-1)
-        assert (difference[pair.mask > 0] > 60).mean() > 0.95
+        assert (difference[pair.mask > 0] > 30).mean() > 0.95
         assert not difference[ndimage.distance_transform_edt(pair.mask == 0) > 9].any()
         assert not difference[pair.standing].any()
 
@@ -100,8 +100,10 @@ def test_captions_name_kinds_and_the_ground_that_the_bare_date_shows(library, mo
         if ground:
             assert ("grass" if bare[1] > bare[0] else "bareland") == ground, bare
         for caption in describe(pair.change, np.random.default_rng(seed)):
-            assert {kind for _, kind in named_objects(caption)} == set(kinds), caption
-            assert all(word in ("", ground) for word in re.findall("grass|bareland|trees", caption)), caption
+            assert len(named_objects(caption)) == len(kinds), caption
+            assert all(each & set(kinds) for _, each in named_objects(caption)), caption
+            said = re.sub("meadow", "grass", re.sub("desert", "bareland", caption))
+            assert all(word in ("", ground) for word in re.findall("grass|bareland|trees", said)), caption
         seen.add((*sorted(kinds), ground))
     assert {one[-1] for one in seen} == {"", "grass", "bareland"}
     assert {one[:-1] for one in seen} == {("villa",), ("large building",), ("large building", "villa")}

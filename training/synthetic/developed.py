@@ -1,0 +1,88 @@
+"""Pairs made of two real places: open land that was built on, or open land that looks otherwise and did not change.
+
+LEVIR-CC's most frequent change is woods or fields that became a suburb; nothing of the ground is the same at both
+dates (docs/real_pairs.md). An image of open land in front of one with outlined buildings is such a change with real
+pixels at both dates. Two images of open land of one class are an unchanged pair, so that other ground alone tells
+nothing.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from kcfi.pictures import MASK_BUILDING
+from kcfi.training.synthetic.captions import Change, Ground, ObjectChange, locate
+from kcfi.training.synthetic.layout import MARGIN, MIN_VISIBLE, ObjectKind, SyntheticSettings, crop
+from kcfi.training.synthetic.material_library import KEEP_OFF, OPEN, VILLA_AREA, LibraryMaterials
+from kcfi.training.synthetic.painting import draw_looks, photograph
+from kcfi.training.synthetic.single_dates import REMOVED_SHARE, TRIALS, SingleDatePair
+
+# Scene classes of UC Merced on which nothing is built, and what captions call the ground
+OPEN_LAND: dict[str, Ground] = {"agricultural": "", "chaparral": "bareland", "forest": "trees"}
+
+
+def open_scenes(library: LibraryMaterials) -> list[str]:
+    """The scene classes of open land that a library has tiles of."""
+    return sorted({entry.scene for entry in library.by_kind.get("tile", [])} & OPEN_LAND.keys())
+
+
+def draw_developed(
+    library: LibraryMaterials, rng: np.random.Generator, changed: bool, settings: SyntheticSettings
+) -> SingleDatePair:
+    """Draw a pair of two places of a library.
+
+    Args:
+        library: With tiles of open land, and tiles with outlined buildings.
+        rng: Source of chance.
+        changed: Whether buildings should appear or go; the pair stays unchanged where no place has any that may.
+        settings: Size, and which changes happen.
+    """
+    canvas = settings.image_size + 2 * MARGIN
+    scene = str(rng.choice(open_scenes(library)))
+    bare, _ = library.tile(False, canvas, rng, scene)
+    looks = draw_looks(rng, settings)
+    nothing = np.zeros((settings.image_size,) * 2, np.uint8)
+    appears = bool(rng.random() >= REMOVED_SHARE)
+    for _ in range(TRIALS if changed else 0):
+        place, labels = library.tile(True, canvas, rng)
+        assert labels is not None  # of a labelled tile
+        buildings = whole_buildings(labels)
+        objects = _measure(buildings)
+        if objects and all(settings.allows(entry.kind, appears) for entry in objects):
+            before, after = (bare, place) if appears else (place, bare)
+            pixels = crop(buildings)
+            change = Change(tuple(objects), appears, locate(pixels), OPEN_LAND[scene])
+            mask = pixels.astype(np.uint8) * np.uint8(MASK_BUILDING)
+            return SingleDatePair(photograph(before, looks[0]), photograph(after, looks[1]), mask, nothing > 0, change)
+    other = library.tile(False, canvas, rng, scene)[0] if settings.ground else bare
+    return SingleDatePair(photograph(other, looks[0]), photograph(bare, looks[1]), nothing, nothing > 0, Change(()))
+
+
+def whole_buildings(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Pixels of the buildings of a canvas whose source outlines them; the seams of a mosaic are closed.
+
+    Args:
+        labels: (canvas, canvas), values of `LibraryMaterials.tile`. Where a source tells ground from roads, its
+            buildings are often blocks with their gardens (`OPEN` never occurs): no buildings then.
+    """
+    buildings = labels == MASK_BUILDING
+    if not (labels == OPEN).any():
+        return np.zeros_like(buildings)
+    closed = ndimage.binary_closing(np.pad(buildings, 2, mode="edge"), iterations=2)[2:-2, 2:-2]
+    return buildings | (closed & (labels == KEEP_OFF))
+
+
+def _measure(buildings: NDArray[np.bool_]) -> list[ObjectChange]:
+    """The buildings of a canvas that are clearly in view, by kind."""
+    numbers, count = ndimage.label(buildings)
+    areas, visible = (np.bincount(part.ravel(), minlength=count + 1)[1:] for part in (numbers, crop(numbers)))
+    objects = []
+    kinds: tuple[tuple[ObjectKind, NDArray[np.bool_]], ...] = (
+        ("villa", areas < VILLA_AREA),
+        ("large building", areas >= VILLA_AREA),
+    )
+    for kind, fits in kinds:
+        chosen = np.flatnonzero(fits & (visible >= MIN_VISIBLE[kind])) + 1
+        if chosen.size:
+            objects.append(ObjectChange(kind, chosen.size, locate(np.isin(crop(numbers), chosen))))
+    return objects
