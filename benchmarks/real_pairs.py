@@ -1,10 +1,12 @@
 """Mask scores on real before/after images: folders of A/, B/ and label/ (0 = no change, else changed building).
 
-    python benchmarks/real_pairs.py FOLDER [FOLDER ...] [--model kcfi-tiny] [--leave_out NAME ...] [--output DIR]
+    python benchmarks/real_pairs.py FOLDER [FOLDER ...] [--model kcfi-tiny] [--leave_out NAME ...] [--scale FACTOR]
+        [--output DIR]
 
 Prints F1, IoU, precision and recall of the building class, accumulated over the images of each folder and over all of
 them, beside the plain baseline that marks every pixel as changed, and per image the generated sentence. `--leave_out`
-names images that are part of another one: they count in their folder, not over all. `--output` writes a sheet of
+names images that are part of another one: they count in their folder, not over all. `--scale 0.5` halves width and
+height first, to bring images to the m per pixel that the model was trained at. `--output` writes a sheet of
 overlays per folder.
 """
 
@@ -45,12 +47,20 @@ class Counts:
             print(json.dumps({"folder": folder, "mask": name, "images": self.images, **kept}))
 
 
+def scaled(path: Path, mode: str, factor: float) -> Image.Image:
+    """An image with its width and height times a factor."""
+    image = Image.open(path).convert(mode)
+    size = (round(image.width * factor), round(image.height * factor))
+    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+
+
 def main() -> None:
     """Measure, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--model", default="kcfi-tiny")
     parser.add_argument("--leave_out", nargs="+", default=[], help="file names without ending")
+    parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
 
@@ -66,8 +76,8 @@ def main() -> None:
         unseen -= {label.stem for label in labels}
         warn_of_levir_cd(label.name for label in labels)
         for label in labels:
-            before, after = (Image.open(folder / date / label.name).convert("RGB") for date in "AB")
-            truth = (np.asarray(Image.open(label).convert("L")) > 0).astype(np.uint8)
+            before, after = (scaled(folder / date / label.name, "RGB", options.scale) for date in "AB")
+            truth = (np.asarray(scaled(label, "L", options.scale)) > 127).astype(np.uint8)
             report = describer.describe(before, after)
             predicted = (report.mask == building).astype(np.uint8)
             counts.update(predicted, truth)

@@ -1,0 +1,209 @@
+"""What a model is worth on real pairs of LEVIR-CC with captions and building masks: the measure of this project.
+
+    python benchmarks/real_levir.py PAIRS --split test [--model kcfi-tiny] [--output DIR] [--no-meteor]
+
+PAIRS is what `kcfi evaluate --dataset` takes; masks label buildings only (0 / 255), and a model's roads are not
+punished. Prints, as lines of JSON, all x 100:
+
+- `captions`: S_m* and its parts for all, changed and unchanged pairs, told apart (changed or not, read off the
+  sentence), and the same of the constant sentence;
+- `building`: F1, IoU, precision and recall of the building class over all pixels, and of marking everything;
+- `calibration`: expected calibration error of the building mask and of the changed probability of pairs, and for
+  every alarm rate that the model knows: unchanged pairs that were called changed, changed pairs that were found;
+- `claims`: what sentences say against masks and references, in numbers of pairs (see `claims`).
+
+`--output` gets the same as real_levir.json, the 60 worst pairs as pictures (before, after, truth, predicted) with
+their sentences, and reliability.png where matplotlib is installed.
+"""
+
+import argparse
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import kcfi  # noqa: F401 (registers the Auto classes)
+from kcfi.models import load
+from kcfi.pictures import contact_sheet, overlay
+from kcfi.processing import Describer, InputError
+from kcfi.processing.describer_kcfi import UNCHANGED
+from kcfi.processing.places_kcfi import tells_of_change
+from kcfi.training.load import load_pairs
+from kcfi.training.scoring.calibrate import RATES, Reliability
+from kcfi.training.scoring.evaluate import PairPrediction, true_mask
+from kcfi.training.scoring.metrics import MaskScores, results
+
+WORST = 60
+BUILDINGS = re.compile(
+    r"\b(house|building|villa|mansion|hall|construction|residential|facilit|room|warehouse|factory)"
+)
+GONE = re.compile(r"\b(removed?|disappears?|disappeared|demolished|vanished?|cleared|cut down|replaced by|gone)\b")
+BUILT = re.compile(
+    r"\b(built|appears?|appeared|constructed|shows? up|erected|added|replaces? the|completed|developed)\b"
+)
+PLACES = {
+    "top": (slice(0, 1), slice(0, 3)),
+    "bottom": (slice(2, 3), slice(0, 3)),
+    "left": (slice(0, 3), slice(0, 1)),
+    "right": (slice(0, 3), slice(2, 3)),
+}
+
+
+def claims(pair: PairPrediction) -> list[str]:
+    """The false claims of a sentence, by kind.
+
+    "missed": the pair changed, the sentence says it did not; "false alarm": the other way round; "no such object": it
+    tells of buildings where mask and references have none; "wrong direction": it tells of removal alone where no
+    reference does, or of building alone where all references tell of removal alone; "wrong place": it names a side of
+    the image in whose third nothing is marked in the true mask.
+    """
+    told, references = tells_of_change(pair.caption), [sentence.lower() for sentence in pair.references]
+    if not told:
+        return ["missed"] if pair.changed else []
+    if not pair.changed:
+        return ["false alarm"]
+    found = []
+    truth = pair.true_mask
+    assert truth is not None
+    if BUILDINGS.search(pair.caption) and not truth.any() and not any(BUILDINGS.search(s) for s in references):
+        found.append("no such object")
+    built, gone = bool(BUILT.search(pair.caption)), bool(GONE.search(pair.caption))
+    only_gone = [bool(GONE.search(s)) and not BUILT.search(s) for s in references]
+    if (gone and not built and not any(GONE.search(s) for s in references)) or (built and not gone and all(only_gone)):
+        found.append("wrong direction")
+    if truth.any() and BUILDINGS.search(pair.caption):
+        height, width = truth.shape
+        thirds = truth[: height // 3 * 3, : width // 3 * 3].reshape(3, height // 3, 3, width // 3).sum((1, 3))
+        words = re.sub(r"on (the )?(left|right) (side )?of the road", "", pair.caption)
+        words = words.replace("upper", "top").replace("lower", "bottom")
+        if any(re.search(rf"\b{word}\b", words) and not thirds[part].any() for word, part in PLACES.items()):
+            found.append("wrong place")
+    return found
+
+
+def main() -> None:
+    """Measure, print, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs")
+    parser.add_argument("--split", default="test", help="train, val or test (%(default)s)")
+    parser.add_argument("--model", default="kcfi-tiny")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--no-meteor", action="store_true")
+    options = parser.parse_args()
+
+    model, processor = load(options.model)
+    describer = Describer(model, processor)
+    building = model.config.num_change_classes - 1
+    pairs: Any = load_pairs(options.pairs, options.split)
+    masks = {"model": MaskScores("building"), "everything changed": MaskScores("building")}
+    pixels, whole = Reliability(), Reliability()
+    predictions, certain = [], []
+    for example in tqdm(pairs, "pairs", len(pairs), unit="pair"):
+        images = example["image_before"], example["image_after"]
+        [report] = describer.describe_pairs([images])
+        [(logits, _)] = describer.mask_logits([images])
+        truth = true_mask(example, "building")
+        predicted = (report.mask == building).astype(np.uint8)
+        masks["model"].update(predicted, truth)
+        masks["everything changed"].update(np.ones_like(truth), truth)
+        probability = describer.calibration.class_probabilities(logits)[building].double().numpy()
+        pixels.update(probability, truth > 0)
+        changed = bool(example["changed"])
+        whole.update(np.array([report.changed_probability]), np.array([changed]))
+        certain.append((report.changed_probability, changed))
+        predictions.append(
+            PairPrediction(example["filename"], changed, example["captions"], report.caption, predicted, truth)
+        )
+
+    sentences = {"model": [pair.caption for pair in predictions], "always the same": [UNCHANGED] * len(predictions)}
+    lines: list[dict[str, Any]] = []
+    for name, captions in sentences.items():
+        scores = results(
+            captions,
+            [pair.references for pair in predictions],
+            [pair.changed for pair in predictions],
+            model=options.model,
+            dataset=options.pairs,
+            split=options.split,
+            meteor=not options.no_meteor,
+        )
+        lines += [{"captions": name, "pairs": scores["pairs"], "told apart": rounded(scores["change_accuracy"])}]
+        lines += [{"captions": name, "of": rows, **rounded(values)} for rows, values in scores["captions"].items()]
+    for name, mask in masks.items():
+        scores = mask.compute() or {}
+        row = {score: scores[score]["building"] for score in ("f1", "iou", "precision", "recall")}
+        lines.append({"building": name, **rounded(row)})
+    errors = {"mask": 100 * pixels.error, "pairs": 100 * whole.error}
+    lines.append({"calibration": "expected error", **rounded(errors)})
+    chances, truths = (np.array(column) for column in zip(*certain, strict=True))
+    for rate in RATES:
+        try:
+            threshold = describer.calibration.threshold(rate)
+        except InputError:
+            continue
+        alarms = chances > threshold
+        kept = {"unchanged called changed": 100 * alarms[~truths].mean(), "changed found": 100 * alarms[truths].mean()}
+        lines.append({"calibration": f"alarm rate {rate}", "threshold": round(threshold, 4), **rounded(kept)})
+    counts = Counter(kind for pair in predictions for kind in claims(pair))
+    lines.append({"claims": dict(sorted(counts.items())), "pairs": len(predictions)})
+    for line in lines:
+        print(json.dumps(line))
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "real_levir.json").write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+        draw_worst(pairs, predictions, options.output / "worst.png")
+        draw_reliability({"building pixels": pixels, "pairs": whole}, options.output / "reliability.png")
+
+
+def rounded(values: Any) -> Any:
+    """Numbers to one decimal, in a dict or alone."""
+    if isinstance(values, dict):
+        return {name: rounded(value) for name, value in values.items()}
+    return None if values is None else round(float(values), 1)
+
+
+def draw_worst(pairs: Any, predictions: list[PairPrediction], path: Path) -> None:
+    """Draw the pairs with most wrong pixels of buildings, behind those with false claims and few wrong pixels."""
+
+    def cost(pair: PairPrediction) -> float:
+        wrong = int((pair.mask != (pair.true_mask > 0)).sum())  # type: ignore[union-attr, operator]
+        return wrong + 2000 * len(claims(pair))
+
+    order = sorted(range(len(predictions)), key=lambda index: -cost(predictions[index]))[:WORST]
+    examples = [pairs[index] for index in order]
+    rows, texts = [], []
+    for example, index in zip(examples, order, strict=True):
+        pair, after = predictions[index], example["image_after"]
+        rows.append([example["image_before"], after, *(overlay(after, m * 255) for m in (pair.true_mask, pair.mask))])
+        false = ", ".join(claims(pair)) or "no false claim"
+        texts.append(f"{pair.filename}: {false}\n{pair.caption}\n{pair.references[0]}")
+    contact_sheet(rows, texts, ["before", "after", "true buildings", "predicted"]).save(path)
+
+
+def draw_reliability(measured: dict[str, Reliability], path: Path) -> None:
+    """Claimed probability against truth, a curve for each."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print('reliability.png needs matplotlib: pip install "kcfi[bench]"')
+        return
+    figure, axes = pyplot.subplots(figsize=(4.5, 4.5))
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    for name, counts in measured.items():
+        filled = counts.count > 0
+        label = f"{name} (error {counts.error:.3f})"
+        axes.plot(
+            *((part[filled] / counts.count[filled]) for part in (counts.claimed, counts.true)), "o-", label=label
+        )
+    axes.set(xlabel="claimed probability", ylabel="share that was true", xlim=(0, 1), ylim=(0, 1))
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
