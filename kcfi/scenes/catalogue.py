@@ -7,15 +7,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import geopandas
+import pyproj
 import pystac
 from pystac.extensions.projection import ProjectionExtension
-from shapely import box, make_valid, segmentize, set_precision
+from shapely import box, segmentize, set_precision
 from shapely.affinity import affine_transform
-from shapely.geometry import mapping
+from shapely.geometry import Polygon, mapping
+from shapely.geometry.polygon import orient
 
 from kcfi.processing import InputError
 from kcfi.scenes.findings import Date, Findings, Grid
-from kcfi.scenes.summary import crs_name
 
 PROCESSING = "https://stac-extensions.github.io/processing/v1.2.0/schema.json"
 LON_LAT = "EPSG:4326"
@@ -67,11 +68,11 @@ def write_item(findings: Findings, names: Iterable[str], path: Path) -> None:
         properties={"description": findings.caption, "processing:software": findings.versions},
         stac_extensions=[PROCESSING],
     )
-    name = crs_name(grid.crs)
-    projection = ProjectionExtension.ext(item, add_if_missing=True)
-    projection.apply(
-        code=name if re.fullmatch(r"\w+:\w+", name) else None,
-        wkt2=None if re.fullmatch(r"\w+:\w+", name) else grid.crs.to_wkt(version="WKT2_2019") if grid.crs else None,
+    crs = pyproj.CRS(grid.crs)
+    code = crs.to_authority(min_confidence=100)
+    ProjectionExtension.ext(item, add_if_missing=True).apply(
+        code=":".join(code) if code else None,
+        wkt2=None if code else crs.to_wkt(),
         shape=[grid.height, grid.width],
         transform=list(grid.transform[:6]),
     )
@@ -82,13 +83,15 @@ def write_item(findings: Findings, names: Iterable[str], path: Path) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def footprint(grid: Grid) -> geopandas.GeoSeries:
-    """The outline of a grid with a CRS, longitude and latitude to 1e-7 degrees; its sides follow their curve."""
-    t = grid.transform
+def footprint(grid: Grid) -> Polygon:
+    """The outline of a grid with a CRS, longitude and latitude to 1e-7 degrees, counterclockwise (RFC 7946).
+
+    Each side has four parts, which follow its curve.
+    """
     sides = segmentize(box(0, 0, grid.width, grid.height), max(grid.width, grid.height) / 4)
-    placed = affine_transform(sides, [t.a, t.b, t.d, t.e, t.c, t.f])
+    placed = affine_transform(sides, grid.transform.to_shapely())
     [outline] = geopandas.GeoSeries([placed], crs=grid.crs).to_crs(LON_LAT)
-    return set_precision(make_valid(outline), PRECISION)
+    return orient(set_precision(outline, PRECISION))
 
 
 def _moment(date: Date) -> datetime:

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 from shapely import simplify
-from shapely.affinity import affine_transform
+from shapely.affinity import affine_transform, scale
 from shapely.geometry.base import BaseGeometry
 from transformers.utils import logging
 
@@ -69,7 +69,7 @@ def render(findings: Findings, work: Path, printed: bool = False) -> str:
         outlines=outlines,
         colours={label: "#" + bytes(colour(findings, label)).hex() for label in findings.labels.values()},
         totals=totals(findings),
-        whole=size(findings.changes),
+        whole=size(findings, findings.changes),
         coverage=coverage(findings),
         seen_area=area(findings, findings.seen_pixels),
         crs=crs_name(findings.grid.crs),
@@ -86,11 +86,11 @@ def outline(polygon: BaseGeometry, grid: Grid, width: int) -> str:
         grid: of the scene.
         width: of the picture of the grid over which it is drawn, px.
     """
-    t = ~grid.transform
-    scale = width / grid.width
-    placed = affine_transform(polygon, [scale * one for one in (t.a, t.b, t.d, t.e, t.c, t.f)])
+    share = width / grid.width
+    placed = scale(affine_transform(polygon, (~grid.transform).to_shapely()), share, share, origin=(0, 0))
+    simple = simplify(placed, 0.5)
     rings: list[Any] = []
-    for part in getattr(simplify(placed, 0.5), "geoms", [simplify(placed, 0.5)]):
+    for part in getattr(simple, "geoms", [simple]):
         rings += [part.exterior, *part.interiors]
     return "".join("M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in ring.coords[:-1]) + "Z" for ring in rings)
 

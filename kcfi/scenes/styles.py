@@ -19,7 +19,7 @@ def colour(findings: Findings, label: str) -> tuple[int, int, int]:
 def polygon_style(findings: Findings) -> str:
     """Polygons of change by class (colour) and kind (outline), as QML."""
     root = Element("qgis", version="3.22", styleCategories="Symbology")
-    expression = "concat(\"class\", ' ', \"kind\")"
+    expression = 'concat("class", \' \', "kind")'
     renderer = SubElement(root, "renderer-v2", type="categorizedSymbol", attr=expression, enableorderby="0")
     categories, symbols = SubElement(renderer, "categories"), SubElement(renderer, "symbols")
     pairs = [(label, kind) for label in findings.labels.values() for kind in KINDS]

@@ -1,6 +1,7 @@
 """`summary.json`: all of a `Findings` but the polygons, which `changes.gpkg` holds, and what can be counted of it."""
 
 import json
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,15 @@ def area(findings: Findings, pixels: int) -> float | None:
     return None if metres is None else pixels * metres[0] * metres[1]
 
 
-def size(changes: tuple[Change, ...] | list[Change]) -> dict[str, Any]:
+def size(findings: Findings, changes: Iterable[Change]) -> dict[str, Any]:
     """How many changes there are and how large they are together: `area_m2` and `area_ha` are None without a CRS."""
-    square_metres = None if any(one.area_m2 is None for one in changes) else sum(one.area_m2 or 0.0 for one in changes)
-    hectares = None if square_metres is None else square_metres / SQUARE_METRES_PER_HECTARE
+    changes = list(changes)
+    square_metres = None if findings.grid.metres is None else sum(change.area_m2 or 0.0 for change in changes)
     return {
         "count": len(changes),
-        "pixels": sum(one.pixels for one in changes),
+        "pixels": sum(change.pixels for change in changes),
         "area_m2": square_metres,
-        "area_ha": hectares,
+        "area_ha": None if square_metres is None else square_metres / SQUARE_METRES_PER_HECTARE,
     }
 
 
@@ -51,7 +52,7 @@ def totals(findings: Findings) -> list[dict[str, Any]]:
         return change.label, change.kind
 
     groups = groupby(sorted(findings.changes, key=key), key)
-    return [{"class": label, "kind": kind, **size(list(group))} for (label, kind), group in groups]
+    return [{"class": label, "kind": kind, **size(findings, group)} for (label, kind), group in groups]
 
 
 def coverage(findings: Findings) -> float:

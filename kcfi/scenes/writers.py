@@ -68,8 +68,11 @@ def write_rasters(findings: Findings, work: Path, folder: Path) -> None:
     colours = {0: (0, 0, 0, 0), NO_DATA: (0, 0, 0, 0)}
     colours |= {value: (*colour(findings, label), 255) for value, label in findings.labels.items()}
     classes = ", ".join(f"{value} {label}" for value, label in {0: "no change", **findings.labels}.items())
-    mask = {"colormap": colours, "additional_cog_metadata": {"units": "class", "classes": classes}}
-    probability = {"overview_resampling": "average", "additional_cog_metadata": {"units": "probability of change"}}
+    mask: dict[str, Any] = {"colormap": colours, "additional_cog_metadata": {"units": "class", "classes": classes}}
+    probability: dict[str, Any] = {
+        "overview_resampling": "average",
+        "additional_cog_metadata": {"units": "probability of change"},
+    }
     for name, settings in {"mask.tif": mask, "probability.tif": probability}.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)  # of plain images

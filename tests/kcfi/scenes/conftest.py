@@ -29,7 +29,9 @@ def make_grid(width=600, height=450, crs=UTM, pixel=0.5):
     return Grid(crs, Affine(pixel, 0, 400_000, 0, -pixel, 3_500_000), width, height, (pixel, pixel))
 
 
-def make_change(number, grid, place_box, label="building", kind="appeared", probability=0.9, first_seen="2021", **more):
+def make_change(
+    number, grid, place_box, label="building", kind="appeared", probability=0.9, first_seen="2021", **more
+):
     """A rectangle of change, given by its (left, top, right, bottom) in pixels."""
     left, top, right, bottom = place_box
     t = grid.transform
@@ -45,7 +47,13 @@ def make_change(number, grid, place_box, label="building", kind="appeared", prob
         "after": "2021",
     }
     return Change(
-        id=number, label=label, kind=kind, probability=probability, box=place_box, first_seen=first_seen, **fields | more
+        id=number,
+        label=label,
+        kind=kind,
+        probability=probability,
+        box=place_box,
+        first_seen=first_seen,
+        **fields | more,
     )
 
 
