@@ -19,7 +19,7 @@ from kcfi.processing import InputError
 from kcfi.scenes.findings import Change, Findings
 from kcfi.scenes.questions import FIELDS, Limit, Question, parse
 from kcfi.scenes.report import area_text
-from kcfi.scenes.summary import coverage, crs_name, read_summary, size
+from kcfi.scenes.summary import coverage, crs_name, on_earth, read_summary, size
 
 LON_LAT = "EPSG:4326"
 SHOWN = 20  # changes that a text lists; the JSON has all
@@ -128,7 +128,7 @@ def _spot(question: Question, findings: Findings) -> tuple[BaseGeometry | None, 
     shape = Point(numbers) if point else box(min(left, right), min(bottom, top), max(left, right), max(bottom, top))
     scene = affine_transform(box(0, 0, grid.width, grid.height), grid.transform.to_shapely())
     readings = [(shape, crs_name(grid.crs))]
-    if grid.crs and all(abs(x) <= 180 for x in (left, right)) and all(abs(y) <= 90 for y in (bottom, top)):
+    if on_earth(grid.crs) and all(abs(x) <= 180 for x in (left, right)) and all(abs(y) <= 90 for y in (bottom, top)):
         readings.append((geopandas.GeoSeries([shape], crs=LON_LAT).to_crs(grid.crs)[0], "longitude, latitude"))
     said = (
         f"{'point' if point else 'box'} {', '.join(f'{one:g}' if abs(one) < 1e5 else f'{one:.1f}' for one in numbers)}"

@@ -17,6 +17,7 @@ from shapely.geometry.polygon import orient
 
 from kcfi.processing import InputError
 from kcfi.scenes.findings import Date, Findings, Grid
+from kcfi.scenes.summary import on_earth
 
 PROCESSING = "https://stac-extensions.github.io/processing/v1.2.0/schema.json"
 LON_LAT = "EPSG:4326"
@@ -38,8 +39,8 @@ ASSETS = {
 
 def refusal(findings: Findings) -> str | None:
     """Why there can be no STAC item, which must say where and when; None if there can."""
-    if findings.grid.crs is None:
-        return "the images have no CRS"
+    if not on_earth(findings.grid.crs):
+        return "the coordinates of the images cannot become longitude and latitude"
     if not (findings.dates[0].acquired and findings.dates[-1].acquired):
         return "nobody says when the first or the last image was acquired"
     return None
@@ -49,7 +50,7 @@ def write_item(findings: Findings, names: Iterable[str], path: Path) -> None:
     """Write a STAC item with the projection and processing extensions.
 
     Args:
-        findings: with a CRS and the days of the first and the last date (`refusal`).
+        findings: of which `refusal` says nothing.
         names: files of the report beside the item.
         path: the item.
 
@@ -84,7 +85,7 @@ def write_item(findings: Findings, names: Iterable[str], path: Path) -> None:
 
 
 def footprint(grid: Grid) -> Polygon:
-    """The outline of a grid with a CRS, longitude and latitude to 1e-7 degrees, counterclockwise (RFC 7946).
+    """The outline of a grid on earth, longitude and latitude to 1e-7 degrees, counterclockwise (RFC 7946).
 
     Each side has four parts, which follow its curve.
     """
@@ -100,4 +101,4 @@ def _moment(date: Date) -> datetime:
         moment = datetime.fromisoformat(date.acquired)
     except ValueError as error:
         raise InputError(f"{date.path}: acquired {date.acquired!r} is no date in ISO 8601, as 2021-05-30.") from error
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)

@@ -121,7 +121,7 @@ class Rest:
     """What of a question is not understood yet."""
 
     def __init__(self, text: str) -> None:
-        self.text = " ".join(re.sub(r"[?!]|\.(?!\d)", " ", text.lower()).split())
+        self.text = " ".join(re.sub(r"[?!:]|\.(?!\d)", " ", text.lower()).split())
 
     def head(self) -> Type | None:
         """Cut off how the question begins."""
@@ -161,8 +161,7 @@ def parse(text: str, labels: Collection[str]) -> Question:
     limits += [_chance_limit(match) for pattern in (SURE, CHANCE) for match in rest.cut(pattern)]
     numbers = [tuple(map(float, re.findall(SIGNED, match["numbers"]))) for match in rest.cut(COORDINATES)]
     orders = [_order(match) for match in rest.cut(ORDER)]
-    rest.cut(WHOLE)
-    rest.cut(DATES)
+    rest.cut(f"{WHOLE}|{DATES}|(?:any|some) of")
     places = [_place(match) for match in rest.cut(PLACE)]
     classes = CLASSES | {label: rf"{re.escape(label)}s?" for label in labels if label not in {*CLASSES, "change"}}
     any_class = "|".join(classes.values())

@@ -60,6 +60,11 @@ def coverage(findings: Findings) -> float:
     return findings.seen_pixels / (findings.grid.width * findings.grid.height)
 
 
+def on_earth(crs: CRS | None) -> bool:
+    """Whether coordinates of a CRS can become longitude and latitude: not pixels, nor a site's own grid."""
+    return crs is not None and bool(crs.is_projected or crs.is_geographic)
+
+
 def crs_name(crs: CRS | None) -> str:
     """The CRS for people: "EPSG:32650", the name of a local one, or "pixels"."""
     if crs is None:

@@ -18,14 +18,14 @@ from kcfi.scenes.catalogue import ASSETS, refusal, write_item
 from kcfi.scenes.findings import Findings
 from kcfi.scenes.report import write_html, write_pdf
 from kcfi.scenes.styles import colour, mask_style, polygon_style
-from kcfi.scenes.summary import POLYGONS, SUMMARY, properties, write_summary
+from kcfi.scenes.summary import POLYGONS, SUMMARY, crs_name, on_earth, properties, write_summary
 
 logger = logging.get_logger(__name__)
 
 ITEM = "item.json"
 UNFINISHED = ".unfinished"  # folder in the report's in which its files wait until all are there
 NO_DATA = 255  # in `mask.tif`
-IN_PIXELS = "Coordinates are pixels (x to the right, y down, from the top left corner), not longitude and latitude."
+NOT_LON_LAT = "Coordinates are not longitude and latitude, but those of the images: "
 
 
 def write_findings(findings: Findings, work: Path, output: Path) -> dict[str, Path]:
@@ -40,7 +40,7 @@ def write_findings(findings: Findings, work: Path, output: Path) -> dict[str, Pa
         output: folder; the files of an earlier report in it are replaced.
 
     Returns:
-        The files by name. `item.json` is left out where nobody knows where and when, `report.pdf` without Pango; a
+        The files by name. `item.json` is left out where nobody says where or when, `report.pdf` without Pango; a
         line in the log says so.
 
     Raises:
@@ -65,7 +65,7 @@ def write_findings(findings: Findings, work: Path, output: Path) -> dict[str, Pa
 
 def write_rasters(findings: Findings, work: Path, folder: Path) -> None:
     """Write `mask.tif` and `probability.tif` as Cloud-Optimized GeoTIFFs, block by block."""
-    colours = {0: (0, 0, 0, 0), NO_DATA: (0, 0, 0, 0)}
+    colours = {0: (0, 0, 0, 255)}  # TIFF has no transparent colours
     colours |= {value: (*colour(findings, label), 255) for value, label in findings.labels.items()}
     classes = ", ".join(f"{value} {label}" for value, label in {0: "no change", **findings.labels}.items())
     mask: dict[str, Any] = {"colormap": colours, "additional_cog_metadata": {"units": "class", "classes": classes}}
@@ -84,12 +84,13 @@ def write_rasters(findings: Findings, work: Path, folder: Path) -> None:
 def write_polygons(findings: Findings, folder: Path) -> None:
     """Write `changes.gpkg` in the CRS of the grid and `changes.geojson` as RFC 7946 has it: longitude, latitude.
 
-    Without a CRS both are in pixels, and the GeoJSON says so in its member `description`.
+    The GeoJSON of pixels, or of a site's own grid, is in their coordinates and says so in its member `description`.
     """
+    crs = findings.grid.crs
     columns = ["id", "class", "kind", "area_m2", "pixels", "probability", "caption", "place", "before", "after"]
     rows = [properties(change) for change in findings.changes]
     shapes = [change.polygon for change in findings.changes]
-    frame = geopandas.GeoDataFrame(rows, columns=[*columns, "first_seen"], geometry=shapes, crs=findings.grid.crs)
+    frame = geopandas.GeoDataFrame(rows, columns=[*columns, "first_seen"], geometry=shapes, crs=crs)
     numbers = {"id": "int64", "pixels": "int64", "area_m2": "float64", "probability": "float64"}
     frame = frame.astype(numbers)  # types of a table without rows or without areas too
     pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": "1970-01-01T00:00:00.000Z"})  # the same bytes every time
@@ -98,7 +99,9 @@ def write_polygons(findings: Findings, folder: Path) -> None:
             warnings.filterwarnings("ignore", message="'crs' was not provided")  # plain images have none
             layer: dict[str, Any] = {"promote_to_multi": True, "geometry_type": "MultiPolygon"}
             pyogrio.write_dataframe(frame, folder / POLYGONS, layer="changes", driver="GPKG", **layer)
-            form = {"RFC7946": "YES"} if findings.grid.crs else {"DESCRIPTION": IN_PIXELS}
+            said = "pixels, x to the right, y down" if crs is None else crs_name(crs)
+            form = {"RFC7946": "YES"} if on_earth(crs) else {"DESCRIPTION": NOT_LON_LAT + said}
+            frame = frame if on_earth(crs) else frame.set_crs(None, allow_override=True)
             path = folder / "changes.geojson"
             pyogrio.write_dataframe(frame, path, layer="changes", driver="GeoJSON", layer_options=form)
     finally:

@@ -1,5 +1,6 @@
 """Findings with the rasters behind them: drawn rectangles of change on a grid, as detection leaves them."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from shapely import box
 from shapely.affinity import affine_transform
 
 from kcfi.scenes.findings import Change, Date, Findings, Grid, Shift
+from kcfi.scenes.writers import write_findings
 
 UTM = CRS.from_epsg(32650)
 PLACES = [
@@ -92,9 +94,11 @@ def write_work(findings, folder: Path) -> Path:
     mask.flat[mask.size - unseen :], probability.flat[mask.size - unseen :] = 255, -1
     profile = {"driver": "GTiff", "count": 1, "width": grid.width, "height": grid.height}
     profile |= {"crs": grid.crs, "transform": grid.transform}
-    for name, values, nodata in (("mask", mask, 255), ("probability", probability, -1)):
-        with rasterio.open(folder / f"{name}.tif", "w", dtype=values.dtype, nodata=nodata, **profile) as file:
-            file.write(values, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        for name, values, nodata in (("mask", mask, 255), ("probability", probability, -1)):
+            with rasterio.open(folder / f"{name}.tif", "w", dtype=values.dtype, nodata=nodata, **profile) as file:
+                file.write(values, 1)
     for number, picture in enumerate(pictures):
         image = Image.fromarray(picture)
         image.thumbnail((2048, 2048))
@@ -118,21 +122,23 @@ def town(count, grid=None, **more):
     return make_findings(grid, changes, **more)
 
 
-@pytest.fixture
-def findings():
-    """Five changes on a UTM grid of 600 x 450 px of 0.5 m; the bottom rows of the grid have no data."""
+def five(**more):
+    """Five changes on a UTM grid of 600 x 450 px of 0.5 m; the bottom 50 rows of the grid have no data."""
     grid = make_grid()
     changes = [
         make_change(1, grid, (420, 30, 580, 90), probability=0.95),  # north-east, 2,400 m2
         make_change(2, grid, (20, 20, 120, 80), probability=0.85),  # north-west, 1,500 m2
         make_change(3, grid, (250, 160, 350, 190), "road", probability=0.7),  # centre, 750 m2
-        make_change(4, grid, (450, 300, 500, 340), kind="removed", probability=0.6),  # south-east, 500 m2
+        make_change(4, grid, (450, 320, 500, 360), kind="removed", probability=0.6),  # south-east, 500 m2
         make_change(5, grid, (500, 100, 520, 120), kind="changed", probability=0.5),  # north-east, 100 m2
     ]
-    return make_findings(grid, changes, seen_pixels=600 * 400)
+    return make_findings(grid, changes, **{"seen_pixels": 600 * 400, **more})
 
 
-@pytest.fixture
-def work(findings, tmp_path):
-    """The folder that detection leaves of `findings`."""
-    return write_work(findings, tmp_path / "work")
+@pytest.fixture(scope="session")
+def report(tmp_path_factory):
+    """A report of `five`, written once."""
+    folder = tmp_path_factory.mktemp("scene")
+    findings = five()
+    write_findings(findings, write_work(findings, folder / "work"), folder / "report")
+    return folder / "report"
