@@ -1,11 +1,15 @@
 """Questions to a report of five known changes, and the numbers that prove the answers."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 
 from kcfi.processing import InputError
 from kcfi.scenes.answers import ask
+from kcfi.scenes.questions import EXAMPLES, parse
 from kcfi.scenes.writers import write_findings
 from kcfi_cli import main
 from tests.kcfi.scenes.conftest import make_findings, make_grid, town, write_work
@@ -171,6 +175,32 @@ def test_many_changes_are_counted_all_and_listed_in_part(tmp_path):
     assert answer.text.startswith("300 changes (1, 2, 3,") and len(answer.text.splitlines()) == 23
     counted = ask(tmp_path / "report", "How many buildings were removed?")
     assert counted.value == sum(one.label == "building" and one.kind == "removed" for one in findings.changes)
+
+
+# What docs/scenes.md shows
+
+PAGE = (Path(__file__).parents[3] / "docs/scenes.md").read_text(encoding="utf-8")
+
+
+def test_the_command_of_the_page_prints_what_it_shows(capsys, report, monkeypatch):
+    monkeypatch.chdir(report.parent)
+    [(command, shown)] = re.findall(r"^\$ kcfi (ask .*)\n((?:.+\n)+?)```", PAGE, re.M)
+    assert main(shlex.split(command)) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_the_questions_of_the_page_are_understood():
+    rows = re.findall(r"^\| (yes or no|count|area|where|what) \| .* \| (.+\?) \|$", PAGE, re.M)
+    assert {kind.replace("yes or no", "yes/no"): text for kind, text in rows} == {
+        parse(text, ["road", "building"]).type: text for text in EXAMPLES[:5]
+    }
+
+
+def test_the_python_of_the_page_runs(capsys, report, monkeypatch):
+    monkeypatch.chdir(report.parent)
+    [code] = [code for code in re.findall(r"```python\n(.*?)```", PAGE, re.S) if "kcfi.scenes.answers" in code]
+    exec(compile(code, "scenes.md", "exec"), {})
+    assert capsys.readouterr().out == "{'north-east': 1}\n"
 
 
 # The command
