@@ -15,7 +15,7 @@ from shapely import Point, box
 from shapely.affinity import affine_transform, scale
 from shapely.geometry.base import BaseGeometry
 
-from kcfi.processing import InputError
+from kcfi.processing import NO_LABEL, InputError
 from kcfi.scenes.findings import Change, Findings
 from kcfi.scenes.questions import FIELDS, Limit, Question, parse
 from kcfi.scenes.report import area_text
@@ -23,7 +23,6 @@ from kcfi.scenes.summary import coverage, crs_name, on_earth, read_summary, size
 
 LON_LAT = "EPSG:4326"
 SHOWN = 20  # changes that a text lists; the JSON has all
-NO_DATA = 255  # in `mask.tif`
 SAMPLED = 256  # px: side of the reduced mask on which the seen share of a box is measured
 
 
@@ -162,7 +161,7 @@ def _seen(mask: Path, spot: BaseGeometry) -> float:
             width, height = (min(ceil(right), file.width) - x, min(ceil(bottom), file.height) - y)
             window = Window(x, y, max(width, 1), max(height, 1))
             shape = (min(int(window.height), SAMPLED), min(int(window.width), SAMPLED))
-            return float((file.read(1, window=window, out_shape=shape) != NO_DATA).mean())
+            return float((file.read(1, window=window, out_shape=shape) != NO_LABEL).mean())
 
 
 def _nearest(spot: BaseGeometry, findings: Findings) -> str:

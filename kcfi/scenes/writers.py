@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 
 ITEM = "item.json"
 UNFINISHED = ".unfinished"  # folder in the report's in which its files wait until all are there
-NO_DATA = 255  # in `mask.tif`
+CACHE = 128 * 2**20  # bytes of blocks that GDAL keeps; by itself it takes a twentieth of the machine's memory
 NOT_LON_LAT = "Coordinates are not longitude and latitude, but those of the images: "
 
 
@@ -68,17 +68,19 @@ def write_rasters(findings: Findings, work: Path, folder: Path) -> None:
     colours = {0: (0, 0, 0, 255)}  # TIFF has no transparent colours
     colours |= {value: (*colour(findings, label), 255) for value, label in findings.labels.items()}
     classes = ", ".join(f"{value} {label}" for value, label in {0: "no change", **findings.labels}.items())
-    mask: dict[str, Any] = {"colormap": colours, "additional_cog_metadata": {"units": "class", "classes": classes}}
-    probability: dict[str, Any] = {
-        "overview_resampling": "average",
-        "additional_cog_metadata": {"units": "probability of change"},
-    }
-    for name, settings in {"mask.tif": mask, "probability.tif": probability}.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)  # of plain images
-            warnings.filterwarnings("ignore", message="Dataset color interpretation was set")  # as it should be
-            profile: Any = cog_profiles.get("deflate")
-            cog_translate(work / name, folder / name, profile, in_memory=False, quiet=True, **settings)
+    _write_cog(work / "mask.tif", folder, {"units": "class", "classes": classes}, colormap=colours)
+    units = {"units": "probability of change"}
+    _write_cog(work / "probability.tif", folder, units, overview_resampling="average")
+
+
+def _write_cog(source: Path, folder: Path, tags: dict[str, str], **settings: Any) -> None:
+    profile: Any = cog_profiles.get("deflate")
+    profile["BIGTIFF"] = "IF_SAFER"  # beyond 4 GB
+    settings |= {"additional_cog_metadata": tags, "config": {"GDAL_CACHEMAX": CACHE}, "in_memory": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # of plain images
+        warnings.filterwarnings("ignore", message="Dataset color interpretation was set")  # as it should be
+        cog_translate(source, folder / source.name, profile, quiet=True, **settings)
 
 
 def write_polygons(findings: Findings, folder: Path) -> None:
