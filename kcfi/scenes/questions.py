@@ -185,9 +185,12 @@ def parse(text: str, labels: Collection[str]) -> Question:
         raise _not_understood(text, "numbers that are neither a point (x, y) nor a box (left, bottom, right, top)")
     if max(len(places), len(numbers), len(orders)) > 1:
         raise _not_understood(text, "more than one place or order")
-    several = max(len(named), len(kinds)) > 1
-    if min(len(named), len(kinds)) > 1 or (several and not {"and", "or"} & set(words)):
-        raise _not_understood(text, "several classes or kinds of change that 'and' or 'or' does not join")
+    if kinds and re.search(r"\b(?:and|or) (?:were |was )?changed?\b|\bchanged? (?:and|or)\b", text.lower()):
+        raise _not_understood(text, f"changed, which every change has, beside {' and '.join(kinds)}")
+    most = max(len(named), len(kinds), 1)
+    loose = words.count("or") >= most or ("and" in words and most == 1 and not limits)
+    if loose or min(len(named), len(kinds)) > 1 or (most > 1 and not {"and", "or"} & set(words)):
+        raise _not_understood(text, "what 'and' or 'or' joins: classes, or kinds of change, but not both")
     if (orders and kind in ("yes/no", "count")) or (named and anything and kind == "yes/no"):
         raise _not_understood(text, "what one certain change is, as a question of yes or no or of how many")
     place, at, order = next(iter(places), None), next(iter(numbers), None), next(iter(orders), None)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def write_html(findings: Findings, work: Path, path: Path) -> None:
 def write_pdf(findings: Findings, work: Path, path: Path) -> None:
     """Print the page; without WeasyPrint or Pango, which it needs, a line in the log says how to get them."""
     try:
-        from weasyprint import HTML
+        with redirect_stdout(io.StringIO()):  # where WeasyPrint says that Pango is missing
+            from weasyprint import HTML
     except (ImportError, OSError):
         logger.warning(
             'report.pdf is left out: it needs `pip install "kcfi[geo]"` and Pango (Debian and Ubuntu: '

@@ -15,6 +15,13 @@ from shapely.affinity import affine_transform
 from kcfi.scenes.findings import Change, Date, Findings, Grid, Shift
 from kcfi.scenes.writers import write_findings
 
+try:
+    import weasyprint  # noqa: F401
+except (ImportError, OSError):
+    PRINTS = False  # no Pango: reports have no PDF
+else:
+    PRINTS = True
+
 UTM = CRS.from_epsg(32650)
 PLACES = [
     ["north-west", "north", "north-east"],

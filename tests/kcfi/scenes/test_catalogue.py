@@ -15,7 +15,7 @@ from shapely.geometry import shape
 from kcfi.processing import InputError
 from kcfi.scenes.catalogue import ASSETS, footprint, refusal, write_item
 from kcfi.scenes.findings import Date
-from tests.kcfi.scenes.conftest import five, make_findings, make_grid
+from tests.kcfi.scenes.conftest import PRINTS, five, make_findings, make_grid
 
 ITEM_SCHEMA = "https://schemas.stacspec.org/v1.1.0/item-spec/json-schema/item.json"
 
@@ -43,7 +43,7 @@ def test_the_item_is_valid_by_the_schema_of_stac(report, validator):
 def test_the_item_names_every_file_with_its_type_and_role(report):
     item = pystac.Item.from_file(report / "item.json")
     present = {path.name for path in report.iterdir()} - {"item.json"}
-    assert set(item.assets) == present == set(ASSETS)
+    assert set(item.assets) == present == set(ASSETS) - (set() if PRINTS else {"report.pdf"})
     for name, asset in item.assets.items():
         assert asset.href == f"./{name}" and asset.media_type and asset.roles
     assert item.assets["mask.tif"].media_type == "image/tiff; application=geotiff; profile=cloud-optimized"

@@ -17,7 +17,7 @@ from shapely import MultiPolygon, box
 
 from kcfi.scenes.findings import Date, Shift
 from kcfi.scenes.report import area_text, number, outline, render, write_pdf
-from tests.kcfi.scenes.conftest import five, make_change, make_findings, make_grid, town, write_work
+from tests.kcfi.scenes.conftest import PRINTS, five, make_change, make_findings, make_grid, town, write_work
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 in_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium")
@@ -133,23 +133,35 @@ def test_areas_are_read_at_a_glance(row, text):
     assert area_text(row) == text and number(5) == "5"
 
 
-def test_the_pdf_has_pages_and_does_not_grow_with_the_changes(tmp_path):
-    findings = town(700, make_grid(1200, 900))
-    work = write_work(findings, tmp_path / "work")
-    said = words(render(findings, work, printed=True))
-    assert "The 200 smaller changes are listed in report.html and changes.gpkg." in said
-    assert "<script" not in render(findings, work, printed=True)
-    small = five()
-    write_pdf(small, write_work(small, tmp_path / "small"), tmp_path / "report.pdf")
+def test_the_printed_table_does_not_grow_with_the_changes(tmp_path):
+    text = page(town(700, make_grid(1200, 900)), tmp_path, printed=True)
+    assert text.count("<tr tabindex") == 500 and "<script" not in text
+    assert "The 200 smaller changes are listed in report.html and changes.gpkg." in words(text)
+
+
+@pytest.mark.skipif(not PRINTS, reason="no Pango")
+def test_the_pdf_is_one(tmp_path):
+    findings = five()
+    write_pdf(findings, write_work(findings, tmp_path / "work"), tmp_path / "report.pdf")
     content = (tmp_path / "report.pdf").read_bytes()
-    assert content.startswith(b"%PDF-") and b"%%EOF" in content[-64:]
+    assert content.startswith(b"%PDF-") and b"%%EOF" in content[-64:] and content.count(b"/Subtype /Image") >= 2
 
 
-def test_without_weasyprint_a_line_says_what_to_install(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "weasyprint", None)  # as if it were not installed
+@pytest.mark.parametrize("missing", ["WeasyPrint", "Pango"])
+def test_without_what_prints_a_line_says_what_to_install(tmp_path, monkeypatch, caplog, capsys, missing):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "weasyprint"]:
+        monkeypatch.delitem(sys.modules, name)
+    if missing == "WeasyPrint":
+        monkeypatch.setitem(sys.modules, "weasyprint", None)
+    else:
+
+        def finds_nothing(*_):
+            raise OSError("cannot load library")
+
+        monkeypatch.setattr("cffi.FFI.dlopen", finds_nothing)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     write_pdf(five(), tmp_path, tmp_path / "report.pdf")
-    assert not (tmp_path / "report.pdf").exists()
+    assert not (tmp_path / "report.pdf").exists() and capsys.readouterr().out == ""
     assert 'report.pdf is left out: it needs `pip install "kcfi[geo]"` and Pango' in caplog.text
 
 

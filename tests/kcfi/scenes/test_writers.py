@@ -16,10 +16,10 @@ from shapely.geometry import shape
 from kcfi.pictures import CHANGE_COLOURS
 from kcfi.scenes.findings import Grid
 from kcfi.scenes.writers import write_findings
-from tests.kcfi.scenes.conftest import five, make_change, make_findings, make_grid, town, write_work
+from tests.kcfi.scenes.conftest import PRINTS, five, make_change, make_findings, make_grid, town, write_work
 
 NAMES = {"mask.tif", "probability.tif", "changes.gpkg", "changes.geojson", "summary.json", "mask.qml", "changes.qml"}
-NAMES |= {"item.json", "report.html", "report.pdf"}
+NAMES |= {"item.json", "report.html"} | ({"report.pdf"} if PRINTS else set())
 
 
 def written(findings, folder):
