@@ -89,23 +89,24 @@ def write_work(findings, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     grid = findings.grid
     mask = np.zeros((grid.height, grid.width), np.uint8)
-    probability = np.full(mask.shape, 0.02, np.float32)
+    percent = np.full(mask.shape, 2, np.uint8)
     pictures = [np.random.default_rng(0).integers(60, 110, (*mask.shape, 3), np.uint8) for _ in findings.dates]
     for change in findings.changes:
         left, top, right, bottom = change.box
         [value] = [value for value, label in findings.labels.items() if label == change.label]
         mask[top:bottom, left:right] = value
-        probability[top:bottom, left:right] = change.probability
+        percent[top:bottom, left:right] = round(100 * change.probability)
         pictures[0 if change.kind == "removed" else -1][top:bottom, left:right] = (200, 190, 170)
     unseen = mask.size - findings.seen_pixels
-    mask.flat[mask.size - unseen :], probability.flat[mask.size - unseen :] = 255, -1
+    mask.flat[mask.size - unseen :] = percent.flat[mask.size - unseen :] = 255
     profile = {"driver": "GTiff", "count": 1, "width": grid.width, "height": grid.height}
     profile |= {"crs": grid.crs, "transform": grid.transform}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        for name, values, nodata in (("mask", mask, 255), ("probability", probability, -1)):
-            with rasterio.open(folder / f"{name}.tif", "w", dtype=values.dtype, nodata=nodata, **profile) as file:
+        for name, values, scale in (("mask", mask, 1), ("probability", percent, 0.01)):
+            with rasterio.open(folder / f"{name}.tif", "w", dtype="uint8", nodata=255, **profile) as file:
                 file.write(values, 1)
+                file.scales = (scale,)
     for number, picture in enumerate(pictures):
         image = Image.fromarray(picture)
         image.thumbnail((2048, 2048))

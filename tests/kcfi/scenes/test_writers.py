@@ -62,7 +62,10 @@ def test_the_mask_has_the_colours_of_the_project_and_says_what_its_values_mean(r
         assert file.colorinterp[0].name == "palette"
     assert (tags["classes"], tags["units"]) == ("0 no change, 1 road, 2 building", "class")
     with rasterio.open(report / "probability.tif") as file:
-        assert file.tags()["units"] == "probability of change" and file.dtypes == ("float32",)
+        assert file.tags()["units"] == "probability of change" and file.dtypes == ("uint8",)
+        probability = np.ma.masked_invalid(file.read(1, masked=True) * file.scales[0])
+        assert probability[50, 500] == pytest.approx(0.95) and probability[200, 10] == pytest.approx(0.02)
+        assert probability.mask.sum() == 600 * 50
     assert cog_info(report / "mask.tif").Profile.Nodata == 255
 
 
