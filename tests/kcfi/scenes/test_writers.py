@@ -8,7 +8,10 @@ import geopandas
 import numpy as np
 import pytest
 import rasterio
+from jsonschema import Draft7Validator
+from pystac.validation.local_validator import get_local_schema_cache
 from rasterio.crs import CRS
+from referencing import Registry, Resource
 from rio_cogeo import cog_info, cog_validate
 from shapely import MultiPolygon, box
 from shapely.geometry import shape
@@ -119,6 +122,16 @@ def test_the_geojson_keeps_the_rules_of_rfc_7946(tmp_path):
     assert len(content["features"][1]["geometry"]["coordinates"]) == 2
     named = {"id", "class", "kind", "area_m2", "pixels", "probability", "caption", "place", "before", "after"}
     assert set(content["features"][0]["properties"]) == {*named, "first_seen"}
+
+
+def test_every_feature_is_valid_by_the_schema_of_geojson(report):
+    schemas = get_local_schema_cache()  # in the package: nothing is fetched
+    registry = Registry().with_resources([(uri, Resource.from_contents(schema)) for uri, schema in schemas.items()])
+    validator = Draft7Validator(schemas["https://geojson.org/schema/Feature.json"], registry=registry)
+    features = geojson(report / "changes.geojson")["features"]
+    assert len(features) == 5 and [error for feature in features for error in validator.iter_errors(feature)] == []
+    features[0]["geometry"]["coordinates"][0][0] = ["east"]  # the check would see it
+    assert list(validator.iter_errors(features[0]))
 
 
 def test_polygons_without_a_crs_are_in_pixels_and_say_so(tmp_path):
