@@ -121,7 +121,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Weights of the kinds of 'synthetic' pairs: drawn, composed (real ground and roofs), single_date "
-            "(one real image twice); JSON; one alone: --pair_mix.composed 2 (default: all alike with materials, only "
+            "(one real image twice), developed (two real images); JSON; one alone: --pair_mix.composed 2 (default: all alike with materials, only "
             "drawn without)."
         },
     )
