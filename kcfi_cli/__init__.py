@@ -7,15 +7,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from kcfi_cli import ablate, caption, data, evaluate, export, push, score, serve, train
+from kcfi_cli import ablate, caption, data, evaluate, export, push, scene, score, serve, train
 from kcfi_cli.options import Parser, UsageError
 
-COMMANDS = (caption, train, evaluate, score, ablate, data, push, serve, export)  # as `kcfi --help` lists them
+COMMANDS = (caption, scene, train, evaluate, score, ablate, data, push, serve, export)  # as `kcfi --help` lists them
 
 EXAMPLES = """examples:
   kcfi caption before.png after.png                        sentence, mask and overlay by the embedded model
   kcfi caption images/A images/B --output report           every pair of two folders, into report/captions.csv
   kcfi caption before.tif after.tif --regions --json       also a sentence per changed region; all as JSON
+  kcfi scene before.tif after.tif -o report                changes of a scene of any size, as polygons on the map
   kcfi data synthesize --pairs 100 --output pairs          drawn pairs in the layout of LEVIR-MCI
   kcfi data check LEVIR-MCI                                every problem of a data set, and what its splits hold
   kcfi train debug                                         train for two minutes on drawn pairs

@@ -21,6 +21,7 @@ PARTS = ("kcfi", "kcfi_cli", "modeling_kcfi", "processing", "training")
 FLOORS = (
     ("kcfi.modeling_kcfi", "kcfi.processing"),  # travel to the Hub
     ("kcfi",),
+    ("kcfi.scenes",),
     ("kcfi.training.data",),
     ("kcfi.training.synthetic",),
     ("kcfi.training.materials",),

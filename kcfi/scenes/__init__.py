@@ -1,1 +1,13 @@
 """Scenes: two or more large georeferenced images of one place -> polygons of change with sentences, and a report."""
+
+from importlib.util import find_spec
+
+from kcfi.processing import InputError
+
+if missing := [name for name in ("rasterio", "shapely") if find_spec(name) is None]:
+    raise InputError(f'Scenes need {" and ".join(missing)}: pip install "kcfi[geo]"')
+
+from kcfi.scenes.describe import describe_scene
+from kcfi.scenes.findings import Findings
+
+__all__ = ["Findings", "describe_scene"]

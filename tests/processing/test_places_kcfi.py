@@ -5,9 +5,9 @@ import pytest
 
 from kcfi.processing import places_kcfi
 from kcfi.processing.places_kcfi import (
+    IMAGE,
     UNCHANGED_SENTENCES,
     center_of,
-    place_phrase,
     tells_of_change,
 )
 
@@ -33,9 +33,9 @@ def test_the_five_stock_sentences_tell_of_no_change(sentence):
 
 
 def test_nine_places_have_nine_phrases():
-    phrases = [place_phrase(x, y) for y in (0, 0.5, 1) for x in (0, 0.5, 1)]
+    phrases = [IMAGE.phrase(x, y) for y in (0, 0.5, 1) for x in (0, 0.5, 1)]
     assert len(set(phrases)) == 9 and phrases[0] == "in the top left corner" and phrases[4] == "in the middle"
-    assert place_phrase(0.32, 0.68) == "in the bottom left corner"
+    assert IMAGE.phrase(0.32, 0.68) == "in the bottom left corner"
 
 
 def test_the_centre_is_that_of_the_pixels():
