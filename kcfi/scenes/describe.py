@@ -25,7 +25,7 @@ from kcfi.scenes.kept import Kept
 from kcfi.scenes.rasters import CACHE, NewRaster
 from kcfi.scenes.reading import Layer, open_raster
 from kcfi.scenes.regions import Region, find_regions, polygons
-from kcfi.scenes.registration import FAR, estimate_shift
+from kcfi.scenes.registration import ALIKE, FAR, estimate_shift
 from kcfi.scenes.sentences import kind_of, place_of, plain_sentence, scene_caption, write_sentences
 from kcfi.scenes.tiles import Strip, detect
 
@@ -230,10 +230,15 @@ def far_dates(dates: Sequence[str | Path], shift: Shift) -> list[str]:
     distance = float(np.hypot(shift.x, shift.y))
     if distance <= FAR or shift.aligned:
         return []
+    remedy = (
+        "--align (align=True in Python) takes a constant shift out"
+        if shift.spread <= ALIKE
+        else "it is not the same everywhere, so that --align would not help: orthorectify the images"
+    )
     return [
         f"{dates[1]} lies {distance:.1f} px from {dates[0]} ({shift.x:+.1f} to the right, {shift.y:+.1f} down, "
-        f"spread {shift.spread:.1f}), more than {FAR:g} px: edges of unchanged buildings may be taken for changes. "
-        "--align (align=True in Python) takes a constant shift out."
+        f"spread {shift.spread:.1f}), more than {FAR:g} px: edges of unchanged buildings may be taken for changes; "
+        f"{remedy}."
     ]
 
 

@@ -155,7 +155,7 @@ class Layer:
         """The source on a grid."""
         plain = grid.crs is None
         there = PIXELS[1] @ grid.transform if plain else grid.transform
-        x, y = (move * self.grid.width / grid.width for move in self.offset)
+        x, y = (move * grid.width / self.grid.width for move in self.offset)
         return WarpedVRT(
             self.source,
             src_crs=PIXELS[0] if plain else None,
@@ -187,8 +187,8 @@ class Layer:
             notes.append(f"resampled from {was} to {metres[0]:.3g} m/px")
         elif not notes:
             step = ~source.transform @ self.grid.transform
-            x, y = round(step.c) - step.c, round(step.f) - step.f
-            notes.append(f"resampled by a part of a pixel: {x:+.2f} px to the right, {y:+.2f} px down")
+            x, y = (abs(place - round(place)) for place in (step.c, step.f))
+            notes.append(f"resampled: its pixels lie between those of the grid, by {x:.2f} px across and {y:.2f} down")
         return notes
 
 

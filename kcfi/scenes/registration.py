@@ -16,10 +16,11 @@ from kcfi.scenes.reading import Layer
 WINDOW = 256  # px: side of a window; shifts of up to a quarter of it are found
 PER_SIDE = 6  # windows across and down a scene, at most
 TEXTURE = 4.0  # grey levels: standard deviation below which a window shows nothing to hold on to
-FOUND = 6.0  # standard deviations of the correlation that a peak stands above the mean
+FOUND = 8.0  # standard deviations of the correlation above its mean: noise alone has peaks of up to 7
 FINE = 50  # steps per px
 SMOOTH = 0.15  # cycles per px: width of the low pass; what is finer is noise, and aliased after resampling
 FAR = 2.0  # px: more than this is said in a warning
+ALIKE = 1.0  # px: spread up to which the shift is the same everywhere
 
 
 def estimate_shift(before: Layer, after: Layer, grid: Grid) -> Shift:

@@ -36,6 +36,7 @@ REMOVED = re.compile(
 REPLACED = re.compile(
     r"\b(?:replaced (?:by|with)|turn\w* into|becomes?|became|changed? (?:in)?to|converted (?:in)?to)\b"
 )
+REPLACES = re.compile(r"\b(?:replaces?|takes? the place of)\b")
 CLAUSES = re.compile(r"\s*(?:[,;.]|\band\b|\bwhile\b|\bbut\b)\s*")
 
 
@@ -46,12 +47,12 @@ def kind_of(sentence: str, label: str) -> Kind:
     tells of a building that appeared.
     """
     text = sentence.lower()
-    noun = re.compile(rf"\b{NOUNS.get(label, '|'.join(NOUNS.values()))}\b")
-    before, replaced, after = text, REPLACED.search(text), ""
-    if replaced:  # what stands in front of it went, what follows came
-        before, after = text[: replaced.start()], text[replaced.end() :]
-        if bool(noun.search(before)) != bool(noun.search(after)):
-            return "appeared" if noun.search(after) else "removed"
+    noun = re.compile(rf"\b(?:{NOUNS.get(label, '|'.join(NOUNS.values()))})\b")
+    for verb, kinds in ((REPLACED, ("removed", "appeared")), (REPLACES, ("appeared", "removed"))):
+        if replaced := verb.search(text):
+            named = [bool(noun.search(part)) for part in (text[: replaced.start()], text[replaced.end() :])]
+            if named[0] != named[1]:
+                return kinds[named.index(True)]  # type: ignore[return-value]
     own = [clause for clause in _clauses(text) if noun.search(clause)]
     for clauses in (own, [text]):
         came, went = (any(verb.search(clause) for clause in clauses) for verb in (APPEARED, REMOVED))
@@ -158,7 +159,7 @@ def scene_caption(changes: Sequence[Change]) -> str:
 
 
 def _group(label: str, kind: str, members: Sequence[Change]) -> str:
-    """The clause of a class and a kind: "buildings appeared in 9 places (4,300 m2), mostly in the north-east"."""
+    """The clause of a class and a kind, as "buildings appeared in 9 places (4,300 m2), mostly in the north-east"."""
     areas = [change.area_m2 for change in members if change.area_m2 is not None]
     measured = f"{sum(areas):,.0f} m2" if areas else f"{sum(change.pixels for change in members):,} px"
     where: dict[str, int] = defaultdict(int)
@@ -168,7 +169,8 @@ def _group(label: str, kind: str, members: Sequence[Change]) -> str:
     share = most / sum(where.values())
     located = f" in the {place}" if share == 1 else f", mostly in the {place}" if share > 0.5 else ""
     noun = {"building": "buildings", "road": "roads"}.get(label, "something")
-    return f"{noun} {kind} in {_count(len(members), 'place')} ({measured}){located}"
+    verb = "disappeared" if kind == "removed" else kind
+    return f"{noun} {verb} in {_count(len(members), 'place')} ({measured}){located}"
 
 
 def _count(number: int, noun: str) -> str:
