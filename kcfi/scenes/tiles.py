@@ -40,14 +40,14 @@ def blend_row(maps: Iterable[torch.Tensor], lefts: Sequence[int], shape: Sequenc
         weight = taper(values.shape[2])
         total[..., left : left + len(weight)] += values * weight
         weights[left : left + len(weight)] += weight
-    return total / weights.clamp(min=torch.finfo(torch.float32).tiny)
+    return total.div_(weights.clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def blend_rows(row: Callable[[int], torch.Tensor], height: int, tile: int, first: int = 0) -> Iterator[torch.Tensor]:
     """Average overlapping rows, strip by strip.
 
     Args:
-        row: number of a row of tiles -> its map (C, h, W).
+        row: number of a row of tiles -> its map (C, h, W), which is overwritten.
         height: of the scene in px.
         tile: side of a tile in px.
         first: number of the strip to begin with; rows above it that reach into it are asked for again.
@@ -62,23 +62,16 @@ def blend_rows(row: Callable[[int], torch.Tensor], height: int, tile: int, first
             continue
         values = row(number)
         weight = taper(values.shape[1])
-        values, weight = (values * weight[:, None])[:, max(0, above - top) :], weight[max(0, above - top) :]
-        if len(weights):
-            total, weights = _overlaid(total, values), _overlaid(weights, weight)
-        else:
-            total, weights = values, weight
+        values = values.mul_(weight[:, None])[:, max(0, above - top) :]
+        weight = weight[max(0, above - top) :]
+        if len(weights):  # of the rows above
+            values[:, : len(weights)] += total
+            weight[: len(weights)] += weights
+        total, weights = values, weight
         if number >= first:
             lines = bounds[number][1] - bounds[number][0]
             yield total[:, :lines] / weights[:lines, None]
             total, weights, above = total[:, lines:], weights[lines:], bounds[number][1]
-
-
-def _overlaid(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """The sum of two maps (..., h[, W]) that begin with the same line; the new one is as long or longer."""
-    lines = 0 if old.ndim == 1 else 1
-    longer = new.clone()
-    longer.narrow(lines, 0, old.shape[lines]).add_(old)
-    return longer
 
 
 def detect(describer: Describer, before: Layer, after: Layer, grid: Grid, kept: Kept) -> Iterator[Strip]:
@@ -102,7 +95,7 @@ def detect(describer: Describer, before: Layer, after: Layer, grid: Grid, kept: 
     for number, scores in enumerate(progress, start=done):
         top, bottom = bounds[number]
         seen = read_both(before, after, (0, top, grid.width, bottom))[2]
-        mask = scores.argmax(0).to(torch.uint8).numpy()
+        mask = scores.numpy().argmax(0).astype(np.uint8)  # torch takes seven times as long
         changed = 100 * (1 - scores.softmax(0)[0])
         probability = changed.round().to(torch.uint8).numpy()
         strip = {"mask": np.where(seen, mask, NO_LABEL), "probability": np.where(seen, probability, NO_LABEL)}

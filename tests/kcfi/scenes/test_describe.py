@@ -12,7 +12,7 @@ from kcfi.models import embedded_model, load
 from kcfi.processing import Describer, InputError
 from kcfi.scenes import describe as module
 from kcfi.scenes import describe_scene
-from kcfi.scenes.describe import WORK, describe_dates
+from kcfi.scenes.describe import WORK
 from kcfi.training.synthetic.dataset import SyntheticDataset
 
 UTM = Affine(0.5, 0, 500_000, 0, -0.5, 4_400_000)
@@ -228,24 +228,6 @@ def test_an_unchanged_pair_that_is_shifted_by_one_and_a_half_pixels_raises_no_al
     found = describe_scene(dates, tmp_path / "out", Describer(*load(embedded_model())))
     assert np.hypot(found.shifts[0].x, found.shifts[0].y) == pytest.approx(1.5, abs=0.05)
     assert found.changes == () and found.warnings == ()
-
-
-def test_dates_have_names_that_differ(tmp_path, write_raster):
-    class Empty:
-        def tags(self, ns):
-            return {}
-
-    class Layer:
-        notes = ()
-
-    def names(*paths, acquired=()):
-        dates = describe_dates(paths, [Empty()] * len(paths), [Layer()] * len(paths), acquired)
-        return [date.name for date in dates]
-
-    assert names("x/before.tif", "x/after.tif") == ["before", "after"]
-    assert names("A/test_1.tif", "B/test_1.tif") == ["A/test_1", "B/test_1"]
-    assert names("x.tif", "x.tif") == ["date 1", "date 2"]
-    assert names("a.tif", "b.tif", acquired=["2019-06-01", "2024-05-30"]) == ["2019-06-01", "2024-05-30"]
 
 
 def test_the_file_may_say_when_it_was_acquired(scene, describer, tmp_path):
