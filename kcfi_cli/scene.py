@@ -54,11 +54,14 @@ def run(options: argparse.Namespace) -> None:
     check_writable(options.output)
     from transformers.utils.logging import disable_progress_bar
 
-    from kcfi.scenes import describe_scene
+    from kcfi.scenes import WORK, describe_scene
+    from kcfi.scenes.reading import open_raster
 
     disable_progress_bar()  # of loading weights, which is over before it can be read
     settings = ("reproject", "align", "bands", "stretch", "min_area", "max_captions", "model_resolution", "acquired")
     dates = [options.before, options.after]
+    for path in dates:
+        open_raster(path).close()  # what cannot be read is said before the model is loaded
     found = describe_scene(
         dates, options.output, build_describer(options), **{name: getattr(options, name) for name in settings}
     )
@@ -73,3 +76,5 @@ def run(options: argparse.Namespace) -> None:
             print(f"{date.path}: {note}")
     for warning in found.warnings:
         print(f"warning: {warning}")
+    for name in ("mask.tif", "probability.tif"):
+        print(f"{Path(name).stem}: {options.output / WORK / name}")

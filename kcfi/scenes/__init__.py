@@ -7,7 +7,7 @@ from kcfi.processing import InputError
 if missing := [name for name in ("rasterio", "shapely") if find_spec(name) is None]:
     raise InputError(f'Scenes need {" and ".join(missing)}: pip install "kcfi[geo]"')
 
-from kcfi.scenes.describe import describe_scene
+from kcfi.scenes.describe import WORK, describe_scene
 from kcfi.scenes.findings import Findings
 
-__all__ = ["Findings", "describe_scene"]
+__all__ = ["WORK", "Findings", "describe_scene"]
