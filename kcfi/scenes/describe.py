@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import rasterio
@@ -16,7 +17,7 @@ from PIL import Image
 from shapely.geometry.base import BaseGeometry
 from tqdm import tqdm
 
-from kcfi.models import load
+from kcfi.models import embedded_model, load
 from kcfi.processing import NO_LABEL, Describer, InputError
 from kcfi.scenes.dates import coarse_dates, describe_dates, far_dates, fingerprint
 from kcfi.scenes.findings import Change, Date, Findings, Grid
@@ -79,10 +80,27 @@ def describe_scene(
     if describer.model.model.change_detection_head is None:
         raise InputError("This model has no change detection head: it cannot find changes in a scene.")
     warnings = []
-    resolution = model_resolution or describer.processor.ground_sampling_distance
+    resolution = describer.processor.ground_sampling_distance if model_resolution is None else model_resolution
     if resolution is None:
         resolution = RESOLUTION
         warnings.append(f"The model does not say at how many m per pixel it was trained; {RESOLUTION} was taken.")
+    if resolution <= 0 or (max_captions or 0) < 0:
+        raise InputError(
+            f"model_resolution={resolution} must be above 0, and max_captions={max_captions} not below it."
+        )
+    name = describer.model.name_or_path
+    settings: dict[str, Any] = {
+        "model": "kcfi-tiny" if name == embedded_model() else name,
+        "revision": getattr(describer.model.config, "_commit_hash", None),
+        "weights": digest(describer.model),
+        "instruction": describer.instruction,
+        "tile_px": describer.view,
+        "model_resolution_m": resolution,
+        "bands": None if bands is None else list(bands),
+        "stretch": None if stretch is None else list(stretch),
+        "reproject": reproject,
+        "align": align,
+    }
     labels = LABELS[describer.model.config.num_change_classes]
     work = Path(output) / WORK
     work.mkdir(parents=True, exist_ok=True)
@@ -90,59 +108,83 @@ def describe_scene(
         stack.enter_context(rasterio.Env(GDAL_CACHEMAX=CACHE))
         sources = [stack.enter_context(open_raster(path)) for path in dates]
         grid = scene_grid(sources, resolution, reproject)
-        warnings += coarse_dates(sources, resolution)
         before, after = (Layer(source, grid, bands, stretch) for source in sources)
         shift = estimate_shift(before, after, grid)
         if align and shift.windows:
             shift = replace(shift, aligned=True)
             after = Layer(sources[1], grid, bands, stretch, (shift.x, shift.y))
-        warnings += far_dates(dates, shift)
-
-        settings = {
-            "model": "given as an object" if isinstance(model, Describer) else model,
-            "revision": getattr(describer.model.config, "_commit_hash", None),
-            "weights": digest(describer.model),
-            "tile_px": describer.view,
-            "model_resolution_m": resolution,
-            "bands": None if bands is None else list(bands),
-            "stretch": None if stretch is None else list(stretch),
-            "reproject": reproject,
-            "align": align,
-        }
+        warnings += [*coarse_dates(sources, resolution), *far_dates(dates, shift)]
+        described = describe_dates(dates, sources, (before, after), acquired)
         record = {**settings, "inputs": [fingerprint(path) for path in dates], "shift": [shift.x, shift.y]}
-        kept = Kept(work / "strips", {**record, "autocast": str(describer.autocast)})
-        if kept.anew:
-            tqdm.write(f"{work}: what is kept there is of other images or settings; started anew.", file=sys.stderr)
-        seen = write_rasters(detect(describer, before, after, grid, kept), grid, work)
-        if not seen:
-            raise InputError(f"{dates[0]} and {dates[1]} have no pixel with data on both.")
-
-        areas = pixel_areas(grid)
-        least = min_area if areas is not None else min_area / resolution**2
-        files = work / "mask.tif", work / "probability.tif", work / "regions.tif"
-        regions = find_regions(*files, grid, list(labels), np.ones(grid.height) if areas is None else areas, least)
-        settings |= {"min_area_m2": min_area, "max_captions": max_captions, "instruction": describer.instruction}
-        told = {**record, **settings, "batch_size": describer.batch_size, "generation": str(describer.generation)}
-        sentences = write_sentences(
-            describer, before, after, regions[:max_captions], files[2], grid, Kept(work / "sentences", told)
-        )
+        least = min_area / (resolution**2 if grid.crs is None else 1)
+        found = compare(describer, before, after, work, record, list(labels), least, max_captions)
         for number, layer in enumerate((before, after)):
             Image.fromarray(layer.overview(OVERVIEW)[0]).save(work / f"date-{number}.png")
-        described = describe_dates(dates, sources, (before, after), acquired)
-        outlines = polygons(files[2], files[0], grid)
-    changes = list_changes(regions, sentences, outlines, grid, labels, described)
+    changes = list_changes(found, grid, labels, described)
     return Findings(
         caption=scene_caption(changes),
         grid=grid,
         dates=described,
         shifts=(shift,),
         changes=changes,
-        seen_pixels=seen,
+        seen_pixels=found.seen,
         labels=labels,
-        settings=settings,
+        settings={**settings, "min_area_m2": min_area, "max_captions": max_captions},
         versions={name: version(name) for name in ("kcfi", "torch", "transformers", "rasterio")},
         warnings=tuple(warnings),
     )
+
+
+class Compared(NamedTuple):
+    """What differs between two dates; the rasters lie in the folder of `compare`."""
+
+    seen: int  # pixels that both have data for
+    regions: list[Region]
+    outlines: dict[int, BaseGeometry]  # by `Region.number`
+    sentences: list[str]  # of the first regions
+
+
+def compare(
+    describer: Describer,
+    before: Layer,
+    after: Layer,
+    work: Path,
+    record: dict[str, Any],
+    labels: Sequence[int],
+    least: float,
+    most_captions: int | None,
+) -> Compared:
+    """Detect, number, outline and describe what changed between two dates on one grid.
+
+    Args:
+        describer: does it.
+        before: the earlier date.
+        after: the later one.
+        work: folder for `mask.tif` (class ids), `probability.tif` (percent), `regions.tif` (`Region.number`), and what
+            is kept.
+        record: what the mask depends on, see `Kept`.
+        labels: the classes.
+        least: smallest area of a region, in m2; in px without a CRS.
+        most_captions: how many regions get a sentence; None = all.
+
+    Raises:
+        InputError: no pixel has data on both dates.
+    """
+    grid = before.grid
+    kept = Kept(work / "strips", {**record, "autocast": str(describer.autocast)})
+    if kept.anew:
+        tqdm.write(f"{work}: what is kept there is of other images or settings; started anew.", file=sys.stderr)
+    seen = write_rasters(detect(describer, before, after, grid, kept), grid, work)
+    if not seen:
+        raise InputError(f"{before.source.name} and {after.source.name} have no pixel with data on both.")
+    mask, probability, numbers = (work / f"{name}.tif" for name in ("mask", "probability", "regions"))
+    areas = pixel_areas(grid)
+    areas = np.ones(grid.height) if areas is None else areas
+    regions = find_regions(mask, probability, numbers, grid, labels, areas, least)
+    told = {**record, "least": least, "batch_size": describer.batch_size, "generation": str(describer.generation)}
+    kept = Kept(work / "sentences", told | {"most_captions": most_captions})
+    sentences = write_sentences(describer, before, after, regions[:most_captions], numbers, grid, kept)
+    return Compared(seen, regions, polygons(numbers, mask, grid), sentences)
 
 
 def write_rasters(strips: Iterable[Strip], grid: Grid, work: Path) -> int:
@@ -159,17 +201,10 @@ def write_rasters(strips: Iterable[Strip], grid: Grid, work: Path) -> int:
     return seen
 
 
-def list_changes(
-    regions: Sequence[Region],
-    sentences: Sequence[str],
-    outlines: dict[int, BaseGeometry],
-    grid: Grid,
-    labels: dict[int, str],
-    dates: Sequence[Date],
-) -> tuple[Change, ...]:
+def list_changes(found: Compared, grid: Grid, labels: dict[int, str], dates: Sequence[Date]) -> tuple[Change, ...]:
     """Regions with their outlines and sentences; those without a sentence get that of the mask."""
     changes = []
-    for region, sentence in zip_longest(regions, sentences):
+    for region, sentence in zip_longest(found.regions, found.sentences):
         label, place = labels[region.label], place_of(region.centre, grid)
         caption = sentence or plain_sentence(label, place)
         changes.append(
@@ -177,7 +212,7 @@ def list_changes(
                 id=region.number,
                 label=label,
                 kind=kind_of(caption, label),
-                polygon=outlines[region.number],
+                polygon=found.outlines[region.number],
                 pixels=region.pixels,
                 area_m2=None if grid.crs is None else region.area,
                 probability=region.probability,

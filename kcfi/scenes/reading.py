@@ -91,7 +91,8 @@ class Layer:
         self._limits: NDArray[np.float64] | None = None
         self.notes = self._geometry_notes()
         if alpha and bands is None:
-            check_alpha(source.read(alpha[0], out_shape=_decimated(source.shape, SAMPLE)) / 255, source.name)
+            values = source.read(alpha[0], out_shape=_decimated(source.shape, SAMPLE))
+            check_alpha(values / (np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1), source.name)
         if stretch is not None or any(source.dtypes[band - 1] != "uint8" for band in self.bands):
             low, high = stretch or STRETCH
             values, seen = self._decimate(SAMPLE, Resampling.nearest)
@@ -156,39 +157,45 @@ class Layer:
         plain = grid.crs is None
         there = PIXELS[1] @ grid.transform if plain else grid.transform
         x, y = (move * grid.width / self.grid.width for move in self.offset)
-        return WarpedVRT(
-            self.source,
-            src_crs=PIXELS[0] if plain else None,
-            src_transform=PIXELS[1] if plain else None,
-            crs=PIXELS[0] if plain else grid.crs,
-            transform=there @ Affine.translation(x, y),
-            width=grid.width,
-            height=grid.height,
-            resampling=how,
-            tolerance=ERROR,
-            add_alpha=self.source.nodata is None and ColorInterp.alpha not in self.source.colorinterp,
-        )
+        try:
+            return WarpedVRT(
+                self.source,
+                src_crs=PIXELS[0] if plain else None,
+                src_transform=PIXELS[1] if plain else None,
+                crs=PIXELS[0] if plain else grid.crs,
+                transform=there @ Affine.translation(x, y),
+                width=grid.width,
+                height=grid.height,
+                resampling=how,
+                tolerance=ERROR,
+                add_alpha=self.source.nodata is None and ColorInterp.alpha not in self.source.colorinterp,
+            )
+        except RasterioError as error:
+            raise InputError(f"{self.source.name}: cannot be brought onto the grid ({error}).") from error
 
     def _geometry_notes(self) -> list[str]:
-        if self._first is not None or self.grid.crs is None:
-            return []
-        notes, source = [], self.source
-        if source.crs != self.grid.crs:
-            notes.append(f"reprojected from {name_of(source.crs)} to {name_of(self.grid.crs)}")
+        """What was done to bring the source onto the grid."""
+        notes, source, grid = [], self.source, self.grid
+        if self.offset != (0.0, 0.0):
+            notes.append(f"moved by {-self.offset[0]:+.2f} px across and {-self.offset[1]:+.2f} px down to be aligned")
+        if grid.crs is None:
             return notes
+        if source.crs != grid.crs:
+            return [f"reprojected from {name_of(source.crs)} to {name_of(grid.crs)}", *notes]
         if not is_north_up(source.transform):
             notes.append("turned so that its rows run from west to east, from the north down")
-        own = np.hypot(source.transform.a, source.transform.d), np.hypot(source.transform.b, source.transform.e)
-        steps = abs(self.grid.transform.a), abs(self.grid.transform.e)
-        metres = self.grid.metres or (1.0, 1.0)
-        if any(abs(a / b - 1) > 1e-6 for a, b in zip(own, steps, strict=True)):
-            sizes = [a / b * m for a, b, m in zip(own, steps, metres, strict=True)]
-            was = f"{sizes[0]:.3g}" if abs(sizes[0] / sizes[1] - 1) < ON_GRID else f"{sizes[0]:.3g} x {sizes[1]:.3g}"
-            notes.append(f"resampled from {was} to {metres[0]:.3g} m/px")
-        elif not notes:
-            step = ~source.transform @ self.grid.transform
-            x, y = (abs(place - round(place)) for place in (step.c, step.f))
+        step = ~source.transform @ grid.transform
+        sizes = [1 / np.hypot(step.a, step.d), 1 / np.hypot(step.b, step.e)]  # of its pixels, in px of the grid
+        if any(abs(size - 1) > 1e-6 for size in sizes):
+            across, down = (size * m for size, m in zip(sizes, grid.metres or (1.0, 1.0), strict=True))
+            was = f"{across:.3g}" if abs(across / down - 1) < ON_GRID else f"{across:.3g} x {down:.3g}"
+            notes.append(f"resampled from {was} to {(grid.metres or (1.0,))[0]:.3g} m/px")
+        x, y = (abs(place - round(place)) for place in (step.c, step.f))
+        if not notes and max(x, y) > ON_GRID:
             notes.append(f"resampled: its pixels lie between those of the grid, by {x:.2f} px across and {y:.2f} down")
+        share = abs(step.determinant) * grid.width * grid.height / (source.width * source.height)
+        if share < 1 - ON_GRID:
+            notes.append(f"cut to the ground that all dates cover, {share:.0%} of it")
         return notes
 
 

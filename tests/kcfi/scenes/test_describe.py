@@ -64,7 +64,8 @@ def test_a_scene_becomes_findings_and_rasters(scene, describer, tmp_path):
     )
     assert found.seen_pixels == 150 * 131 and found.labels == {1: "road", 2: "building"}
     assert [date.path for date in found.dates] == [str(path) for path in dates] and found.shifts[0].windows == 1
-    assert found.settings["tile_px"] == 32 and found.settings["model_resolution_m"] == 0.5
+    assert found.settings["model"].endswith("detector0") and found.settings["tile_px"] == 32
+    assert found.settings["model_resolution_m"] == 0.5
     assert set(found.versions) == {"kcfi", "torch", "transformers", "rasterio"}
     assert found.warnings == ("The model does not say at how many m per pixel it was trained; 0.5 was taken.",)
     json.dumps([found.settings, found.versions])
@@ -245,6 +246,9 @@ def test_what_cannot_be_described_is_refused(scene, describer, tmp_path, make_de
         describe_scene(dates[:1], tmp_path / "out", describer)
     with pytest.raises(InputError, match="acquired names 1 dates for 2 images"):
         describe_scene(dates, tmp_path / "out", describer, acquired=["2019-06-01"])
+    for wrong in ({"model_resolution": 0}, {"max_captions": -1}):
+        with pytest.raises(InputError, match="must be above 0, and max_captions="):
+            describe_scene(dates, tmp_path / "out", describer, **wrong)
     headless = make_detector(tmp_path / "headless", use_change_detection_head=False)
     with pytest.raises(InputError, match="no change detection head"):
         describe_scene(dates, tmp_path / "out", str(headless))
