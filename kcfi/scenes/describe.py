@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from kcfi.models import embedded_model, load
 from kcfi.processing import NO_LABEL, Describer, InputError
+from kcfi.processing.places_kcfi import tells_of_change
 from kcfi.scenes.dates import coarse_dates, describe_dates, far_dates, fingerprint
 from kcfi.scenes.findings import Change, Date, Findings, Grid
 from kcfi.scenes.grid import pixel_areas, scene_grid
@@ -202,11 +203,11 @@ def write_rasters(strips: Iterable[Strip], grid: Grid, work: Path) -> int:
 
 
 def list_changes(found: Compared, grid: Grid, labels: dict[int, str], dates: Sequence[Date]) -> tuple[Change, ...]:
-    """Regions with their outlines and sentences; those without a sentence get that of the mask."""
+    """Regions with their outlines and sentences; those whose sentence tells of no change get that of the mask."""
     changes = []
     for region, sentence in zip_longest(found.regions, found.sentences):
         label, place = labels[region.label], place_of(region.centre, grid)
-        caption = sentence or plain_sentence(label, place)
+        caption = sentence if sentence and tells_of_change(sentence) else plain_sentence(label, place)
         changes.append(
             Change(
                 id=region.number,

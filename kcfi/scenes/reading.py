@@ -16,6 +16,7 @@ from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 
 from kcfi.processing import InputError
+from kcfi.processing.places_kcfi import Box
 from kcfi.processing.reading_kcfi import check_alpha, check_reading, choose_bands
 from kcfi.scenes.findings import Grid
 from kcfi.scenes.grid import is_north_up, name_of
@@ -25,7 +26,6 @@ SAMPLE = 1024  # px: longest side of the decimated copy that the stretch is meas
 ON_GRID = 0.01  # px: smaller offsets are none
 ERROR = 0.02  # px that the warping may be off by
 PIXELS = CRS.from_epsg(3857), Affine(1, 0, 1, 0, -1, -1)  # stand in for the coordinates of a plain image
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the grid
 View = tuple[NDArray[np.uint8], NDArray[np.bool_]]  # RGB (H, W, 3), and where there is data (H, W)
 
 
@@ -120,9 +120,12 @@ class Layer:
         """Values (1 or 3, H, W) of the bands -> 8-bit RGB."""
         if self._limits is not None:
             seen = seen & np.isfinite(values).all(0)
-            low, high = self._limits[:, 0, None, None], self._limits[:, 1, None, None]
-            shares = (np.where(seen, values, low) - low) / np.maximum(high - low, np.finfo(np.float32).tiny)
-            values = np.rint(shares.clip(0, 1) * 255).astype(np.uint8)
+            raw, values = values, np.zeros(values.shape, np.uint8)
+            for band, shown, (low, high) in zip(
+                raw, values, self._limits, strict=True
+            ):  # all at once take 24 bytes a px
+                shares = (np.where(seen, band, low) - low) / max(high - low, np.finfo(np.float32).tiny)
+                shown[...] = np.rint(shares.clip(0, 1) * 255)
         colours = np.broadcast_to(np.where(seen, values, np.uint8(0)), (3, *seen.shape))
         return np.ascontiguousarray(colours.transpose(1, 2, 0)), seen
 

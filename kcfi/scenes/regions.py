@@ -22,9 +22,10 @@ from shapely.geometry import MultiPolygon, shape
 from shapely.geometry.base import BaseGeometry
 
 from kcfi.processing.describer_kcfi import MERGE
+from kcfi.processing.places_kcfi import Box
 from kcfi.scenes.findings import Grid
 from kcfi.scenes.rasters import NewRaster
-from kcfi.scenes.reading import Box, open_raster
+from kcfi.scenes.reading import open_raster
 
 LINES = 512  # of a strip
 TOLERANCE = 1.0  # px that the outline of a polygon may be off by

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from kcfi.processing import Describer
 from kcfi.processing import Region as ToldRegion
 from kcfi.processing.describer_kcfi import tile_boxes
-from kcfi.processing.places_kcfi import SCENE
+from kcfi.processing.places_kcfi import SCENE, Box
 from kcfi.scenes.findings import Change, Grid, Kind
 from kcfi.scenes.kept import Kept
-from kcfi.scenes.reading import Box, Layer, open_raster
+from kcfi.scenes.reading import Layer, open_raster
 from kcfi.scenes.regions import Region
 from kcfi.scenes.tiles import read_both
 
@@ -98,10 +98,11 @@ def write_sentences(
     sentences: list[str] = []
     size = describer.batch_size
     batches = [regions[first : first + size] for first in range(0, len(regions), size)]
+    done = kept.count()
     with open_raster(raster) as numbers:
         progress = tqdm(batches, "sentences", unit="batch", disable=len(batches) < 2)
         for index, batch in enumerate(progress):
-            if index >= kept.count():
+            if index >= done:
                 kept.put(index, {"sentences": np.array(_told(describer, before, after, batch, numbers, grid))})
             sentences += kept.get(index)["sentences"].tolist()
     return sentences

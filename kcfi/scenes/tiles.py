@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from kcfi.processing import NO_LABEL, Describer
 from kcfi.processing.describer_kcfi import taper, tile_starts
+from kcfi.processing.places_kcfi import Box
 from kcfi.scenes.findings import Grid
 from kcfi.scenes.kept import Kept
-from kcfi.scenes.reading import Box, Layer
+from kcfi.scenes.reading import Layer
 
 Strip = dict[
     str, NDArray[np.uint8]

@@ -154,6 +154,16 @@ def test_only_so_many_sentences_are_written(describer, tmp_path, scene, monkeypa
     assert found.changes[0].kind == "changed"
 
 
+def test_a_region_whose_sentence_tells_of_no_change_gets_that_of_the_mask(scene, describer, tmp_path, monkeypatch):
+    def tell(told, *_):
+        for each in told:
+            each.report.caption = "there is no difference ."
+
+    monkeypatch.setattr(describer, "tell", tell)
+    [change] = describe_scene(scene(), tmp_path / "out", describer).changes
+    assert change.caption == "a building has changed in the east of the scene ."
+
+
 def test_the_least_area_is_in_square_metres(scene, describer, tmp_path):
     dates = scene()
     [change] = describe_scene(dates, tmp_path / "out", describer).changes
