@@ -185,7 +185,7 @@ def compare(
     told = {**record, "least": least, "batch_size": describer.batch_size, "generation": str(describer.generation)}
     kept = Kept(work / "sentences", told | {"most_captions": most_captions})
     sentences = write_sentences(describer, before, after, regions[:most_captions], numbers, grid, kept)
-    return Compared(seen, regions, polygons(numbers, mask, grid), sentences)
+    return Compared(seen, regions, polygons(numbers, grid), sentences)
 
 
 def write_rasters(strips: Iterable[Strip], grid: Grid, work: Path) -> int:

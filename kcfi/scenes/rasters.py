@@ -15,11 +15,12 @@ from rasterio.windows import Window
 from kcfi.scenes.findings import Grid
 
 BLOCK = 512  # px: side of the tiles of the file; whole rows of them are written, so that the bytes are always the same
+LINES = 8  # of a block of a file that is read line by line
 CACHE = 64  # MiB that GDAL may keep of the rasters that are open
 
 
 class NewRaster:
-    """A tiled GeoTIFF of one band, which has its name only once it is whole; a context manager.
+    """A GeoTIFF of one band, which has its name only once it is whole; a context manager.
 
     Args:
         path: of the file.
@@ -27,20 +28,24 @@ class NewRaster:
         dtype: of its values.
         nodata: value of pixels that are not seen; None = there are none.
         scale: what the values are to be multiplied by to be what they stand for.
+        by_lines: laid out for being read line by line, which takes a hundred times as long of tiles.
     """
 
-    def __init__(self, path: Path, grid: Grid, dtype: str, nodata: int | None = None, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        grid: Grid,
+        dtype: str,
+        nodata: int | None = None,
+        scale: float = 1.0,
+        by_lines: bool = False,
+    ) -> None:
         self._path, self._unfinished = path, path.with_name(f"unfinished-{path.name}")
         self._grid, self._scale, self._top = grid, scale, 0
         self._waiting = np.zeros((0, grid.width), dtype)
         profile = {"driver": "GTiff", "count": 1, "dtype": dtype, "width": grid.width, "height": grid.height}
-        layout = {
-            "tiled": True,
-            "blockxsize": BLOCK,
-            "blockysize": BLOCK,
-            "compress": "deflate",
-            "bigtiff": "if_safer",
-        }
+        tiles = {"tiled": True, "blockxsize": BLOCK, "blockysize": BLOCK}
+        layout = {**({"blockysize": LINES} if by_lines else tiles), "compress": "deflate", "bigtiff": "if_safer"}
         place = {} if grid.crs is None else {"crs": grid.crs, "transform": grid.transform}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)

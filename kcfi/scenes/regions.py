@@ -79,7 +79,7 @@ def find_regions(
             for top, numbers in components.strips()
         ]
         regions, final = _joined(np.concatenate(parts), components, least)
-        with NewRaster(output, replace(grid, crs=None), "int32") as raster:
+        with NewRaster(output, replace(grid, crs=None), "int32", by_lines=True) as raster:
             for _, numbers in components.strips():
                 raster.write(final[numbers])
     return regions
@@ -163,15 +163,14 @@ def _joined(parts: NDArray[Any], components: _Components, least: float) -> tuple
     return regions, final[roots]
 
 
-def polygons(regions: Path, mask: Path, grid: Grid) -> dict[int, BaseGeometry]:
+def polygons(regions: Path, grid: Grid) -> dict[int, BaseGeometry]:
     """Outlines of all regions, by `Region.number`, in coordinates of the grid, simplified to the pixel.
 
-    GDAL reads the rasters line by line; what is in memory is the outlines.
+    GDAL reads the raster line by line; what is in memory is the outlines.
     """
     parts = defaultdict(list)
-    with open_raster(regions) as numbers, open_raster(mask) as classes:
-        found = features.shapes(rasterio.band(numbers, 1), rasterio.band(classes, 1))
-        for outline, number in found:
+    with open_raster(regions) as numbers:
+        for outline, number in features.shapes(rasterio.band(numbers, 1)):
             if number:
                 parts[int(number)].append(shape(outline))
     place = grid.transform

@@ -32,7 +32,7 @@ def find(tmp_path):
         paths = [tmp_path / f"{name}.tif" for name in ("mask", "probability", "regions")]
         found = find_regions(*paths, GRID, labels, areas, least)
         with rasterio.open(paths[2]) as file:
-            return found, file.read(1), polygons(paths[2], paths[0], GRID)
+            return found, file.read(1), polygons(paths[2], GRID)
 
     return search
 
@@ -138,4 +138,4 @@ def test_plain_images_have_outlines_in_pixels(tmp_path, find, monkeypatch):
     mask[100:120, 30:50] = 1
     find(mask)
     plain = replace(GRID, crs=None, transform=Affine.identity(), metres=None)
-    assert polygons(tmp_path / "regions.tif", tmp_path / "mask.tif", plain)[1].bounds == (30, 100, 50, 120)
+    assert polygons(tmp_path / "regions.tif", plain)[1].bounds == (30, 100, 50, 120)
