@@ -7,16 +7,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from kcfi_cli import ablate, ask, calibrate, caption, data, evaluate, export, push, score, serve, train
+from kcfi_cli import ablate, ask, calibrate, caption, data, evaluate, export, push, scene, score, serve, train
 from kcfi_cli.options import Parser, UsageError
 
 # as `kcfi --help` lists them
-COMMANDS = (caption, ask, train, evaluate, calibrate, score, ablate, data, push, serve, export)
+COMMANDS = (caption, scene, ask, train, evaluate, calibrate, score, ablate, data, push, serve, export)
 
 EXAMPLES = """examples:
   kcfi caption before.png after.png                        sentence, mask and overlay by the embedded model
   kcfi caption images/A images/B --output report           every pair of two folders, into report/captions.csv
   kcfi caption before.tif after.tif --regions --json       also a sentence per changed region; all as JSON
+  kcfi scene before.tif after.tif -o report                changes of a scene of any size, as polygons on the map
   kcfi ask report "how many buildings appeared?"           of a report of `kcfi scene`; no model guesses
   kcfi data synthesize --pairs 100 --output pairs          drawn pairs in the layout of LEVIR-MCI
   kcfi data check LEVIR-MCI                                every problem of a data set, and what its splits hold

@@ -53,7 +53,8 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--materials", help="library of `kcfi data materials`: draw with real ground and roofs")
     parser.add_argument(
         "--pair_mix",
-        help='weights of the kinds of synthetic pairs, as JSON: \'{"drawn": 1, "composed": 1, "single_date": 1, "developed": 1}\' '
+        help='weights of the kinds of synthetic pairs, as JSON: \'{"drawn": 1, "composed": 1, "single_date": 1, '
+        '"developed": 1}\' '
         "(default: all alike with --materials, only drawn without)",
     )
 

@@ -7,6 +7,7 @@ which changed most (or there is one for every changed region).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from .calibration_kcfi import Calibration
 from .image_processing_kcfi import NO_LABEL
-from .places_kcfi import Box, center_of, place_in_image, place_phrase, tells_of_change
+from .places_kcfi import IMAGE, Box, Places, center_of, place_in_image, tells_of_change
 from .processing_kcfi import INSTRUCTIONS, KCFIProcessor
 from .reading_kcfi import InputError, read_pair
 
@@ -89,13 +90,14 @@ class ChangeReport:
     regions: list[Region] = field(default_factory=list)
 
 
-class _Told(NamedTuple):
+class Told(NamedTuple):
     """What gets a sentence: the part of the image that the model looks at, and what changed there."""
 
     report: ChangeReport | Region
     box: Box
     pixels: NDArray[np.bool_]  # of the box
     view: torch.Tensor  # the same as the model sees it, bool (h, w)
+    label: int  # class of most of the pixels, 0 where there are none
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -296,10 +298,15 @@ class Describer:
         """
         if regions and self.model.model.change_detection_head is None:
             raise InputError("This model has no change detection head: it cannot find regions.")
-        kind = self.model.device.type
-        with torch.no_grad(), torch.autocast(kind, self.autocast, enabled=self.autocast is not None):
+        with self._inference():
             reports = self._describe_small([pair for pair in pairs if self.fits(pair[0])], regions)
             return [next(reports) if self.fits(pair[0]) else self._describe_large(*pair, regions) for pair in pairs]
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        kind = self.model.device.type
+        with torch.no_grad(), torch.autocast(kind, self.autocast, enabled=self.autocast is not None):
+            yield
 
     def fits(self, image: Image.Image) -> bool:
         """Whether an image is read at once, as in training."""
@@ -308,8 +315,7 @@ class Describer:
     def mask_logits(self, pairs: Sequence[Pair]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Mask logits (classes, H, W) of pairs that fit into a tile, and where the model saw them, bool (H, W)."""
         sizes = [(before.height, before.width) for before, _ in pairs]
-        kind = self.model.device.type
-        with torch.no_grad(), torch.autocast(kind, self.autocast, enabled=self.autocast is not None):
+        with self._inference():
             maps = self._maps(self._compare(*self._stages(pairs, as_trained=True)))
         resized = self.processor.image_processor.post_process_maps(maps, sizes)
         return [(values[1:], seen) for values, seen in resized]
@@ -331,13 +337,16 @@ class Describer:
                     report.caption, report.score = UNCHANGED, None
                     if self._called_changed(report):
                         whole = to_view(torch.ones(sizes[index], dtype=torch.bool))
-                        told.append(_Told(report, report.caption_box, _likeliest(report), whole))
+                        pixels = _likeliest(report)
+                        label = _label(report.mask, report.caption_box, pixels)
+                        told.append(Told(report, report.caption_box, pixels, whole, label))
                 for region, area in found:
                     pixels = seen_from(report.caption_box, region.box, area)
-                    told.append(_Told(region, report.caption_box, pixels, to_view(torch.from_numpy(pixels))))
+                    view, label = to_view(torch.from_numpy(pixels)), _label(report.mask, report.caption_box, pixels)
+                    told.append(Told(region, report.caption_box, pixels, view, label))
                 for some in _chunks(told, self.batch_size):
                     one = [[stage[index].expand(len(some), -1, -1, -1) for stage in date] for date in stages]
-                    self._tell(some, one, batch[index][0].size, report.mask)
+                    self._tell(some, one, batch[index][0].size)
                 yield report
 
     def _called_changed(self, report: ChangeReport) -> bool:
@@ -355,24 +364,40 @@ class Describer:
         changed = np.zeros((height, width), bool) if report.mask is None else changed_pixels(report.mask)
         evidence = changed if changed.any() else report.key_changes
         report.caption_box = max(boxes, key=lambda box: evidence[box[1] : box[3], box[0] : box[2]].sum())
+        pixels = seen_from(report.caption_box, (0, 0, width, height), changed)
         whole = torch.ones(self.view, self.view, dtype=torch.bool)
-        told = [
-            _Told(report, report.caption_box, seen_from(report.caption_box, (0, 0, width, height), changed), whole)
-        ]
+        label = _label(report.mask, report.caption_box, pixels)
+        told = [Told(report, report.caption_box, pixels, whole, label)]
         for region, area in found:
-            box = self._window(region.box, width, height)
-            pixels, view = seen_from(box, region.box, area), torch.zeros_like(whole)
-            view[: pixels.shape[0], : pixels.shape[1]] = torch.from_numpy(pixels)
-            told.append(_Told(region, box, pixels, view))
+            box = self.window(region.box, width, height)
+            pixels = seen_from(box, region.box, area)
+            told.append(self.told(region, box, pixels, _label(report.mask, box, pixels)))
         if self.threshold is not None and not changed.any():
             told, report.caption = told[1:], UNCHANGED
         for some in _chunks(told, self.batch_size):
-            views = [(self._view(before, each.box), self._view(after, each.box)) for each in some]
-            self._tell(some, self._stages(views), before.size, report.mask)
+            self.tell(some, [(before.crop(each.box), after.crop(each.box)) for each in some], before.size)
         return report
 
-    def _tell(self, told: Sequence["_Told"], stages: Any, size: tuple[int, int], mask: Any) -> None:
-        """Write the sentences of regions, or of the tile that changed most, of one image of `size` (width, height)."""
+    def told(self, region: Region, box: Box, pixels: NDArray[np.bool_], label: int) -> Told:
+        """What `tell` takes of a region: it is told of inside `box` (`window`), by its pixels in that box alone."""
+        view = torch.zeros(self.view, self.view, dtype=torch.bool)
+        view[: pixels.shape[0], : pixels.shape[1]] = torch.from_numpy(pixels)
+        return Told(region, box, pixels, view, label)
+
+    def tell(self, told: Sequence[Told], parts: Sequence[Pair], size: tuple[int, int], places: Places = IMAGE) -> None:
+        """Write the sentences of regions of a large image into their reports, as one batch.
+
+        Args:
+            told: of `told`.
+            parts: of both dates, their boxes.
+            size: width and height of the image.
+            places: the words for places in it.
+        """
+        with self._inference():
+            self._tell(told, self._stages([self._fill(part) for part in parts]), size, places)
+
+    def _tell(self, told: Sequence[Told], stages: Any, size: tuple[int, int], places: Places = IMAGE) -> None:
+        """`tell`, from the stage features of the views on."""
         features = self._compare(*self._only(stages, torch.stack([each.view for each in told])))
         for index, (each, sentence, score) in enumerate(zip(told, *self._write(features), strict=True)):
             chosen: tuple[str, float | None] | None = (sentence, score)
@@ -381,43 +406,52 @@ class Describer:
                 others = zip(*self._write(one, num_beams=BEAMS, num_return_sequences=BEAMS), strict=True)
                 chosen = next((other for other in others if tells_of_change(other[0])), None)
             if chosen is None:
-                each.report.caption, each.report.score = self._statement(each, size, mask), None
+                each.report.caption, each.report.score = self._statement(each, size, places), None
             else:
-                each.report.caption = place_in_image(chosen[0], each.box, each.pixels, size)
+                each.report.caption = place_in_image(chosen[0], each.box, each.pixels, size, places)
                 each.report.score = chosen[1]
 
-    def _statement(self, told: "_Told", size: tuple[int, int], mask: NDArray[np.uint8]) -> str:
+    def _statement(self, told: Told, size: tuple[int, int], places: Places) -> str:
         """What the mask itself says of its marked pixels."""
-        left, top, right, bottom = told.box
         classes = self.model.config.num_change_classes
-        names = ("something", "something") if classes == 2 else ("something", "a road", "a building")
-        name = names[int(np.bincount(mask[top:bottom, left:right][told.pixels]).argmax())]
+        name = (("something", "something") if classes == 2 else ("something", "a road", "a building"))[told.label]
         x, y = center_of(told.pixels)
-        return f"{name} has changed {place_phrase((left + x) / size[0], (top + y) / size[1])} ."
+        place = places.phrase((told.box[0] + x) / size[0], (told.box[1] + y) / size[1])
+        return f"{name} has changed {place}{places.whole} ."
 
-    def _window(self, box: Box, width: int, height: int) -> Box:
+    def window(self, box: Box, width: int, height: int) -> Box:
         """The tile around the middle of a region, inside the image."""
         left = int(np.clip((box[0] + box[2] - self.view) // 2, 0, max(0, width - self.view)))
         top = int(np.clip((box[1] + box[3] - self.view) // 2, 0, max(0, height - self.view)))
         return left, top, min(left + self.view, width), min(top + self.view, height)
 
-    def _view(self, image: Image.Image, box: Box) -> Image.Image:
-        """A box of a large image; where the image is narrower than the tile, its reflection fills the tile."""
-        view = image.crop(box)
-        if view.size == (self.view, self.view):
-            return view
-        margins = [(0, self.view - view.height), (0, self.view - view.width), (0, 0)]
-        return Image.fromarray(np.pad(np.asarray(view), margins, mode="symmetric"))
+    def _fill(self, pair: Pair) -> Pair:
+        """A part of a large pair as the model takes it: a tile, which its reflection fills where it is narrower."""
+        width, height = pair[0].size
+        if (width, height) == (self.view, self.view):
+            return pair
+        margins = [(0, self.view - height), (0, self.view - width), (0, 0)]
+        before, after = (Image.fromarray(np.pad(np.asarray(image), margins, mode="symmetric")) for image in pair)
+        return before, after
 
     def _tile_maps(self, before: Image.Image, after: Image.Image, boxes: Sequence[Box]) -> Iterator[torch.Tensor]:
-        """`_maps` of every box of a large image, cut to the box where it is narrower than the tile."""
+        """`tile_maps` of every box of a large pair."""
         size = self.batch_size
         for first in tqdm(range(0, len(boxes), size), "tiles", unit="batch", disable=len(boxes) <= size, leave=False):
-            batch = boxes[first : first + size]
-            stages = self._stages([(self._view(before, box), self._view(after, box)) for box in batch])
-            maps = F.interpolate(self._maps(self._compare(*stages)), (self.view, self.view), mode="bilinear")
-            for values, (left, top, right, bottom) in zip(maps, batch, strict=True):
-                yield values[:, : bottom - top, : right - left]
+            yield from self.tile_maps([(before.crop(box), after.crop(box)) for box in boxes[first : first + size]])
+
+    def tile_maps(self, parts: Sequence[Pair]) -> Iterator[torch.Tensor]:
+        """Maps of parts of a large pair, no larger than a tile, as one batch.
+
+        Yields:
+            (1 + classes, h, w) per part, on the CPU: norm of the key change features, and the mask logits if there is
+            a change detection head.
+        """
+        with self._inference():
+            maps = self._maps(self._compare(*self._stages([self._fill(part) for part in parts])))
+            maps = F.interpolate(maps, (self.view, self.view), mode="bilinear")
+        for values, (before, _) in zip(maps, parts, strict=True):
+            yield values[:, : before.height, : before.width]
 
     def _stages(self, pairs: Sequence[Pair], as_trained: bool = False) -> tuple[list[Any], list[Any]]:
         """Stage features of pairs: through the processor as in training, or of views that are seen as a whole."""
@@ -505,4 +539,12 @@ def _likeliest(report: ChangeReport) -> NDArray[np.bool_]:
     return pixels
 
 
-__all__ = ["ChangeReport", "Describer", "Region"]
+def _label(mask: NDArray[np.uint8] | None, box: Box, pixels: NDArray[np.bool_]) -> int:
+    """The class that most of the marked pixels of a box have in a mask; 0 where none is marked."""
+    if mask is None or not pixels.any():
+        return 0
+    left, top, right, bottom = box
+    return int(np.bincount(mask[top:bottom, left:right][pixels]).argmax())
+
+
+__all__ = ["ChangeReport", "Describer", "Region", "Told"]

@@ -1,6 +1,7 @@
 """Sentences against masks: does a sentence tell of a change, and is the place that it names the place in the image?"""
 
 import re
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,10 +42,44 @@ _NAMED = re.compile(
     rf"\bthe (?P<parts>{_PART}(?: {_NOUN})?)(?P<whole> of (?:the|this) (?:scene|image|picture|photo|map|view))\b",
     re.IGNORECASE,
 )
-_PHRASES = (
-    ("in the top left corner", "at the top", "in the top right corner"),
-    ("on the left", "in the middle", "on the right"),
-    ("in the bottom left corner", "at the bottom", "in the bottom right corner"),
+
+
+@dataclass(frozen=True)
+class Places:
+    """The words for places.
+
+    Args:
+        phrases: 3 rows, from the top, of 3 places, from the left.
+        whole: follows a place whose sentence does not say of what it is a part.
+    """
+
+    phrases: tuple[tuple[str, str, str], ...]
+    whole: str = ""
+
+    def phrase(self, x: float, y: float) -> str:
+        """The words for a point of the image: "in the top left corner", "on the right", "in the middle", ...
+
+        Args:
+            x: share of the width, 0 (left) to 1.
+            y: share of the height, 0 (top) to 1.
+        """
+        return self.phrases[min(2, int(3 * y))][min(2, int(3 * x))]
+
+
+IMAGE = Places(
+    (
+        ("in the top left corner", "at the top", "in the top right corner"),
+        ("on the left", "in the middle", "on the right"),
+        ("in the bottom left corner", "at the bottom", "in the bottom right corner"),
+    )
+)
+SCENE = Places(  # of a map: its upper edge is north
+    (
+        ("in the north-west", "in the north", "in the north-east"),
+        ("in the west", "in the centre", "in the east"),
+        ("in the south-west", "in the south", "in the south-east"),
+    ),
+    " of the scene",
 )
 
 
@@ -53,23 +88,15 @@ def tells_of_change(sentence: str) -> bool:
     return " ".join(sentence.lower().split()).rstrip(" .") not in UNCHANGED_SENTENCES
 
 
-def place_phrase(x: float, y: float) -> str:
-    """The words for a point of the image: "in the top left corner", "on the right", "in the middle", ...
-
-    Args:
-        x: share of the width, 0 (left) to 1.
-        y: share of the height, 0 (top) to 1.
-    """
-    return _PHRASES[min(2, int(3 * y))][min(2, int(3 * x))]
-
-
 def center_of(changed: NDArray[np.bool_]) -> tuple[float, float]:
     """Mean position x, y of the marked pixels of a map (H, W), in pixels from the top left corner."""
     rows, columns = np.nonzero(changed)
     return float(columns.mean()) + 0.5, float(rows.mean()) + 0.5
 
 
-def place_in_image(sentence: str, box: Box, pixels: NDArray[np.bool_], size: tuple[int, int]) -> str:
+def place_in_image(
+    sentence: str, box: Box, pixels: NDArray[np.bool_], size: tuple[int, int], words: Places = IMAGE
+) -> str:
     """Rewrite the places that a sentence about a part of an image names: to where that is in the whole image.
 
     "at the top" of a tile in the bottom right corner becomes "in the bottom right corner". A place stands for the
@@ -81,15 +108,16 @@ def place_in_image(sentence: str, box: Box, pixels: NDArray[np.bool_], size: tup
         box: part of the image, in pixels.
         pixels: (bottom - top, right - left) map of the box: what the sentence describes.
         size: width and height of the image.
+        words: for its places.
     """
 
     def moved(match: re.Match[str]) -> str:
-        places = [_moved(part, box, pixels, size) for part in _parts(match["parts"])]
-        return " and ".join(dict.fromkeys(places)) + (match["whole"] or "")
+        places = [_moved(part, box, pixels, size, words) for part in _parts(match["parts"])]
+        return " and ".join(dict.fromkeys(places)) + (match["whole"] or words.whole)
 
     def named(match: re.Match[str]) -> str:
         [part] = _parts(match["parts"])
-        return _moved(part, box, pixels, size).partition(" ")[2] + match["whole"]
+        return _moved(part, box, pixels, size, words).partition(" ")[2] + match["whole"]
 
     pieces, end = [], 0
     for match in _PLACE.finditer(sentence):
@@ -103,12 +131,12 @@ def _parts(text: str) -> list[str]:
     return [match[0].lower() for match in re.finditer(_PART, text, re.IGNORECASE)]
 
 
-def _moved(part: str, box: Box, pixels: NDArray[np.bool_], size: tuple[int, int]) -> str:
+def _moved(part: str, box: Box, pixels: NDArray[np.bool_], size: tuple[int, int], words: Places) -> str:
     """The phrase for where one place of a box lies in the image; see `place_in_image`."""
-    words = [word.removesuffix("most") for word in re.split("[ -]", part)]
-    middle = any(word in _MIDDLE for word in words)
-    row = next((_ROWS[word] for word in words if word in _ROWS), 1 if middle else None)
-    column = next((_COLUMNS[word] for word in words if word in _COLUMNS), 1 if middle else None)
+    named = [word.removesuffix("most") for word in re.split("[ -]", part)]
+    middle = any(word in _MIDDLE for word in named)
+    row = next((_ROWS[word] for word in named if word in _ROWS), 1 if middle else None)
+    column = next((_COLUMNS[word] for word in named if word in _COLUMNS), 1 if middle else None)
     (y0, y1), (x0, x1) = _third(row, pixels.shape[0]), _third(column, pixels.shape[1])
     inside = pixels[y0:y1, x0:x1]
     if inside.any():
@@ -118,7 +146,7 @@ def _moved(part: str, box: Box, pixels: NDArray[np.bool_], size: tuple[int, int]
         x, y = center_of(pixels)
     else:
         x, y = (x0 + x1) / 2, (y0 + y1) / 2
-    return place_phrase((box[0] + x) / size[0], (box[1] + y) / size[1])
+    return words.phrase((box[0] + x) / size[0], (box[1] + y) / size[1])
 
 
 def _third(index: int | None, length: int) -> tuple[int, int]:

@@ -265,11 +265,11 @@ def _check_alpha_of_tiff(image: Image.Image, name: str) -> None:
     if tags is None or "A" not in image.getbands():
         return
     if not set(tags.get(EXTRA_SAMPLES, ())) & {PREMULTIPLIED, ALPHA}:
-        _choose(len(image.getbands()), None, name)
-    _check_alpha(np.asarray(image.getchannel("A")) / 255, name)
+        choose_bands(len(image.getbands()), None, name)
+    check_alpha(np.asarray(image.getchannel("A")) / 255, name)
 
 
-def _check_alpha(alpha: np.ndarray, name: str) -> None:
+def check_alpha(alpha: np.ndarray, name: str) -> None:
     """Refuse an alpha (H, W), 0 to 1, of a TIFF that can hardly be one.
 
     GDAL declares the fourth band of 8 bits as alpha unless it is told otherwise, and so does everything that writes
@@ -284,7 +284,7 @@ def _check_alpha(alpha: np.ndarray, name: str) -> None:
         )
 
 
-def _choose(count: int, bands: Sequence[int] | None, name: str) -> list[int]:
+def choose_bands(count: int, bands: Sequence[int] | None, name: str) -> list[int]:
     """Positions, from 0, of the bands to show: the three of `bands`, or all where there are one or three.
 
     Raises:
@@ -340,7 +340,7 @@ def _pil_raster(image: Image.Image, bands: Sequence[int] | None, name: str) -> _
     """The bands of an image that PIL decoded."""
     kind, nodata = f"mode {image.mode!r}", _nodata(image)
     if image.mode in WIDE_MODES:
-        return _Raster(np.asarray(image)[None][_choose(1, bands, name)], name, kind, None, nodata)
+        return _Raster(np.asarray(image)[None][choose_bands(1, bands, name)], name, kind, None, nodata)
     if image.mode not in EIGHT_BIT_MODES:
         raise _unclear(np.asarray(image), name, kind)
     transparent = "A" in image.getbands() or image.info.get("transparency") is not None
@@ -349,7 +349,7 @@ def _pil_raster(image: Image.Image, bands: Sequence[int] | None, name: str) -> _
     values = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
     if bands is None and transparent:
         return _Raster(values[:-1], name, kind, values[-1] / 255, nodata)
-    return _Raster(values[_choose(len(values), bands, name)], name, kind, None, nodata)
+    return _Raster(values[choose_bands(len(values), bands, name)], name, kind, None, nodata)
 
 
 def _gdal_raster(path: Path, driver: str, bands: Sequence[int] | None, max_image_pixels: int) -> _Raster:
@@ -370,15 +370,15 @@ def _gdal_raster(path: Path, driver: str, bands: Sequence[int] | None, max_image
             _check_pixels(file.width, file.height, max_image_pixels, str(path))
             colours = [band for band in file.indexes if file.colorinterp[band - 1] != ColorInterp.alpha]
             if bands is None:
-                chosen = [colours[position] for position in _choose(len(colours), None, str(path))]
+                chosen = [colours[position] for position in choose_bands(len(colours), None, str(path))]
             else:
-                chosen = [position + 1 for position in _choose(file.count, bands, str(path))]
+                chosen = [position + 1 for position in choose_bands(file.count, bands, str(path))]
             values, nodata, alpha = file.read(chosen), file.nodata, None
             if bands is None and len(colours) < file.count:
                 band = file.colorinterp.index(ColorInterp.alpha) + 1
                 alpha = file.read(band)
                 alpha = alpha / (np.iinfo(alpha.dtype).max if alpha.dtype.kind in "iu" else 1)
-                _check_alpha(alpha, str(path))
+                check_alpha(alpha, str(path))
     except RasterioError as error:
         raise InputError(f"{path}: cannot be read as an image ({error}).") from error
     return _Raster(values, str(path), f"dtype {values.dtype}", alpha, nodata)
@@ -447,7 +447,7 @@ def channels_first(image: Any, bands: Sequence[int] | None, input_data_format: s
         image = image[None]
     elif not (channels_are_first(image.shape) if input_data_format is None else input_data_format == "channels_first"):
         image = image.permute(2, 0, 1) if isinstance(image, torch.Tensor) else image.transpose(2, 0, 1)
-    chosen = _choose(len(image), bands, f"An array of shape {tuple(image.shape)} (channels first)")
+    chosen = choose_bands(len(image), bands, f"An array of shape {tuple(image.shape)} (channels first)")
     return image if bands is None else image[chosen]
 
 

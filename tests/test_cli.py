@@ -201,6 +201,45 @@ def test_wrong_options_are_one_line_too(capsys):
     assert refusal(capsys).endswith("required: command (see `kcfi --help`)")
 
 
+# scene
+
+
+def test_a_scene_is_described_and_its_largest_changes_are_listed(capsys, pair, detector):
+    command = ["scene", *pair, "-o", "report", "--model", str(detector), "--batch_size", "2", "--min_area", "30"]
+    assert main(command) == 0
+    caption, change, warning, mask, probability = capsys.readouterr().out.splitlines()
+    assert (
+        caption.startswith("1 change: buildings ") and change.startswith("  1: ") and " px, probability 0." in change
+    )
+    assert warning == "warning: The model does not say at how many m per pixel it was trained; 0.5 was taken."
+    assert (mask, probability) == tuple(f"{name}: report/.work/{name}.tif" for name in ("mask", "probability"))
+    values = np.asarray(Image.open("report/.work/mask.tif"))
+    assert values.shape == (45, 70) and set(np.unique(values)) == {0, 2}
+    assert main([*command, "--max_captions", "0", "--acquired", "2019-06-01", "2024-05-30", "--align"]) == 0
+    assert "  1: a building has changed in the" in capsys.readouterr().out
+
+
+def test_a_scene_that_cannot_be_read_is_named(capsys, pair, tmp_path):
+    assert refusal(capsys, "scene", "nowhere.tif", pair[1]) == "nowhere.tif: No such file or directory"
+    (tmp_path / "text.tif").write_text("no raster")
+    assert "text.tif: cannot be read as a raster" in refusal(capsys, "scene", pair[0], "text.tif")
+    Image.new("RGB", (9, 9)).save("small.png")
+    assert "before.png is 70 x 45 px, small.png 9 x 9 px" in refusal(capsys, "scene", pair[0], "small.png")
+    assert "must be a low and a higher percentile" in refusal(capsys, "scene", *pair, "--stretch", "98", "2")
+
+
+def test_without_the_extra_one_line_says_what_to_install(pair, environment):
+    code = (
+        "import sys, importlib.util as util; found = util.find_spec\n"
+        "util.find_spec = lambda name, *more: None if name == 'shapely' else found(name, *more)\n"
+        "from kcfi_cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "scene", *pair]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr == 'kcfi: error: Scenes need shapely: pip install "kcfi[geo]"\n'
+
+
 # What is a bug shows its traceback
 
 
@@ -498,6 +537,7 @@ def test_push_without_a_connection_is_one_line(run, environment):
     [
         [],
         ["caption"],
+        ["scene"],
         ["train"],
         ["evaluate"],
         ["score"],

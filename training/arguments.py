@@ -121,8 +121,8 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Weights of the kinds of 'synthetic' pairs: drawn, composed (real ground and roofs), single_date "
-            "(one real image twice), developed (two real images); JSON; one alone: --pair_mix.composed 2 (default: all alike with materials, only "
-            "drawn without)."
+            "(one real image twice), developed (two real images); JSON; one alone: --pair_mix.composed 2 (default: "
+            "all alike with materials, only drawn without)."
         },
     )
     mask_classes: Literal["change", "building", "road_building"] = field(

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from kcfi.scenes.catalogue import ASSETS, refusal, write_item
 from kcfi.scenes.findings import Findings
+from kcfi.scenes.rasters import CACHE
 from kcfi.scenes.report import write_html, write_pdf
 from kcfi.scenes.styles import colour, mask_style, polygon_style
 from kcfi.scenes.summary import POLYGONS, SUMMARY, crs_name, on_earth, properties, write_summary
@@ -24,7 +25,6 @@ logger = logging.get_logger(__name__)
 
 ITEM = "item.json"
 UNFINISHED = ".unfinished"  # folder in the report's in which its files wait until all are there
-CACHE = 128 * 2**20  # bytes of blocks that GDAL keeps; by itself it takes a twentieth of the machine's memory
 NOT_LON_LAT = "Coordinates are not longitude and latitude, but those of the images: "
 
 

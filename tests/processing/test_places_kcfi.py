@@ -1,15 +1,18 @@
 """Sentences against masks: the place that a sentence names is the place in the image."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from kcfi.processing import places_kcfi
 from kcfi.processing.places_kcfi import (
+    IMAGE,
     UNCHANGED_SENTENCES,
     center_of,
-    place_phrase,
     tells_of_change,
 )
+from kcfi.processing.places_kcfi import SCENE as SCENE_PLACES
 
 SCENE = (120, 120)  # px
 CORNERS = {"top left": (0, 0), "top right": (80, 0), "bottom left": (0, 80), "bottom right": (80, 80)}
@@ -33,9 +36,25 @@ def test_the_five_stock_sentences_tell_of_no_change(sentence):
 
 
 def test_nine_places_have_nine_phrases():
-    phrases = [place_phrase(x, y) for y in (0, 0.5, 1) for x in (0, 0.5, 1)]
+    phrases = [IMAGE.phrase(x, y) for y in (0, 0.5, 1) for x in (0, 0.5, 1)]
     assert len(set(phrases)) == 9 and phrases[0] == "in the top left corner" and phrases[4] == "in the middle"
-    assert place_phrase(0.32, 0.68) == "in the bottom left corner"
+    assert IMAGE.phrase(0.32, 0.68) == "in the bottom left corner"
+
+
+def test_a_map_has_compass_directions():
+    assert [SCENE_PLACES.phrase(x, 0.9) for x in (0, 0.5, 1)] == [
+        "in the south-west",
+        "in the south",
+        "in the south-east",
+    ]
+    changed, box = marked(82, 2, 90, 9), (80, 0, 120, 40)
+    rewrite = partial(places_kcfi.place_in_image, box=box, pixels=changed[:40, 80:], size=SCENE, words=SCENE_PLACES)
+    assert rewrite("a house is built at the left .") == "a house is built in the north-east of the scene ."
+    assert rewrite("a house is built on the left of the road .") == "a house is built on the left of the road ."
+    assert rewrite("in the top left corner of the image a house is built .").startswith(
+        "in the north-east of the image"
+    )
+    assert rewrite("the left of the scene has changed .") == "the north-east of the scene has changed ."
 
 
 def test_the_centre_is_that_of_the_pixels():

@@ -1,0 +1,72 @@
+"""The dates of a scene: their names, what identifies their files, and what must be said of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kcfi.scenes.findings import Date, Shift
+from kcfi.scenes.grid import ground_metres
+from kcfi.scenes.reading import Layer
+from kcfi.scenes.registration import ALIKE, FAR
+
+COARSE = 1.5  # times the model's m per pixel: what is coarser lacks what the model was trained on
+
+
+def describe_dates(
+    paths: Sequence[str | Path], sources: Sequence[Any], layers: Sequence[Layer], acquired: Sequence[str]
+) -> tuple[Date, ...]:
+    """The dates by names that differ: when they were acquired, else their files' names, with folders if need be."""
+    when = acquired or [source.tags(ns="IMAGERY").get("ACQUISITIONDATETIME", "")[:10] for source in sources]
+    names = list(when)
+    for parts in (1, 2, 3):
+        if len(set(names)) == len(names) and all(names):
+            break
+        names = ["/".join(Path(path).with_suffix("").parts[-parts:]) for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"date {number}" for number in range(1, len(names) + 1)]
+    found = zip(paths, names, when, layers, strict=True)
+    return tuple(Date(str(path), name, day, tuple(layer.notes)) for path, name, day, layer in found)
+
+
+def coarse_dates(sources: Sequence[Any], resolution: float) -> list[str]:
+    """Warnings of images whose pixels are much larger than those that the model was trained on."""
+    found = []
+    for source in sources:
+        if source.crs is None:
+            continue
+        x, y = source.transform @ (source.width / 2, source.height / 2)
+        right, up = ground_metres(source.crs, x, y)
+        size = float(np.hypot(source.transform.a * right, source.transform.d * up))
+        if size > COARSE * resolution:
+            found.append(
+                f"{source.name} has {size:.3g} m per pixel, the model was trained at {resolution:g}: it shows less "
+                "than the model looks for."
+            )
+    return found
+
+
+def far_dates(dates: Sequence[str | Path], shift: Shift) -> list[str]:
+    """The warning of dates that lie further from each other than the model puts up with."""
+    distance = float(np.hypot(shift.x, shift.y))
+    if distance <= FAR or shift.aligned:
+        return []
+    remedy = (
+        "--align (align=True in Python) takes a constant shift out"
+        if shift.spread <= ALIKE
+        else "it is not the same everywhere, so that --align would not help: orthorectify the images"
+    )
+    return [
+        f"{dates[1]} lies {distance:.1f} px from {dates[0]} ({shift.x:+.1f} to the right, {shift.y:+.1f} down, "
+        f"spread {shift.spread:.1f}), more than {FAR:g} px: edges of unchanged buildings may be taken for changes; "
+        f"{remedy}."
+    ]
+
+
+def fingerprint(path: str | Path) -> list[Any]:
+    """What tells a file from another version of it, without reading it: path, size, time of its last change."""
+    if not Path(path).exists():
+        return [str(path)]  # a URL, or a path of GDAL's own
+    about = Path(path).stat()
+    return [str(Path(path).resolve()), about.st_size, about.st_mtime_ns]

@@ -1,0 +1,52 @@
+"""Names of dates, and warnings of what they are."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+from affine import Affine
+from rasterio.crs import CRS
+
+from kcfi.scenes.dates import coarse_dates, describe_dates, far_dates, fingerprint
+from kcfi.scenes.findings import Shift
+
+
+def test_dates_have_names_that_differ():
+    def names(*paths, acquired=()):
+        silent, layer = SimpleNamespace(tags=lambda ns: {}), SimpleNamespace(notes=[])
+        dates = describe_dates(paths, [silent] * len(paths), [layer] * len(paths), acquired)
+        return [date.name for date in dates]
+
+    assert names("x/before.tif", "x/after.tif") == ["before", "after"]
+    assert names("A/test_1.tif", "B/test_1.tif") == ["A/test_1", "B/test_1"]
+    assert names("x.tif", "x.tif") == ["date 1", "date 2"]
+    assert names("a.tif", "b.tif", acquired=["2019-06-01", "2024-05-30"]) == ["2019-06-01", "2024-05-30"]
+
+
+@pytest.mark.parametrize(("step", "warned"), [(0.5, False), (0.74, False), (0.76, True), (10, True)])
+def test_what_is_coarser_than_the_training_images_is_warned_of(step, warned):
+    about = {"crs": CRS.from_epsg(32650), "width": 10, "height": 10, "name": "a.tif"}
+    source = SimpleNamespace(transform=Affine(step, 0, 5e5, 0, -step, 4.4e6), **about)
+    warnings = coarse_dates([source], 0.5)
+    assert bool(warnings) == warned
+    assert not warned or f"a.tif has {step:g} m per pixel, the model was trained at 0.5" in warnings[0]
+
+
+def test_the_remedy_for_a_shift_depends_on_its_spread():
+    dates = ["a.tif", "b.tif"]
+    assert far_dates(dates, Shift(1.4, 1.4, 0.1, 9)) == [] == far_dates(dates, Shift(9, 0, 0.1, 9, aligned=True))
+    [constant], [other] = far_dates(dates, Shift(3, -4, 0.2, 9)), far_dates(dates, Shift(3, -4, 1.5, 9))
+    assert constant.startswith(
+        "b.tif lies 5.0 px from a.tif (+3.0 to the right, -4.0 down, spread 0.2), more than 2 px"
+    )
+    assert constant.endswith("--align (align=True in Python) takes a constant shift out.")
+    assert "it is not the same everywhere, so that --align would not help" in other
+
+
+def test_another_version_of_a_file_is_told_from_the_first(tmp_path):
+    path = tmp_path / "a.tif"
+    path.write_bytes(b"one")
+    first = fingerprint(path)
+    assert fingerprint(path) == first == fingerprint(str(path))
+    os.utime(path, ns=(0, 0))
+    assert fingerprint(path) != first and fingerprint("/vsicurl/a.tif") == ["/vsicurl/a.tif"]
