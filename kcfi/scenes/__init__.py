@@ -9,7 +9,7 @@ NEEDED = ("rasterio", "shapely", "geopandas", "pyogrio", "rio_cogeo", "pystac", 
 if missing := [name for name in NEEDED if find_spec(name) is None]:
     raise InputError(f'Scenes need {", ".join(missing)}: pip install "kcfi[geo]"')
 
-from kcfi.scenes.describe import WORK, describe_scene
-from kcfi.scenes.findings import Findings
+from kcfi.scenes.describe import WORK, describe_scene  # noqa: E402
+from kcfi.scenes.findings import Findings  # noqa: E402
 
 __all__ = ["WORK", "Findings", "describe_scene"]
