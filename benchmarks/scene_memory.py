@@ -41,7 +41,7 @@ def write_pair(folder: Path, side: int) -> list[Path]:
     """Write both dates of a scene of side x side px; all places changed."""
     drawn = SyntheticDataset(20, seed=7)
     profile = {"driver": "GTiff", "count": 3, "dtype": "uint8", "crs": "EPSG:32650", "width": side, "height": side}
-    layout = {"tiled": True, "blockxsize": 512, "blockysize": 512, "compress": "deflate", "sparse_ok": True}
+    layout = {"tiled": True, "blockxsize": 512, "blockysize": 512, "compress": "deflate"}
     place = {"transform": Affine(0.5, 0, 500_000, 0, -0.5, 4_400_000)}
     paths = []
     for date in ("before", "after"):

@@ -38,8 +38,7 @@ class Date:
 
     Args:
         path: the file, as it was given.
-        name: what the report calls it: the acquisition date where the file or the caller says it, else the file's
-            stem.
+        name: what the report calls it: the acquisition date where the file or caller says it, else the file's stem.
         acquired: ISO 8601 date, "" where nobody says it.
         notes: what was done to bring it onto the grid ("resampled from 0.30 to 0.50 m/px", "shifted by half a pixel").
     """

@@ -27,7 +27,7 @@ from kcfi.scenes.findings import Grid
 from kcfi.scenes.rasters import NewRaster
 from kcfi.scenes.reading import open_raster
 
-LINES = 512  # of a strip
+LINES = 256  # of a strip: what is changed in one takes 80 bytes a pixel
 TOLERANCE = 1.0  # px that the outline of a polygon may be off by
 SUMS = ("pixels", "area", "probability", "x", "y")  # columns of `_measures`, before the box
 
