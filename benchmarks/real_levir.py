@@ -12,8 +12,9 @@ punished. Prints, as lines of JSON, all x 100:
   every alarm rate that the model knows: unchanged pairs that were called changed, changed pairs that were found;
 - `claims`: what sentences say against masks and references, in numbers of pairs (see `claims`).
 
-`--output` gets the same as real_levir.json, the 60 worst pairs as pictures (before, after, truth, predicted) with
-their sentences, and reliability.png where matplotlib is installed.
+`--output` gets the same as real_levir.json, every pair's sentence, false claims and wrong building pixels as
+pairs.json, the 60 worst pairs as pictures (before, after, truth, predicted), and reliability.png where matplotlib is
+installed.
 """
 
 import argparse
@@ -155,6 +156,11 @@ def main() -> None:
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "real_levir.json").write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+        rows = {
+            pair.filename: {"caption": pair.caption, "false claims": claims(pair), "wrong pixels": wrong_pixels(pair)}
+            for pair in predictions
+        }
+        (options.output / "pairs.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         draw_worst(pairs, predictions, options.output / "worst.png")
         draw_reliability({"building pixels": pixels, "pairs": whole}, options.output / "reliability.png")
 
@@ -166,12 +172,17 @@ def rounded(values: Any) -> Any:
     return None if values is None else round(float(values), 1)
 
 
-def draw_worst(pairs: Any, predictions: list[PairPrediction], path: Path) -> None:
-    """Draw the pairs with most wrong pixels of buildings, behind those with false claims and few wrong pixels."""
+def wrong_pixels(pair: PairPrediction) -> int:
+    """Pixels that are marked as building and are none, or the other way round."""
+    assert pair.mask is not None and pair.true_mask is not None
+    return int(((pair.mask > 0) != (pair.true_mask > 0)).sum())
 
-    def cost(pair: PairPrediction) -> float:
-        wrong = int((pair.mask != (pair.true_mask > 0)).sum())  # type: ignore[union-attr, operator]
-        return wrong + 2000 * len(claims(pair))
+
+def draw_worst(pairs: Any, predictions: list[PairPrediction], path: Path) -> None:
+    """Draw the pairs with most wrong pixels of buildings; a false claim counts as 2,000 of them."""
+
+    def cost(pair: PairPrediction) -> int:
+        return wrong_pixels(pair) + 2000 * len(claims(pair))
 
     order = sorted(range(len(predictions)), key=lambda index: -cost(predictions[index]))[:WORST]
     examples = [pairs[index] for index in order]
