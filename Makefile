@@ -38,10 +38,10 @@ bench: $(VENV)/installed-dev
 bench-quality: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/time_to_quality.py synthetic/fine_tuned_128px --num_eval_pairs 64
 
-# kcfi-tiny from nothing. AERIAL: folder with the three sources that the card of kcfi-tiny names
+# kcfi-tiny from nothing. AERIAL: folder with the four sources that the card of kcfi-tiny names
 AERIAL ?= open_aerial
 tiny: $(VENV)/installed
-	$(BIN)/kcfi data materials --source $(AERIAL)/ucmerced $(AERIAL)/dubai $(AERIAL)/banepa --output runs/materials
+	$(BIN)/kcfi data materials --source $(AERIAL)/ucmerced $(AERIAL)/dubai $(AERIAL)/banepa $(AERIAL)/tartu --output runs/materials
 	$(BIN)/python -m kcfi.training.towers.language_model --output runs/tiny-lm --steps 1000
 	$(BIN)/python -m kcfi.training.towers.vision_tower --output runs/tiny-vit --steps 600
 	$(BIN)/kcfi train tiny
