@@ -10,8 +10,7 @@ from PIL import Image
 
 from kcfi.models import embedded_model, load
 from kcfi.processing import Describer, InputError
-from kcfi.scenes import describe as module
-from kcfi.scenes import describe_scene
+from kcfi.scenes import compare, describe_scene
 from kcfi.scenes.describe import WORK
 from kcfi.training.synthetic.dataset import SyntheticDataset
 
@@ -195,12 +194,10 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(scene, detector, tmp_pa
     done = len(list((tmp_path / "stopped" / WORK / "strips").glob("*.npz")))
     assert (done > 0) == (calls >= 3) and not files(tmp_path / "stopped").keys() & {"date-0.png"}
     rows = []
-    monkeypatch.setattr(module, "detect", lambda *given: map(lambda strip: rows.append(1) or strip, detect(*given)))
+    detect = compare.detect
+    monkeypatch.setattr(compare, "detect", lambda *given: map(lambda strip: rows.append(1) or strip, detect(*given)))
     again = describe_scene(dates, tmp_path / "stopped", Describer(*model, batch_size=2))
     assert files(tmp_path / "stopped") == files(tmp_path / "whole") and again == whole and len(rows) == 6
-
-
-detect = module.detect
 
 
 def test_what_other_images_or_settings_left_is_not_used(scene, describer, tmp_path, capsys, write_raster):
@@ -252,7 +249,7 @@ def test_the_file_may_say_when_it_was_acquired(scene, describer, tmp_path):
 
 def test_what_cannot_be_described_is_refused(scene, describer, tmp_path, make_detector):
     dates = scene()
-    with pytest.raises(InputError, match="has two dates, an earlier and a later one; got 1"):
+    with pytest.raises(InputError, match="has two dates or more, the earliest first; got 1"):
         describe_scene(dates[:1], tmp_path / "out", describer)
     with pytest.raises(InputError, match="acquired names 1 dates for 2 images"):
         describe_scene(dates, tmp_path / "out", describer, acquired=["2019-06-01"])
