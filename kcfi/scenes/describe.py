@@ -134,7 +134,7 @@ def describe_scene(
         caption=scene_caption(changes),
         grid=grid,
         dates=described,
-        shifts=(shift,),
+        shifts=tuple(shifts),
         changes=changes,
         seen_pixels=found.seen,
         labels=labels,
