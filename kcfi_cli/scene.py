@@ -39,6 +39,12 @@ def add_parser(commands: Commands) -> None:
         help="percentiles of the scene that become black and white (2 98 of other than 8 bits, else none)",
     )
     parser.add_argument(
+        "--nodata",
+        type=float,
+        metavar="VALUE",
+        help="of pixels without data, where the files do not say it: 0 = black",
+    )
+    parser.add_argument(
         "--min_area", type=float, default=25.0, metavar="M2", help="smallest change in m2 (%(default)s)"
     )
     parser.add_argument("--max_captions", type=int, metavar="N", help="sentences for the N largest changes (all)")
@@ -69,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
     from kcfi.scenes.series import check_confirm
 
     disable_progress_bar()  # of loading weights, which is over before it can be read
-    settings = ("reproject", "align", "bands", "stretch", "min_area", "max_captions", "model_resolution")
+    settings = ("reproject", "align", "bands", "stretch", "nodata", "min_area", "max_captions", "model_resolution")
     given = {name: getattr(options, name) for name in (*settings, "acquired", "confirm")}
     dates = [options.before, options.after, *options.later]
     check_acquired(options.acquired, len(dates))

@@ -41,6 +41,7 @@ def describe_scene(
     align: bool = False,
     bands: Sequence[int] | None = None,
     stretch: Sequence[float] | None = None,
+    nodata: float | None = None,
     min_area: float = 25.0,
     max_captions: int | None = None,
     model_resolution: float | None = None,
@@ -60,6 +61,7 @@ def describe_scene(
         align: take out a constant shift between the dates before they are compared.
         bands: which are red, green and blue, counted from 1.
         stretch: percentiles that become black and white; None = of other than 8 bits 2 and 98, else none.
+        nodata: value, in all bands, of pixels without data of files that do not say it (black borders: 0).
         min_area: smallest region that is a change, in m2; without coordinates at `model_resolution` m per pixel.
         max_captions: how many regions, from the largest, get a sentence of the model; None = all.
         model_resolution: m per pixel that the model was trained at; None = as saved with it, else `RESOLUTION`.
@@ -100,6 +102,8 @@ def describe_scene(
         "reproject": reproject,
         "align": align,
     }
+    if nodata is not None:
+        settings["nodata"] = nodata
     labels = LABELS[describer.model.config.num_change_classes]
     work = Path(output) / WORK
     work.mkdir(parents=True, exist_ok=True)
@@ -107,13 +111,13 @@ def describe_scene(
         stack.enter_context(rasterio.Env(GDAL_CACHEMAX=CACHE))
         sources = [stack.enter_context(open_raster(path)) for path in dates]
         grid = scene_grid(sources, resolution, reproject)
-        layers, shifts = [Layer(sources[0], grid, bands, stretch)], []
+        layers, shifts = [Layer(sources[0], grid, bands, stretch, nodata=nodata)], []
         for source in sources[1:]:
-            layer = Layer(source, grid, bands, stretch)
+            layer = Layer(source, grid, bands, stretch, nodata=nodata)
             shift = estimate_shift(layers[0], layer, grid)
             if align and shift.windows:
                 shift = replace(shift, aligned=True)
-                layer = Layer(source, grid, bands, stretch, (shift.x, shift.y))
+                layer = Layer(source, grid, bands, stretch, (shift.x, shift.y), nodata)
             layers.append(layer)
             shifts.append(shift)
         warnings += coarse_dates(sources, resolution)

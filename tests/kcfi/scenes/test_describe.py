@@ -135,6 +135,13 @@ def test_pixels_without_data_are_in_no_area(scene, describer, tmp_path, write_ra
     found = describe_scene([before, after], tmp_path / "out", describer)
     [change] = found.changes
     assert change.box[2] == 112 and change.pixels <= 16 * 48 and found.seen_pixels == 112 * 131
+    unnamed = scene("unnamed")
+    with rasterio.open(unnamed[1], "r+") as file:
+        file.write(pixels)
+    [border] = describe_scene(unnamed, tmp_path / "all", describer).changes
+    assert border.box[1] == 0 and border.box[2:] == (150, 131)  # which counts as data
+    same = describe_scene(unnamed, tmp_path / "named", describer, nodata=0)
+    assert same.changes[0].pixels == change.pixels and same.settings["nodata"] == 0
     with rasterio.open(after, "r+") as file:
         file.write(np.zeros_like(pixels))
     with pytest.raises(InputError, match=r"a\.tif and .*b\.tif have no pixel with data on both"):
@@ -253,6 +260,10 @@ def test_what_cannot_be_described_is_refused(scene, describer, tmp_path, make_de
         describe_scene(dates[:1], tmp_path / "out", describer)
     with pytest.raises(InputError, match="acquired names 1 dates for 2 images"):
         describe_scene(dates, tmp_path / "out", describer, acquired=["2019-06-01"])
+    with pytest.raises(InputError, match=r"acquired: '1\.6\.2019' is no date in ISO 8601"):
+        describe_scene(dates, tmp_path / "out", "no such model", acquired=["1.6.2019", "2024-05-30"])
+    with pytest.raises(InputError, match="confirm=2: of 3 dates 0 to 1 can confirm"):
+        describe_scene([*dates, dates[1]], tmp_path / "out", "no such model", confirm=2)
     for wrong in ({"model_resolution": 0}, {"max_captions": -1}):
         with pytest.raises(InputError, match="must be above 0, and max_captions="):
             describe_scene(dates, tmp_path / "out", describer, **wrong)
