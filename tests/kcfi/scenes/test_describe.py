@@ -177,7 +177,7 @@ def test_the_least_area_is_in_square_metres(scene, describer, tmp_path):
     assert len(describe_scene(dates, tmp_path / "out", describer, min_area=change.area_m2 + 1).changes) == 0
 
 
-@pytest.mark.parametrize("calls", [0, 1, 3, 7, 11, 18])
+@pytest.mark.parametrize("calls", [0, 3, 11, 18])
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(scene, detector, tmp_path, monkeypatch, calls):
     dates, model = scene(), load(str(detector))
     whole = describe_scene(dates, tmp_path / "whole", Describer(*model, batch_size=2))
@@ -233,7 +233,7 @@ def test_a_constant_shift_is_said_and_taken_out(tmp_path, describer, write_raste
     assert aligned.seen_pixels == 276 * 277
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(2))
 def test_an_unchanged_pair_that_is_shifted_by_one_and_a_half_pixels_raises_no_alarm(tmp_path, write_raster, number):
     from scipy import ndimage
 
