@@ -61,8 +61,9 @@ def compare(
     grid, count = layers[0].grid, len(layers)
     folders = {pair: work / f"{pair[0] + 1}-{pair[1] + 1}" if count > 2 else work for pair in pairs(count)}
     place = [str(grid.crs), grid.transform[:6], grid.width, grid.height]
+    settings = {**settings, "grid": place, "autocast": str(describer.autocast)}
     for (one, other), folder in folders.items():
-        kept = Kept(folder / "strips", {**settings, "inputs": [inputs[one], inputs[other]], "grid": place})
+        kept = Kept(folder / "strips", {**settings, "inputs": [inputs[one], inputs[other]]})
         seen = mark(describer, layers[one], layers[other], folder, kept)
     if count > 2:
         seen = join([folders[0, later] for later in range(1, count)], grid, confirm, work)
@@ -73,7 +74,7 @@ def compare(
     mask, probability, numbers = (work / f"{name}.tif" for name in ("mask", "probability", "regions"))
     regions = find_regions(mask, probability, numbers, grid, labels, areas, least)
     shown = date_regions(numbers, len(regions), folders, grid, work) if count > 2 else [(0, 1)] * len(regions)
-    told = {**settings, "inputs": inputs, "grid": place, "confirm": confirm, "least": least}
+    told = {**settings, "inputs": inputs, "confirm": confirm, "least": least}
     told |= {"batch_size": describer.batch_size, "generation": str(describer.generation)}
     sentences: dict[int, str] = {}
     for pair, folder in folders.items():

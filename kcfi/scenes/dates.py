@@ -56,6 +56,15 @@ def describe_dates(
     return tuple(Date(str(path), name, day, tuple(layer.notes)) for path, name, day, layer in found)
 
 
+def unordered_dates(dates: Sequence[Date]) -> list[str]:
+    """The warning of dates that do not follow each other in time; those of which nobody says when are passed over."""
+    days = [datetime.fromisoformat(date.acquired).date() for date in dates if date.acquired]
+    if days == sorted(days):
+        return []
+    told = ", ".join(map(str, days))
+    return [f"The images are not in order of time ({told}): what appeared may be told as removed, and the reverse."]
+
+
 def coarse_dates(sources: Sequence[Any], resolution: float) -> list[str]:
     """Warnings of images whose pixels are much larger than those that the model was trained on."""
     found = []

@@ -16,7 +16,7 @@ from kcfi.models import embedded_model, load
 from kcfi.processing import Describer, InputError
 from kcfi.processing.places_kcfi import tells_of_change
 from kcfi.scenes.compare import Compared, compare
-from kcfi.scenes.dates import check_acquired, coarse_dates, describe_dates, far_dates, fingerprint
+from kcfi.scenes.dates import check_acquired, coarse_dates, describe_dates, far_dates, fingerprint, unordered_dates
 from kcfi.scenes.findings import Change, Date, Findings, Grid
 from kcfi.scenes.grid import scene_grid
 from kcfi.scenes.rasters import CACHE
@@ -124,6 +124,7 @@ def describe_scene(
         for path, shift in zip(dates[1:], shifts, strict=True):
             warnings += far_dates((dates[0], path), shift)
         described = describe_dates(dates, sources, layers, acquired)
+        warnings += unordered_dates(described)
         inputs = [[fingerprint(path), layer.offset] for path, layer in zip(dates, layers, strict=True)]
         least = min_area / (resolution**2 if grid.crs is None else 1)
         found = compare(describer, layers, work, settings, inputs, list(labels), least, max_captions, confirm)

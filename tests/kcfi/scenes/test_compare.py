@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import rasterio
+import torch
 
 from kcfi.models import load
 from kcfi.processing import NO_LABEL, Describer, InputError
@@ -48,6 +49,15 @@ def test_two_dates_leave_their_rasters_in_the_folder_itself(layers, describer, t
     assert names == {"mask.tif", "probability.tif", "regions.tif", "strips", "sentences"}
     with rasterio.open(tmp_path / "work/regions.tif") as numbers:
         assert (numbers.read(1) == 1).sum() == region.pixels >= 16 * 16
+
+
+def test_what_is_kept_is_of_one_grid_one_precision_and_one_pair(layers, describer, tmp_path, capsys):
+    found_by(describer, layers[1:], tmp_path)
+    found_by(describer, layers[1:], tmp_path, least=26)  # other regions of the same mask
+    assert "started anew" not in capsys.readouterr().err
+    for other in (Describer(describer.model, describer.processor, autocast=torch.bfloat16), describer):
+        found_by(other, layers[1:], tmp_path)
+        assert "started anew" in capsys.readouterr().err
 
 
 def test_each_region_is_described_on_the_dates_that_show_it(layers, describer, tmp_path):

@@ -92,14 +92,14 @@ def test_nothing_on_the_page_comes_from_elsewhere(tmp_path):
 
 
 def test_pictures_are_bounded_whatever_the_number_of_dates(tmp_path):
-    grid = make_grid(2600, 260)
+    grid = make_grid(4096, 256)
     sizes = {}
     for count in (2, 8):
         dates = tuple(Date(f"{year}.tif", str(year)) for year in range(count))
         text = page(make_findings(grid, dates=dates, shifts=()), tmp_path / str(count))
         pictures = re.findall(r"data:image/jpeg;base64,([^\"]+)", text)
         sizes[count] = [Image.open(io.BytesIO(base64.b64decode(picture))).size for picture in pictures]
-    assert sizes == {2: [(2048, 205)] * 2, 8: [(1024, 102)] * 8}
+    assert sizes == {2: [(2048, 128)] * 2, 8: [(1024, 64)] * 8}
 
 
 def test_an_outline_is_the_polygon_in_pixels_of_the_picture():

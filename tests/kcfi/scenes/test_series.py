@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import rasterio
+from PIL import Image
 from shapely import box
 
 from kcfi.models import load
@@ -126,6 +127,27 @@ def test_a_later_date_that_is_added_computes_its_own_comparisons_only(drawn, det
     assert describe_scene(drawn[:4], tmp_path / "at once", described) == four
     for name in ("mask.tif", "changes.gpkg", "summary.json"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "at once" / name).read_bytes()
+
+
+def test_every_date_is_aligned_with_the_first(tmp_path, detector, texture):
+    ground = texture(200, 200)
+    corners = [(10, 10), (12, 10), (10, 14)]  # where each date begins, down and across
+    dates = [
+        save_raster(tmp_path / f"{number}.tif", ground[top : top + 160, left : left + 160])
+        for number, (top, left) in enumerate(corners)
+    ]
+    describer = Describer(*load(str(detector)), batch_size=8)
+    found = describe_scene(dates, tmp_path / "as they are", describer, max_captions=0)
+    assert [(shift.x, shift.y) for shift in found.shifts] == [
+        pytest.approx(moved, abs=0.1) for moved in ((0, -2), (-4, 0))
+    ]
+    assert "2.tif lies 4.0 px from" in "".join(found.warnings)
+    aligned = describe_scene(dates, tmp_path / "aligned", describer, max_captions=0, align=True)
+    assert all(shift.aligned for shift in aligned.shifts) and len(aligned.warnings) == 1
+    for folder, alike in (("as they are", False), ("aligned", True)):
+        pictures = [np.asarray(Image.open(tmp_path / folder / WORK / f"date-{k}.png"), int) for k in range(3)]
+        for later in pictures[1:]:
+            assert (np.abs(later - pictures[0])[8:-8, 8:-8].mean() < 2) == alike
 
 
 def test_pairs_are_all_with_the_first_and_with_the_one_before():
