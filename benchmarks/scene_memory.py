@@ -3,6 +3,7 @@
 ```
 python benchmarks/scene_memory.py                                       # three sizes, with kcfi-tiny
 python benchmarks/scene_memory.py --stand_in --sides 5000 10000 20000   # all but the model's part
+python benchmarks/scene_memory.py --stand_in --sides 5000 10000 --dates 3
 ```
 
 The pairs are GeoTIFFs of 0.5 m per pixel with a drawn place in one of 64 squares of 256 px, and black between them; a
@@ -86,13 +87,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", type=int, nargs="+", default=[1024, 1536, 2048], help="px (%(default)s)")
     parser.add_argument("--caption_sides", type=int, nargs="*", default=[], help="px, of `kcfi caption` (none)")
+    parser.add_argument("--dates", type=int, default=2, help="of `kcfi scene`, the later ones alike (%(default)s)")
     parser.add_argument("--stand_in", action="store_true", help="leave out the model's part")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--files", nargs=3, metavar="PATH", help=argparse.SUPPRESS)  # of the process that is measured
+    parser.add_argument("--files", nargs="+", metavar="PATH", help=argparse.SUPPRESS)  # of who is measured
     options = parser.parse_args()
     if options.files:
-        before, after, output = options.files
-        describe_scene([before, after], output, StandIn(*load(embedded_model(), "cpu")))
+        *dates, output = options.files
+        describe_scene(dates, output, StandIn(*load(embedded_model(), "cpu")))
         return
     stand_in = [sys.executable, __file__, "--files"]
     kcfi = [sys.executable, "-m", "kcfi_cli"]
@@ -102,11 +104,12 @@ def main() -> None:
             with TemporaryDirectory() as folder:
                 pair = [str(path) for path in write_pair(Path(folder), side)]
                 output = str(Path(folder) / "out")
-                command = [*kcfi, name, *pair, "--output", output, "--device", "cpu"]
+                dates = pair + pair[1:] * (options.dates - 2) if name == "scene" else pair
+                command = [*kcfi, name, *dates, "--output", output, "--device", "cpu"]
                 if name == "caption":
                     command += ["--regions", "--max_image_pixels", str(side**2)]
                 elif options.stand_in:
-                    command = [*stand_in, *pair, output]
+                    command = [*stand_in, *dates, output]
                 seconds, peak = measure(command)
             row = {"command": name, "side": side, "seconds": seconds, "peak_mib": peak, "px_per_s": side**2 / seconds}
             rows.append(row)

@@ -1,4 +1,4 @@
-"""`kcfi scene`: what changed between two georeferenced images of any size."""
+"""`kcfi scene`: what changed between georeferenced images of any size."""
 
 import argparse
 from pathlib import Path
@@ -14,13 +14,15 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "scene",
         help="describe the changes of a scene of any size, on a map",
-        description="Find what changed between two GeoTIFFs (or plain images) of any size: a sentence, a polygon, an "
-        "area and a\nprobability per change. Started again after an interruption, it goes on where it was.\n"
+        description="Find what changed between two GeoTIFFs (or plain images) of any size, or more: a sentence, a "
+        "polygon, an area\nand a probability per change. Started again after a stop, it goes on where it was.\n"
         'Needs `pip install "kcfi[geo]"`.',
-        epilog="example:\n  kcfi scene before.tif after.tif -o report",
+        epilog="examples:\n  kcfi scene before.tif after.tif -o report\n"
+        "  kcfi scene 2019.tif 2021.tif 2024.tif -o report --acquired 2019-06-01 2021-05-28 2024-05-30",
     )
     parser.add_argument("before", metavar="BEFORE", help="image of the earlier date")
     parser.add_argument("after", metavar="AFTER", help="image of the later date")
+    parser.add_argument("later", metavar="LATER", nargs="*", help="images of still later dates, in order of time")
     parser.add_argument("-o", "--output", default="kcfi-scene", type=Path, help="folder for the results (%(default)s)")
     add_model_options(parser)
     parser.add_argument("--batch_size", type=int, default=8, help="tiles at a time (%(default)s); CPUs encode 2")
@@ -37,6 +39,12 @@ def add_parser(commands: Commands) -> None:
         help="percentiles of the scene that become black and white (2 98 of other than 8 bits, else none)",
     )
     parser.add_argument(
+        "--nodata",
+        type=float,
+        metavar="VALUE",
+        help="of pixels without data, where the files do not say it: 0 = black",
+    )
+    parser.add_argument(
         "--min_area", type=float, default=25.0, metavar="M2", help="smallest change in m2 (%(default)s)"
     )
     parser.add_argument("--max_captions", type=int, metavar="N", help="sentences for the N largest changes (all)")
@@ -44,7 +52,14 @@ def add_parser(commands: Commands) -> None:
         "--model_resolution", type=float, metavar="M", help="m per pixel of the training images (as saved)"
     )
     parser.add_argument(
-        "--acquired", nargs=2, default=(), metavar="DATE", help="when the images were acquired, as 2024-05-30"
+        "--acquired", nargs="+", default=(), metavar="DATE", help="when each image was acquired, as 2024-05-30"
+    )
+    parser.add_argument(
+        "--confirm",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of more than two dates: keep a change that so many of the later ones show too (%(default)s)",
     )
     parser.set_defaults(run=run, compile=False, alarm_rate=None)
 
@@ -55,16 +70,19 @@ def run(options: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from kcfi.scenes import describe_scene
+    from kcfi.scenes.dates import check_acquired
     from kcfi.scenes.reading import open_raster
+    from kcfi.scenes.series import check_confirm
 
     disable_progress_bar()  # of loading weights, which is over before it can be read
-    settings = ("reproject", "align", "bands", "stretch", "min_area", "max_captions", "model_resolution", "acquired")
-    dates = [options.before, options.after]
+    settings = ("reproject", "align", "bands", "stretch", "nodata", "min_area", "max_captions", "model_resolution")
+    given = {name: getattr(options, name) for name in (*settings, "acquired", "confirm")}
+    dates = [options.before, options.after, *options.later]
+    check_acquired(options.acquired, len(dates))
+    check_confirm(options.confirm, len(dates))
     for path in dates:
         open_raster(path).close()  # what cannot be read is said before the model is loaded
-    found = describe_scene(
-        dates, options.output, build_describer(options), **{name: getattr(options, name) for name in settings}
-    )
+    found = describe_scene(dates, options.output, build_describer(options), **given)
     print(found.caption)
     for change in found.changes[:SHOWN]:
         size = f"{change.pixels} px" if change.area_m2 is None else f"{change.area_m2:,.0f} m2"

@@ -207,16 +207,33 @@ def test_wrong_options_are_one_line_too(capsys):
 def test_a_scene_is_described_and_its_largest_changes_are_listed(capsys, pair, detector):
     command = ["scene", *pair, "-o", "report", "--model", str(detector), "--batch_size", "2", "--min_area", "30"]
     assert main(command) == 0
-    caption, change, warning, mask, probability = capsys.readouterr().out.splitlines()
+    caption, change, warning, report = capsys.readouterr().out.splitlines()
     assert (
         caption.startswith("1 change: buildings ") and change.startswith("  1: ") and " px, probability 0." in change
     )
     assert warning == "warning: The model does not say at how many m per pixel it was trained; 0.5 was taken."
-    assert (mask, probability) == tuple(f"{name}: report/.work/{name}.tif" for name in ("mask", "probability"))
-    values = np.asarray(Image.open("report/.work/mask.tif"))
+    assert report == "report: report/report.html"
+    values = np.asarray(Image.open("report/mask.tif"))
     assert values.shape == (45, 70) and set(np.unique(values)) == {0, 2}
     assert main([*command, "--max_captions", "0", "--acquired", "2019-06-01", "2024-05-30", "--align"]) == 0
     assert "  1: a building has changed in the" in capsys.readouterr().out
+
+
+def test_of_more_than_two_dates_each_change_has_the_one_on_which_it_is_first_seen(capsys, pair, detector):
+    command = ["scene", *pair, pair[1], "-o", "report", "--model", str(detector), "--min_area", "30"]
+    days = ["2019-06-01", "2021-05-28", "2024-05-30"]
+    assert main([*command, "--max_captions", "0", "--acquired", *days, "--confirm", "1"]) == 0
+    properties = json.loads(Path("report/changes.geojson").read_text())["features"][0]["properties"]
+    assert [properties[name] for name in ("before", "after", "first_seen")] == [days[0], days[1], days[1]]
+    assert "confirmed" not in capsys.readouterr().out
+
+
+def test_dates_and_confirmations_that_cannot_be_are_refused_before_the_model_is_loaded(capsys, pair):
+    command = ["scene", *pair, "--model", "no such model"]
+    message = refusal(capsys, *command, "--acquired", "2019-06-01", "30.05.2024")
+    assert message == "acquired: '30.05.2024' is no date in ISO 8601, as 2021-05-30."
+    assert "acquired names 1 dates for 2 images" in refusal(capsys, *command, "--acquired", "2019-06-01")
+    assert "of 3 dates 0 to 1 can confirm a change" in refusal(capsys, "scene", *pair, pair[1], "--confirm", "2")
 
 
 def test_a_scene_that_cannot_be_read_is_named(capsys, pair, tmp_path):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 MENU = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 PUBLIC = {*kcfi.__all__, "ChangeReport", "KCFICollator", "KCFIMetric", "KCFITrainer", "KCFITrainingArguments"}
-PUBLIC |= {"DataArguments", "ModelArguments", "load_pairs"}
+PUBLIC |= {"DataArguments", "ModelArguments", "load_pairs", "Calibration", "describe_scene", "Findings", "Change"}
 NAMES = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.M)
 
 

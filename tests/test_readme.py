@@ -69,6 +69,25 @@ def test_the_first_command_of_the_readme_prints_what_it_shows(monkeypatch, tmp_p
     assert digits.sub("#", printed) == digits.sub("#", shown)
 
 
+@pytest.mark.slow
+def test_the_page_of_scenes_runs_as_it_stands_there(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("rioxarray")
+    pytest.importorskip("matplotlib").use("agg")
+    monkeypatch.chdir(tmp_path)
+    draw, *examples = [code for name, code in PYTHON if name == "docs/scenes.md"]
+    exec(compile(draw, "scenes.md", "exec"), {})
+    digits = re.compile(r"\d+")  # a pixel more or less is another machine
+    shown = re.findall(r"^\$ kcfi (scene 2019.*)\n((?:.+\n)+)```", PAGES["docs/scenes.md"], re.M)
+    assert len(shown) == 2
+    for command, lines in shown:
+        assert main(shlex.split(command)) == 0
+        printed = digits.sub("#", capsys.readouterr().out).splitlines()
+        assert [line for line in lines.splitlines() if line != "  ..." and digits.sub("#", line) not in printed] == []
+    for code in examples:
+        exec(compile(code, "scenes.md", "exec"), {})
+    assert len(examples) == 3 and "1" in capsys.readouterr().out and Path("first_seen.png").is_file()
+
+
 def help_of(command: str, capsys) -> str:
     """What `kcfi caption --help`, or `kcfi data check --help`, prints."""
     words = command.split()

@@ -1,24 +1,50 @@
 """The dates of a scene: their names, what identifies their files, and what must be said of them."""
 
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kcfi.processing import InputError
 from kcfi.scenes.findings import Date, Shift
 from kcfi.scenes.grid import ground_metres
 from kcfi.scenes.reading import Layer
 from kcfi.scenes.registration import ALIKE, FAR
 
+ISO = "is no date in ISO 8601, as 2021-05-30"
 COARSE = 1.5  # times the model's m per pixel: what is coarser lacks what the model was trained on
+
+
+def check_acquired(acquired: Sequence[str], count: int) -> None:
+    """Refuse what does not say when so many dates were acquired; empty = nothing is said.
+
+    Raises:
+        InputError: another number of them, or one that is not in ISO 8601.
+    """
+    if acquired and len(acquired) != count:
+        raise InputError(f"acquired names {len(acquired)} dates for {count} images: give one each.")
+    for day in acquired:
+        if not is_iso(day):
+            raise InputError(f"acquired: {day!r} {ISO}.")
+
+
+def is_iso(day: str) -> bool:
+    """Whether a date is in ISO 8601."""
+    try:
+        datetime.fromisoformat(day)
+    except ValueError:
+        return False
+    return True
 
 
 def describe_dates(
     paths: Sequence[str | Path], sources: Sequence[Any], layers: Sequence[Layer], acquired: Sequence[str]
 ) -> tuple[Date, ...]:
     """The dates by names that differ: when they were acquired, else their files' names, with folders if need be."""
-    when = acquired or [source.tags(ns="IMAGERY").get("ACQUISITIONDATETIME", "")[:10] for source in sources]
+    said = [source.tags(ns="IMAGERY").get("ACQUISITIONDATETIME", "")[:10] for source in sources]
+    when = acquired or [day if is_iso(day) else "" for day in said]
     names = list(when)
     for parts in (1, 2, 3):
         if len(set(names)) == len(names) and all(names):
@@ -28,6 +54,15 @@ def describe_dates(
         names = [f"date {number}" for number in range(1, len(names) + 1)]
     found = zip(paths, names, when, layers, strict=True)
     return tuple(Date(str(path), name, day, tuple(layer.notes)) for path, name, day, layer in found)
+
+
+def unordered_dates(dates: Sequence[Date]) -> list[str]:
+    """The warning of dates that do not follow each other in time; those of which nobody says when are passed over."""
+    days = [datetime.fromisoformat(date.acquired).date() for date in dates if date.acquired]
+    if days == sorted(days):
+        return []
+    told = ", ".join(map(str, days))
+    return [f"The images are not in order of time ({told}): what appeared may be told as removed, and the reverse."]
 
 
 def coarse_dates(sources: Sequence[Any], resolution: float) -> list[str]:

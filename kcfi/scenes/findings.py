@@ -83,9 +83,9 @@ class Change:
         caption: its sentence; places are compass directions in the scene.
         place: where it lies in the scene: "north-west", "centre", ... (image up is north where there is no CRS).
         box: (left, top, right, bottom) in pixels of the grid.
-        before: `Date.name` of the date it is compared with.
-        after: `Date.name` of the date on which it is seen.
-        first_seen: `Date.name` of the first date that shows it (of two dates: `after`).
+        before: `Date.name` of the date that `after` is compared with: the one before it, or the first.
+        after: `Date.name` of the date on which the sentence sees it.
+        first_seen: `Date.name` of the first date that shows it.
     """
 
     id: int
@@ -111,7 +111,7 @@ class Findings:
         caption: a sentence for the whole scene, made of counts and places of `changes`, not by the language model.
         grid: of all rasters and polygons.
         dates: in order of time.
-        shifts: of each date but the first, from the date before it.
+        shifts: of each date but the first, from the first.
         changes: by area from the largest.
         seen_pixels: pixels that every date covers with data; masks and areas count these alone.
         labels: the classes of the mask by value: {1: "road", 2: "building"}.

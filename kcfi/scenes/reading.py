@@ -60,6 +60,7 @@ class Layer:
         stretch: percentiles that become black and white, of each band of the whole scene; None = `STRETCH` for what
             has other than 8 bits.
         offset: px of the grid, to the right and down, by which this date lies off; taken out.
+        nodata: value, in all bands, of pixels without data of a file that does not say it.
 
     Attributes:
         notes: what was done to bring it onto the grid.
@@ -75,9 +76,10 @@ class Layer:
         bands: Sequence[int] | None = None,
         stretch: Sequence[float] | None = None,
         offset: tuple[float, float] = (0.0, 0.0),
+        nodata: float | None = None,
     ) -> None:
         check_reading(bands, stretch)
-        self.source, self.grid, self.offset = source, grid, offset
+        self.source, self.grid, self.offset, self.nodata = source, grid, offset, nodata
         alpha = [band for band in source.indexes if source.colorinterp[band - 1] == ColorInterp.alpha]
         colours = [band for band in source.indexes if band not in alpha]
         if bands is None:
@@ -108,7 +110,7 @@ class Layer:
         window = Window(left + x, top + y, right - left, bottom - top)
         try:
             values = self._dataset.read(self.bands, window=window)
-            return self._show(values, self._dataset.dataset_mask(window=window) > 0)
+            return self._show(values, self._seen(values, self._dataset.dataset_mask(window=window)))
         except RasterioError as error:
             raise InputError(f"{self.source.name}: cannot be read at {box} ({error}).") from error
 
@@ -135,13 +137,17 @@ class Layer:
         if self._first is not None:
             whole = {"window": Window(*self._first, self.grid.width, self.grid.height)}
             values = self.source.read(self.bands, out_shape=(len(self.bands), height, width), resampling=how, **whole)
-            seen = self.source.dataset_mask(out_shape=(height, width), **whole) > 0
+            mask = self.source.dataset_mask(out_shape=(height, width), **whole)
         else:
             scale = Affine.scale(self.grid.width / width, self.grid.height / height)
             coarse = Grid(self.grid.crs, self.grid.transform @ scale, width, height, None)
             with self._warped(coarse, how) as dataset:
-                values, seen = dataset.read(self.bands), dataset.dataset_mask() > 0
-        return values, seen & np.isfinite(values).all(0)
+                values, mask = dataset.read(self.bands), dataset.dataset_mask()
+        return values, self._seen(values, mask) & np.isfinite(values).all(0)
+
+    def _seen(self, values: NDArray[Any], mask: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """Where there is data, by GDAL's mask and by `nodata`."""
+        return mask > 0 if self.nodata is None else (mask > 0) & (values != self.nodata).any(0)
 
     def _place_in_source(self) -> tuple[int, int] | None:
         """Column and row of the source where the grid begins, if its pixels are the grid's."""
@@ -160,6 +166,10 @@ class Layer:
         plain = grid.crs is None
         there = PIXELS[1] @ grid.transform if plain else grid.transform
         x, y = (move * grid.width / self.grid.width for move in self.offset)
+        masked = self.source.nodata is not None or ColorInterp.alpha in self.source.colorinterp
+        missing = (
+            {"add_alpha": not masked} if self.nodata is None else dict.fromkeys(("src_nodata", "nodata"), self.nodata)
+        )
         try:
             return WarpedVRT(
                 self.source,
@@ -171,7 +181,7 @@ class Layer:
                 height=grid.height,
                 resampling=how,
                 tolerance=ERROR,
-                add_alpha=self.source.nodata is None and ColorInterp.alpha not in self.source.colorinterp,
+                **missing,
             )
         except RasterioError as error:
             raise InputError(f"{self.source.name}: cannot be brought onto the grid ({error}).") from error

@@ -22,7 +22,7 @@ def test_the_pair_has_places_that_change_and_nothing_else(tmp_path):
 
 @pytest.mark.slow
 def test_memory_and_time_are_those_of_the_process(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["scene_memory.py", "--stand_in", "--sides", "400", "--json"])
+    monkeypatch.setattr(sys, "argv", ["scene_memory.py", "--stand_in", "--sides", "400", "--dates", "3", "--json"])
     scene_memory.main()
     [row] = json.loads(capsys.readouterr().out)["rows"]
     assert row["command"] == "scene" and row["px_per_s"] == pytest.approx(400**2 / row["seconds"])

@@ -7,20 +7,42 @@ import pytest
 from affine import Affine
 from rasterio.crs import CRS
 
-from kcfi.scenes.dates import coarse_dates, describe_dates, far_dates, fingerprint
-from kcfi.scenes.findings import Shift
+from kcfi.processing import InputError
+from kcfi.scenes.dates import check_acquired, coarse_dates, describe_dates, far_dates, fingerprint, unordered_dates
+from kcfi.scenes.findings import Date, Shift
 
 
 def test_dates_have_names_that_differ():
-    def names(*paths, acquired=()):
-        silent, layer = SimpleNamespace(tags=lambda ns: {}), SimpleNamespace(notes=[])
+    def names(*paths, acquired=(), said=""):
+        tags = {"ACQUISITIONDATETIME": said} if said else {}
+        silent, layer = SimpleNamespace(tags=lambda ns: tags), SimpleNamespace(notes=[])
         dates = describe_dates(paths, [silent] * len(paths), [layer] * len(paths), acquired)
         return [date.name for date in dates]
 
     assert names("x/before.tif", "x/after.tif") == ["before", "after"]
     assert names("A/test_1.tif", "B/test_1.tif") == ["A/test_1", "B/test_1"]
     assert names("x.tif", "x.tif") == ["date 1", "date 2"]
+    assert names("a.tif", said="2019-06-01 10:12:13") == ["2019-06-01"]
+    assert names("a.tif", said="01/06/2019") == ["a"]  # no date
     assert names("a.tif", "b.tif", acquired=["2019-06-01", "2024-05-30"]) == ["2019-06-01", "2024-05-30"]
+
+
+def test_when_images_were_acquired_is_checked_before_anything_else_is_done():
+    check_acquired((), 2)
+    check_acquired(["2019-06-01", "2024-05-30T10:12:13Z"], 2)
+    with pytest.raises(InputError, match="acquired names 1 dates for 2 images: give one each"):
+        check_acquired(["2019-06-01"], 2)
+    for wrong in ("30.05.2024", "2024-13-01", "summer", ""):
+        with pytest.raises(InputError, match=f"acquired: '{wrong}' is no date in ISO 8601, as 2021-05-30"):
+            check_acquired(["2019-06-01", wrong], 2)
+
+
+def test_images_that_are_not_in_order_of_time_are_warned_of():
+    def told(*days):
+        return "".join(unordered_dates([Date("a.tif", "a", day) for day in days]))
+
+    assert told("2019-06-01", "2024-05-30") == told("2019-06-01", "", "2019-06-01T10:00:00Z") == told("", "") == ""
+    assert "(2024-05-30, 2019-06-01)" in told("2024-05-30T23:00:00+02:00", "", "2019-06-01")
 
 
 @pytest.mark.parametrize(("step", "warned"), [(0.5, False), (0.74, False), (0.76, True), (10, True)])

@@ -10,8 +10,7 @@ from PIL import Image
 
 from kcfi.models import embedded_model, load
 from kcfi.processing import Describer, InputError
-from kcfi.scenes import describe as module
-from kcfi.scenes import describe_scene
+from kcfi.scenes import compare, describe_scene
 from kcfi.scenes.describe import WORK
 from kcfi.training.synthetic.dataset import SyntheticDataset
 
@@ -136,6 +135,13 @@ def test_pixels_without_data_are_in_no_area(scene, describer, tmp_path, write_ra
     found = describe_scene([before, after], tmp_path / "out", describer)
     [change] = found.changes
     assert change.box[2] == 112 and change.pixels <= 16 * 48 and found.seen_pixels == 112 * 131
+    unnamed = scene("unnamed")
+    with rasterio.open(unnamed[1], "r+") as file:
+        file.write(pixels)
+    [border] = describe_scene(unnamed, tmp_path / "all", describer).changes
+    assert border.box[1] == 0 and border.box[2:] == (150, 131)  # which counts as data
+    same = describe_scene(unnamed, tmp_path / "named", describer, nodata=0)
+    assert same.changes[0].pixels == change.pixels and same.settings["nodata"] == 0
     with rasterio.open(after, "r+") as file:
         file.write(np.zeros_like(pixels))
     with pytest.raises(InputError, match=r"a\.tif and .*b\.tif have no pixel with data on both"):
@@ -171,7 +177,7 @@ def test_the_least_area_is_in_square_metres(scene, describer, tmp_path):
     assert len(describe_scene(dates, tmp_path / "out", describer, min_area=change.area_m2 + 1).changes) == 0
 
 
-@pytest.mark.parametrize("calls", [0, 1, 3, 7, 11, 18])
+@pytest.mark.parametrize("calls", [0, 3, 11, 18])
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(scene, detector, tmp_path, monkeypatch, calls):
     dates, model = scene(), load(str(detector))
     whole = describe_scene(dates, tmp_path / "whole", Describer(*model, batch_size=2))
@@ -195,12 +201,10 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(scene, detector, tmp_pa
     done = len(list((tmp_path / "stopped" / WORK / "strips").glob("*.npz")))
     assert (done > 0) == (calls >= 3) and not files(tmp_path / "stopped").keys() & {"date-0.png"}
     rows = []
-    monkeypatch.setattr(module, "detect", lambda *given: map(lambda strip: rows.append(1) or strip, detect(*given)))
+    detect = compare.detect
+    monkeypatch.setattr(compare, "detect", lambda *given: map(lambda strip: rows.append(1) or strip, detect(*given)))
     again = describe_scene(dates, tmp_path / "stopped", Describer(*model, batch_size=2))
     assert files(tmp_path / "stopped") == files(tmp_path / "whole") and again == whole and len(rows) == 6
-
-
-detect = module.detect
 
 
 def test_what_other_images_or_settings_left_is_not_used(scene, describer, tmp_path, capsys, write_raster):
@@ -229,7 +233,7 @@ def test_a_constant_shift_is_said_and_taken_out(tmp_path, describer, write_raste
     assert aligned.seen_pixels == 276 * 277
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(2))
 def test_an_unchanged_pair_that_is_shifted_by_one_and_a_half_pixels_raises_no_alarm(tmp_path, write_raster, number):
     from scipy import ndimage
 
@@ -252,10 +256,14 @@ def test_the_file_may_say_when_it_was_acquired(scene, describer, tmp_path):
 
 def test_what_cannot_be_described_is_refused(scene, describer, tmp_path, make_detector):
     dates = scene()
-    with pytest.raises(InputError, match="has two dates, an earlier and a later one; got 1"):
+    with pytest.raises(InputError, match="has two dates or more, the earliest first; got 1"):
         describe_scene(dates[:1], tmp_path / "out", describer)
     with pytest.raises(InputError, match="acquired names 1 dates for 2 images"):
         describe_scene(dates, tmp_path / "out", describer, acquired=["2019-06-01"])
+    with pytest.raises(InputError, match=r"acquired: '1\.6\.2019' is no date in ISO 8601"):
+        describe_scene(dates, tmp_path / "out", "no such model", acquired=["1.6.2019", "2024-05-30"])
+    with pytest.raises(InputError, match="confirm=2: of 3 dates 0 to 1 can confirm"):
+        describe_scene([*dates, dates[1]], tmp_path / "out", "no such model", confirm=2)
     for wrong in ({"model_resolution": 0}, {"max_captions": -1}):
         with pytest.raises(InputError, match="must be above 0, and max_captions="):
             describe_scene(dates, tmp_path / "out", describer, **wrong)

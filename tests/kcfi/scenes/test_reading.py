@@ -232,3 +232,21 @@ def test_files_that_are_missing_or_no_rasters_are_named(tmp_path):
     (tmp_path / "text.tif").write_text("no raster")
     with pytest.raises(InputError, match=r"text\.tif: cannot be read as a raster"):
         open_raster(tmp_path / "text.tif")
+
+
+@pytest.mark.parametrize("offset", [(0.0, 0.0), (0.3, 0.0)])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("crs", ["EPSG:32650", None])
+def test_a_border_without_data_that_the_file_does_not_name_is_left_out(
+    tmp_path, write_raster, texture, offset, dtype, crs
+):
+    values = texture(40, 60).clip(1).astype(dtype)
+    values[:, 40:] = 0
+    values[10, 10] = 0, 0, 9  # black in two bands only
+    path = write_raster(tmp_path / "a.tif", values, crs=crs)
+    [as_it_is], [named] = layers(path, offset=offset), layers(path, offset=offset, nodata=0)
+    inner = np.s_[2:-2, 2:-2]
+    expected = np.broadcast_to(np.arange(60) < 40, (40, 60))
+    assert whole(as_it_is)[1][inner].all() and np.array_equal(whole(named)[1][inner], expected[inner])
+    assert not whole(named)[0][:, 41:].any() and named.overview(60)[1][10, 10]
+    assert named.overview(60)[1].sum() == pytest.approx(40 * 40, abs=40)

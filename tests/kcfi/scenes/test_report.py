@@ -92,14 +92,14 @@ def test_nothing_on_the_page_comes_from_elsewhere(tmp_path):
 
 
 def test_pictures_are_bounded_whatever_the_number_of_dates(tmp_path):
-    grid = make_grid(2600, 1300)
+    grid = make_grid(4096, 256)
     sizes = {}
-    for count in (2, 4, 8):
+    for count in (2, 8):
         dates = tuple(Date(f"{year}.tif", str(year)) for year in range(count))
         text = page(make_findings(grid, dates=dates, shifts=()), tmp_path / str(count))
         pictures = re.findall(r"data:image/jpeg;base64,([^\"]+)", text)
         sizes[count] = [Image.open(io.BytesIO(base64.b64decode(picture))).size for picture in pictures]
-    assert sizes == {2: [(2048, 1024)] * 2, 4: [(1448, 724)] * 4, 8: [(1024, 512)] * 8}
+    assert sizes == {2: [(2048, 128)] * 2, 8: [(1024, 64)] * 8}
 
 
 def test_an_outline_is_the_polygon_in_pixels_of_the_picture():
@@ -187,7 +187,7 @@ def browse(text, folder, script=""):
 
 
 @in_browser
-@pytest.mark.parametrize("count", [0, 5, 2000])
+@pytest.mark.parametrize("count", [0, 5, 500])
 def test_the_page_opens_without_an_error_or_a_request(tmp_path, count):
     grid = make_grid() if count < 100 else make_grid(2400, 1800)
     script = """const result = {
