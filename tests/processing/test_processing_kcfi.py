@@ -287,7 +287,7 @@ class TestSettings:
         assert {file.name for file in tmp_path.iterdir()} == {
             "processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
             "processing_kcfi.py", "image_processing_kcfi.py", "reading_kcfi.py", "pipeline_kcfi.py",
-            "describer_kcfi.py", "places_kcfi.py",
+            "describer_kcfi.py", "places_kcfi.py", "calibration_kcfi.py",
         }  # fmt: skip
         assert type(reloaded) is KCFIProcessor
         assert reloaded.to_dict() == processor.to_dict()
