@@ -42,9 +42,10 @@ WORST = 60
 BUILDINGS = re.compile(
     r"\b(house|building|villa|mansion|hall|construction|residential|facilit|room|warehouse|factory)"
 )
-GONE = re.compile(r"\b(removed?|disappears?|disappeared|demolished|vanished?|cleared|cut down|replaced by|gone)\b")
+GONE = re.compile(r"\b(remov\w+|disappear\w*|demolish\w*|destroyed|vanish\w*|cleared|cut down|replaced by|gone)\b")
 BUILT = re.compile(
-    r"\b(built|appears?|appeared|constructed|shows? up|erected|added|replaces? the|completed|developed)\b"
+    r"\b(buil[dt]|rebuilt|new|newly|appear\w*|emerge\w*|constructed|shows? up|erected|added|replac\w+|completed"
+    r"|developed)\b"
 )
 PLACES = {
     "top": (slice(0, 1), slice(0, 3)),
@@ -59,28 +60,28 @@ def claims(pair: PairPrediction) -> list[str]:
 
     "missed": the pair changed, the sentence says it did not; "false alarm": the other way round; "no such object": it
     tells of buildings where mask and references have none; "wrong direction": it tells of removal alone where no
-    reference does, or of building alone where all references tell of removal alone; "wrong place": it names a side of
-    the image in whose third nothing is marked in the true mask.
+    reference does, or of building alone where all references tell of removal alone; "wrong place": a clause that names
+    buildings and no road names a side of the image in whose third nothing is marked in the true mask.
     """
-    told, references = tells_of_change(pair.caption), [sentence.lower() for sentence in pair.references]
-    if not told:
+    caption, references = pair.caption.lower(), [sentence.lower() for sentence in pair.references]
+    if not tells_of_change(caption):
         return ["missed"] if pair.changed else []
     if not pair.changed:
         return ["false alarm"]
     found = []
     truth = pair.true_mask
     assert truth is not None
-    if BUILDINGS.search(pair.caption) and not truth.any() and not any(BUILDINGS.search(s) for s in references):
+    if BUILDINGS.search(caption) and not truth.any() and not any(BUILDINGS.search(s) for s in references):
         found.append("no such object")
-    built, gone = bool(BUILT.search(pair.caption)), bool(GONE.search(pair.caption))
+    built, gone = bool(BUILT.search(caption)), bool(GONE.search(caption))
     only_gone = [bool(GONE.search(s)) and not BUILT.search(s) for s in references]
     if (gone and not built and not any(GONE.search(s) for s in references)) or (built and not gone and all(only_gone)):
         found.append("wrong direction")
-    if truth.any() and BUILDINGS.search(pair.caption):
+    clauses = [part for part in caption.split(" and ") if BUILDINGS.search(part) and "road" not in part]
+    if truth.any():
         height, width = truth.shape
         thirds = truth[: height // 3 * 3, : width // 3 * 3].reshape(3, height // 3, 3, width // 3).sum((1, 3))
-        words = re.sub(r"on (the )?(left|right) (side )?of the road", "", pair.caption)
-        words = words.replace("upper", "top").replace("lower", "bottom")
+        words = " ".join(clauses).replace("upper", "top").replace("lower", "bottom")
         if any(re.search(rf"\b{word}\b", words) and not thirds[part].any() for word, part in PLACES.items()):
             found.append("wrong place")
     return found
@@ -106,13 +107,13 @@ def main() -> None:
     for example in tqdm(pairs, "pairs", len(pairs), unit="pair"):
         images = example["image_before"], example["image_after"]
         [report] = describer.describe_pairs([images])
-        [(logits, _)] = describer.mask_logits([images])
+        [(logits, seen)] = describer.mask_logits([images])
         truth = true_mask(example, "building")
         predicted = (report.mask == building).astype(np.uint8)
         masks["model"].update(predicted, truth)
         masks["everything changed"].update(np.ones_like(truth), truth)
         probability = describer.calibration.class_probabilities(logits)[building].double().numpy()
-        pixels.update(probability, truth > 0)
+        pixels.update(probability[seen.numpy()], (truth > 0)[seen.numpy()])
         changed = bool(example["changed"])
         whole.update(np.array([report.changed_probability]), np.array([changed]))
         certain.append((report.changed_probability, changed))

@@ -47,9 +47,8 @@ class Counts:
             print(json.dumps({"folder": folder, "mask": name, "images": self.images, **kept}))
 
 
-def scaled(path: Path, mode: str, factor: float) -> Image.Image:
+def scaled(image: Image.Image, factor: float) -> Image.Image:
     """An image with its width and height times a factor."""
-    image = Image.open(path).convert(mode)
     size = (round(image.width * factor), round(image.height * factor))
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
@@ -76,8 +75,10 @@ def main() -> None:
         unseen -= {label.stem for label in labels}
         warn_of_levir_cd(label.name for label in labels)
         for label in labels:
-            before, after = (scaled(folder / date / label.name, "RGB", options.scale) for date in "AB")
-            truth = (np.asarray(scaled(label, "L", options.scale)) > 127).astype(np.uint8)
+            images = (Image.open(folder / date / label.name).convert("RGB") for date in "AB")
+            before, after = (scaled(image, options.scale) for image in images)
+            marked = Image.open(label).convert("L").point(lambda value: 255 * (value > 0))
+            truth = (np.asarray(scaled(marked, options.scale)) > 127).astype(np.uint8)
             report = describer.describe(before, after)
             predicted = (report.mask == building).astype(np.uint8)
             counts.update(predicted, truth)

@@ -26,12 +26,22 @@ class Calibration:
         slope: of the log odds that a pair changed over its `evidence`.
         intercept: of the same.
         unchanged: `pair_probability` of unchanged pairs that the model was not trained on, in any order.
+
+    Raises:
+        InputError: a temperature or slope that is not above 0.
     """
 
     temperature: float = 1.0
     slope: float = 1.0
     intercept: float = 0.0
     unchanged: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        if not (self.temperature > 0 and self.slope > 0):
+            raise InputError(
+                f"A calibration of temperature {self.temperature} and slope {self.slope} turns probabilities around: "
+                "both must be above 0."
+            )
 
     def class_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Mask logits (..., classes, H, W) -> probabilities of the same shape."""
@@ -68,7 +78,7 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """As the processor saves it."""
-        return asdict(self) | {"unchanged": [round(value, 5) for value in self.unchanged]}
+        return asdict(self) | {"unchanged": list(self.unchanged)}  # whole: a rounded threshold lets its own pair pass
 
 
 def evidence(changes: torch.Tensor) -> torch.Tensor:

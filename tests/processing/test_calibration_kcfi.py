@@ -88,3 +88,11 @@ def test_a_calibration_is_saved_with_the_processor_and_wrong_fields_are_refused(
     assert Calibration(**again.calibration) == Calibration(2.0, unchanged=[0.25])
     with pytest.raises(TypeError, match="heat"):
         KCFIProcessor(processor.image_processor, processor.tokenizer, calibration={"heat": 1})
+
+
+def test_a_saved_threshold_is_the_probability_that_it_was_read_off():
+    unchanged = [2e-6 + index * 1e-8 for index in range(99)]
+    saved = Calibration(**Calibration(unchanged=unchanged).to_dict())
+    assert sum(value > saved.threshold(0.01) for value in unchanged) == 0
+    with pytest.raises(InputError, match=r"slope -1\.0 turns probabilities around"):
+        Calibration(slope=-1.0)

@@ -26,9 +26,9 @@ from kcfi.files import read_json
 from kcfi.models import load
 from kcfi.processing import Describer, InputError
 from kcfi.processing.calibration_kcfi import EVIDENCE, Calibration, evidence
-from kcfi.training.data.pairs import MaskClasses
+from kcfi.training.data.pairs import MaskClasses, num_classes
 from kcfi.training.load import load_pairs
-from kcfi.training.scoring.evaluate import true_mask
+from kcfi.training.scoring.evaluate import check_classes, true_mask
 
 PIXELS = 4096  # of every pair, drawn at random, for the temperature
 BINS = 10
@@ -116,12 +116,14 @@ def read_samples(
 def labelled_logits(logits: torch.Tensor, mask_classes: MaskClasses, temperature: float) -> torch.Tensor:
     """Log probabilities (classes of the labels, N) of what masks label; logits are (classes of the model, N).
 
-    Masks of buildings alone say nothing of a model's roads: building against everything else.
+    Masks of buildings alone say nothing of a model's roads: building against everything else; masks of change alone
+    nothing of its classes: anything against nothing.
     """
     logs = (logits / temperature).log_softmax(0)
-    if mask_classes == "building" and len(logs) > 2:
-        return torch.stack([logs[:-1].logsumexp(0), logs[-1]])
-    return logs
+    if len(logs) == 2 or mask_classes == "road_building":
+        return logs
+    last = -1 if mask_classes == "building" else 1
+    return torch.stack([logs[:last].logsumexp(0), logs[last:].logsumexp(0)])
 
 
 def fit_temperature(samples: list[Sample], mask_classes: MaskClasses) -> float:
@@ -150,6 +152,8 @@ def fit_pairs(evidences: NDArray[np.float64], changed: NDArray[np.bool_]) -> tup
         return float((np.logaddexp(0, odds) - targets * odds).mean())
 
     slope, intercept = optimize.minimize(loss, [1.0, 0.0]).x
+    if slope <= 0:
+        raise InputError("This model is no surer of changed pairs than of unchanged ones: nothing to calibrate.")
     return float(slope), float(intercept)
 
 
@@ -200,7 +204,8 @@ def calibrate(
 
     Raises:
         FileNotFoundError: no such folder.
-        InputError: a model without a change detection head, or pairs that cannot be used.
+        InputError: a model without a change detection head, or of fewer classes than the masks; pairs that cannot be
+            used, or that the model does not tell apart.
     """
     file = Path(model) / FILE
     if not file.is_file():
@@ -210,6 +215,8 @@ def calibrate(
         raise InputError("This model has no change detection head: it has no probabilities to calibrate.")
     describer = Describer(network, processor)
     classes = mask_classes or ("road_building" if network.config.num_change_classes == 3 else "change")
+    if num_classes(classes) > network.config.num_change_classes:
+        check_classes(network, classes)
     samples = list(read_samples(describer, load_pairs(dataset, split, num_pairs), classes, name=split))
     more = []
     if unchanged_split:
