@@ -79,7 +79,8 @@ class Layer:
         nodata: float | None = None,
     ) -> None:
         check_reading(bands, stretch)
-        self.source, self.grid, self.offset, self.nodata = source, grid, offset, nodata
+        self.source, self.grid, self.offset = source, grid, offset
+        self.nodata = nodata if source.nodata is None else None
         alpha = [band for band in source.indexes if source.colorinterp[band - 1] == ColorInterp.alpha]
         colours = [band for band in source.indexes if band not in alpha]
         if bands is None:

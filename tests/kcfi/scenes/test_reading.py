@@ -250,3 +250,12 @@ def test_a_border_without_data_that_the_file_does_not_name_is_left_out(
     assert whole(as_it_is)[1][inner].all() and np.array_equal(whole(named)[1][inner], expected[inner])
     assert not whole(named)[0][:, 41:].any() and named.overview(60)[1][10, 10]
     assert named.overview(60)[1].sum() == pytest.approx(40 * 40, abs=40)
+
+
+@pytest.mark.parametrize("offset", [(0.0, 0.0), (0.25, 0.0)])
+def test_a_file_that_names_its_own_nodata_keeps_it(tmp_path, write_raster, texture, offset):
+    values = texture(40, 60).clip(1, 254)
+    values[:, 40:], values[:, :9] = 255, 0
+    [layer] = layers(write_raster(tmp_path / "a.tif", values, nodata=255), offset=offset, nodata=0)
+    _, seen = whole(layer)
+    assert not seen[2:-2, 42:].any() and seen[2:-2, 2:38].all()
