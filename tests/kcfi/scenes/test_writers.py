@@ -196,6 +196,12 @@ def test_what_is_left_out_is_said_and_an_earlier_one_removed(tmp_path, caplog, m
     assert "item.json is left out: the coordinates of the images cannot become longitude and latitude." in caplog.text
 
 
+def test_a_scene_at_the_antimeridian_has_a_report_without_an_item(tmp_path):
+    place = rasterio.Affine(0.5, 0, 165_921, 0, -0.5, 4_000)
+    files = written(town(4, replace(make_grid(), crs=CRS.from_epsg(32601), transform=place)), tmp_path)
+    assert set(files) == NAMES - {"item.json"}
+
+
 def test_a_call_that_fails_leaves_the_report_as_it_was(tmp_path):
     files = written(five(), tmp_path)
     before = {name: path.read_bytes() for name, path in files.items()}
