@@ -97,6 +97,12 @@ def test_pixels_without_data_are_black_and_not_seen(tmp_path, write_raster, text
         assert not seen[:, :9].any() and seen[:, 9:].all() and (rgb[:, :9] == 0).all() and rgb[:, 9:].any(), name
 
 
+def test_complex_numbers_are_no_image(tmp_path, write_raster, texture):
+    path = write_raster(tmp_path / "a.tif", texture(20, 30).astype(np.complex64))
+    with pytest.raises(InputError, match=r"a\.tif: its values are complex numbers: .*DERIVED_SUBDATASET:AMPLITUDE"):
+        layers(path, path)
+
+
 def test_the_stretch_does_not_count_what_has_no_data(tmp_path, write_raster):
     values = np.full((50, 50), -9999, np.float32)
     values[10:40, 10:40] = np.linspace(0, 1, 900).reshape(30, 30)
