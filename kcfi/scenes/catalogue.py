@@ -65,13 +65,14 @@ def write_item(findings: Findings, names: Iterable[str], path: Path) -> None:
     outline = footprint(grid)
     if outline is None:
         raise ValueError("The grid has no outline on earth, see `refusal`.")
+    moments = [_moment(date) for date in findings.dates if date.acquired]
     item = pystac.Item(
         id="kcfi-" + re.sub(r"[^\w.-]+", "-", "-".join(date.name for date in findings.dates)),
         geometry=mapping(outline),
         bbox=list(outline.bounds),
         datetime=None,
-        start_datetime=_moment(findings.dates[0]),
-        end_datetime=_moment(findings.dates[-1]),
+        start_datetime=min(moments),
+        end_datetime=max(moments),
         properties={"description": findings.caption, "processing:software": findings.versions},
         stac_extensions=[PROCESSING],
     )

@@ -79,6 +79,13 @@ def test_a_time_of_day_is_kept(tmp_path):
     assert content["properties"]["start_datetime"] == "2018-05-01T02:30:00Z" and content["id"] == "kcfi-a-b-c-ü"
 
 
+def test_an_item_ends_after_it_begins(tmp_path):
+    days = ("2021-06-02", "", "2024-05-30", "2018-05-01")
+    content = item_of(five(dates=tuple(Date(day, day or "x", day) for day in days)), tmp_path / "item.json")
+    assert content["properties"]["start_datetime"] == "2018-05-01T00:00:00Z"
+    assert content["properties"]["end_datetime"] == "2024-05-30T00:00:00Z"
+
+
 def test_a_date_that_is_none_is_refused(tmp_path):
     dates = (Date("before.tif", "a", "May 2018"), Date("b", "b", "2021-06-02"))
     with pytest.raises(InputError, match=r"before\.tif: acquired 'May 2018' is no date in ISO 8601"):
