@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,9 +14,11 @@ from typing import Any
 import rasterio
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from kcfi.models import embedded_model, load
 from kcfi.processing import Describer, InputError
+from kcfi.processing.describer_kcfi import tile_starts
 from kcfi.processing.places_kcfi import tells_of_change
 from kcfi.scenes.compare import Compared, compare
 from kcfi.scenes.dates import check_acquired, coarse_dates, describe_dates, far_dates, fingerprint, unordered_dates
@@ -25,12 +28,13 @@ from kcfi.scenes.rasters import CACHE
 from kcfi.scenes.reading import Layer, open_raster
 from kcfi.scenes.registration import estimate_shift
 from kcfi.scenes.sentences import kind_of, place_of, plain_sentence, scene_caption
-from kcfi.scenes.series import check_confirm, unconfirmed
+from kcfi.scenes.series import check_confirm, pairs, unconfirmed
 from kcfi.scenes.writers import check_output, write_findings
 
 WORK = ".work"  # folder in the output for rasters on the way, and what is kept of a run that was stopped
 RESOLUTION = 0.5  # m per pixel, of a model that does not say at what it was trained
 OVERVIEW = 2048  # px: longest side of the small pictures of the dates
+MANY = 10_000  # tiles: more take so long that their number is said before they are read
 LABELS = {2: {1: "change"}, 3: {1: "road", 2: "building"}}  # by number of classes
 
 
@@ -134,6 +138,10 @@ def describe_scene(
             warnings += far_dates((dates[0], path), shift)
         described = describe_dates(dates, sources, layers, acquired)
         warnings += unordered_dates(described)
+        tiles = math.prod(len(tile_starts(side, describer.view)) for side in (grid.width, grid.height))
+        tiles *= len(pairs(len(dates)))
+        for line in [*warnings, *([f"{tiles:,} tiles are read."] if tiles > MANY else [])]:
+            tqdm.write(line, file=sys.stderr)
         inputs = [[fingerprint(path), layer.offset] for path, layer in zip(dates, layers, strict=True)]
         least = min_area / (resolution**2 if grid.crs is None else 1)
         images = json.loads(describer.processor.image_processor.to_json_string())

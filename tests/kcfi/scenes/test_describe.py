@@ -63,7 +63,7 @@ def test_a_scene_becomes_findings_and_rasters(scene, describer, tmp_path):
         found.caption.startswith("1 change: buildings ") and f"({change.area_m2:.0f} m2) in the east." in found.caption
     )
     assert found.seen_pixels == 150 * 131 and found.labels == {1: "road", 2: "building"}
-    assert [date.path for date in found.dates] == [str(path) for path in dates] and found.shifts[0].windows == 1
+    assert [date.path for date in found.dates] == [str(path) for path in dates] and found.shifts[0].windows == 0
     assert found.settings["model"].endswith("detector0") and found.settings["tile_px"] == 32
     assert found.settings["model_resolution_m"] == 0.5
     assert set(found.versions) == {"kcfi", "torch", "transformers", "rasterio"}
@@ -153,6 +153,21 @@ def test_coarse_images_are_warned_of(scene, describer, tmp_path):
     dates = scene(size=(40, 40), square=None, transform=UTM @ Affine.scale(4))
     warning = describe_scene(dates, tmp_path / "out", describer).warnings[1]
     assert "has 2 m per pixel, the model was trained at 0.5" in warning
+
+
+def test_what_may_stop_a_run_is_said_before_it_begins(scene, describer, tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kcfi.scenes.describe.compare", stop)
+    dates = scene(size=(40, 40), square=None, transform=UTM @ Affine.scale(4))  # 160 px of 0.5 m, 7 tiles a side
+    for many, said in ((48, True), (49, False)):
+        monkeypatch.setattr("kcfi.scenes.describe.MANY", many)
+        with pytest.raises(KeyboardInterrupt):
+            describe_scene(dates, tmp_path / "out", describer, acquired=["2024-05-30", "2019-06-01"])
+        told = capsys.readouterr().err
+        assert "has 2 m per pixel" in told and "are not in order of time" in told
+        assert ("49 tiles are read." in told) == said
 
 
 def test_only_so_many_sentences_are_written(describer, tmp_path, scene, monkeypatch):
