@@ -100,8 +100,8 @@ def far_dates(dates: Sequence[str | Path], shift: Shift) -> list[str]:
     )
     return [
         f"{public(dates[1])} lies {distance:.1f} px from {public(dates[0])} ({shift.x:+.1f} to the right, "
-        f"{shift.y:+.1f} down, spread {shift.spread:.1f}), more than {FAR:g} px: edges of unchanged buildings may be taken for changes; "
-        f"{remedy}."
+        f"{shift.y:+.1f} down, spread {shift.spread:.1f}), more than {FAR:g} px: edges of unchanged buildings "
+        f"may be taken for changes; {remedy}."
     ]
 
 
