@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import geopandas
+import numpy as np
 import pyproj
 import pystac
 from pystac.extensions.projection import ProjectionExtension
@@ -43,6 +44,8 @@ def refusal(findings: Findings) -> str | None:
         return "the coordinates of the images cannot become longitude and latitude"
     if not (findings.dates[0].acquired and findings.dates[-1].acquired):
         return "nobody says when the first or the last image was acquired"
+    if footprint(findings.grid) is None:
+        return "the scene touches the antimeridian or a pole, where its outline has no longitudes in order"
     return None
 
 
@@ -56,16 +59,20 @@ def write_item(findings: Findings, names: Iterable[str], path: Path) -> None:
 
     Raises:
         InputError: a date is not in ISO 8601.
+        ValueError: the grid has no `footprint`.
     """
     grid = findings.grid
     outline = footprint(grid)
+    if outline is None:
+        raise ValueError("The grid has no outline on earth, see `refusal`.")
+    moments = [_moment(date) for date in findings.dates if date.acquired]
     item = pystac.Item(
         id="kcfi-" + re.sub(r"[^\w.-]+", "-", "-".join(date.name for date in findings.dates)),
         geometry=mapping(outline),
         bbox=list(outline.bounds),
         datetime=None,
-        start_datetime=_moment(findings.dates[0]),
-        end_datetime=_moment(findings.dates[-1]),
+        start_datetime=min(moments),
+        end_datetime=max(moments),
         properties={"description": findings.caption, "processing:software": findings.versions},
         stac_extensions=[PROCESSING],
     )
@@ -84,14 +91,19 @@ def write_item(findings: Findings, names: Iterable[str], path: Path) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def footprint(grid: Grid) -> Polygon:
+def footprint(grid: Grid) -> Polygon | None:
     """The outline of a grid on earth, longitude and latitude to 1e-7 degrees, counterclockwise (RFC 7946).
 
     Each side has four parts, which follow its curve.
+    None: it touches the antimeridian or a pole, where longitudes jump.
     """
     sides = segmentize(box(0, 0, grid.width, grid.height), max(grid.width, grid.height) / 4)
     placed = affine_transform(sides, grid.transform.to_shapely())
     [outline] = geopandas.GeoSeries([placed], crs=grid.crs).to_crs(LON_LAT)
+    longitudes, latitudes = np.array(outline.exterior.coords).T
+    inside = (np.abs(longitudes) < 180 - PRECISION) & (np.abs(latitudes) < 90 - PRECISION)  # neither is infinite
+    if not inside.all() or np.ptp(longitudes) > 180 or not outline.is_valid:
+        return None
     return orient(set_precision(outline, PRECISION))
 
 

@@ -1,5 +1,6 @@
 """The dates of a scene: their names, what identifies their files, and what must be said of them."""
 
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -49,11 +50,16 @@ def describe_dates(
     for parts in (1, 2, 3):
         if len(set(names)) == len(names) and all(names):
             break
-        names = ["/".join(Path(path).with_suffix("").parts[-parts:]) for path in paths]
+        names = ["/".join(Path(public(path)).with_suffix("").parts[-parts:]) for path in paths]
     if len(set(names)) < len(names):
         names = [f"date {number}" for number in range(1, len(names) + 1)]
     found = zip(paths, names, when, layers, strict=True)
-    return tuple(Date(str(path), name, day, tuple(layer.notes)) for path, name, day, layer in found)
+    return tuple(Date(public(path), name, day, tuple(layer.notes)) for path, name, day, layer in found)
+
+
+def public(path: str | Path) -> str:
+    """A path as a report may show it: of a URL without its query, which may hold a signature that lets others in."""
+    return re.sub(r"(https?://[^?]*)\?.*", r"\1", str(path))
 
 
 def unordered_dates(dates: Sequence[Date]) -> list[str]:
@@ -76,8 +82,8 @@ def coarse_dates(sources: Sequence[Any], resolution: float) -> list[str]:
         size = float(np.hypot(source.transform.a * right, source.transform.d * up))
         if size > COARSE * resolution:
             found.append(
-                f"{source.name} has {size:.3g} m per pixel, the model was trained at {resolution:g}: it shows less "
-                "than the model looks for."
+                f"{public(source.name)} has {size:.3g} m per pixel, the model was trained at {resolution:g}: it shows "
+                "less than the model looks for."
             )
     return found
 
@@ -93,9 +99,9 @@ def far_dates(dates: Sequence[str | Path], shift: Shift) -> list[str]:
         else "it is not the same everywhere, so that --align would not help: orthorectify the images"
     )
     return [
-        f"{dates[1]} lies {distance:.1f} px from {dates[0]} ({shift.x:+.1f} to the right, {shift.y:+.1f} down, "
-        f"spread {shift.spread:.1f}), more than {FAR:g} px: edges of unchanged buildings may be taken for changes; "
-        f"{remedy}."
+        f"{public(dates[1])} lies {distance:.1f} px from {public(dates[0])} ({shift.x:+.1f} to the right, "
+        f"{shift.y:+.1f} down, spread {shift.spread:.1f}), more than {FAR:g} px: edges of unchanged buildings "
+        f"may be taken for changes; {remedy}."
     ]
 
 

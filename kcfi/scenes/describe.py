@@ -1,6 +1,9 @@
 """`describe_scene`: georeferenced images of one place at several dates -> `Findings`, and their rasters."""
 
 import hashlib
+import json
+import math
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -11,9 +14,11 @@ from typing import Any
 import rasterio
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from kcfi.models import embedded_model, load
 from kcfi.processing import Describer, InputError
+from kcfi.processing.describer_kcfi import tile_starts
 from kcfi.processing.places_kcfi import tells_of_change
 from kcfi.scenes.compare import Compared, compare
 from kcfi.scenes.dates import check_acquired, coarse_dates, describe_dates, far_dates, fingerprint, unordered_dates
@@ -23,12 +28,13 @@ from kcfi.scenes.rasters import CACHE
 from kcfi.scenes.reading import Layer, open_raster
 from kcfi.scenes.registration import estimate_shift
 from kcfi.scenes.sentences import kind_of, place_of, plain_sentence, scene_caption
-from kcfi.scenes.series import check_confirm, unconfirmed
-from kcfi.scenes.writers import write_findings
+from kcfi.scenes.series import check_confirm, pairs, unconfirmed
+from kcfi.scenes.writers import check_output, write_findings
 
 WORK = ".work"  # folder in the output for rasters on the way, and what is kept of a run that was stopped
 RESOLUTION = 0.5  # m per pixel, of a model that does not say at what it was trained
 OVERVIEW = 2048  # px: longest side of the small pictures of the dates
+MANY = 10_000  # tiles: more take so long that their number is said before they are read
 LABELS = {2: {1: "change"}, 3: {1: "road", 2: "building"}}  # by number of classes
 
 
@@ -76,9 +82,16 @@ def describe_scene(
         raise InputError(f"A scene has two dates or more, the earliest first; got {len(dates)}.")
     check_acquired(acquired, len(dates))
     check_confirm(confirm, len(dates))
+    if not 0 <= min_area < math.inf:
+        raise InputError(f"min_area={min_area} must be a number of m2, 0 or above.")
+    nodata = None if nodata is None or math.isnan(nodata) else nodata  # pixels that are no number never count as data
+    work = Path(output) / WORK
+    check_output(dates, work, Path(output))
     describer = model if isinstance(model, Describer) else Describer(*load(model))
     if describer.model.model.change_detection_head is None:
         raise InputError("This model has no change detection head: it cannot find changes in a scene.")
+    if describer.threshold is not None:
+        raise InputError("kcfi scene has no alarm rate yet: choose by the probability of each change.")
     warnings = []
     resolution = describer.processor.ground_sampling_distance if model_resolution is None else model_resolution
     if resolution is None:
@@ -89,6 +102,7 @@ def describe_scene(
             f"model_resolution={resolution} must be above 0, and max_captions={max_captions} not below it."
         )
     name = describer.model.name_or_path
+    versions = {name: version(name) for name in ("kcfi", "torch", "transformers", "rasterio")}
     settings: dict[str, Any] = {
         "model": "kcfi-tiny" if name == embedded_model() else name,
         "revision": getattr(describer.model.config, "_commit_hash", None),
@@ -105,7 +119,6 @@ def describe_scene(
     if nodata is not None:
         settings["nodata"] = nodata
     labels = LABELS[describer.model.config.num_change_classes]
-    work = Path(output) / WORK
     work.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(rasterio.Env(GDAL_CACHEMAX=CACHE))
@@ -125,9 +138,15 @@ def describe_scene(
             warnings += far_dates((dates[0], path), shift)
         described = describe_dates(dates, sources, layers, acquired)
         warnings += unordered_dates(described)
+        tiles = math.prod(len(tile_starts(side, describer.view)) for side in (grid.width, grid.height))
+        tiles *= len(pairs(len(dates)))
+        for line in [*warnings, *([f"{tiles:,} tiles are read."] if tiles > MANY else [])]:
+            tqdm.write(line, file=sys.stderr)
         inputs = [[fingerprint(path), layer.offset] for path, layer in zip(dates, layers, strict=True)]
         least = min_area / (resolution**2 if grid.crs is None else 1)
-        found = compare(describer, layers, work, settings, inputs, list(labels), least, max_captions, confirm)
+        images = json.loads(describer.processor.image_processor.to_json_string())
+        record = {**settings, "image_processor": images, "versions": versions}
+        found = compare(describer, layers, work, record, inputs, list(labels), least, max_captions, confirm)
         for number, layer in enumerate(layers):
             Image.fromarray(layer.overview(OVERVIEW)[0]).save(work / f"date-{number}.png")
     changes = list_changes(found, grid, labels, described)
@@ -144,7 +163,7 @@ def describe_scene(
         seen_pixels=found.seen,
         labels=labels,
         settings={**settings, "min_area_m2": min_area, "max_captions": max_captions, **series},
-        versions={name: version(name) for name in ("kcfi", "torch", "transformers", "rasterio")},
+        versions=versions,
         warnings=tuple(warnings),
     )
     write_findings(findings, work, Path(output))
@@ -180,5 +199,8 @@ def list_changes(found: Compared, grid: Grid, labels: dict[int, str], dates: Seq
 
 def digest(model: torch.nn.Module) -> str:
     """A name for a model's weights: they differ, so does it."""
-    sums = [float(weights.detach().double().sum()) for weights in model.parameters()]
-    return hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
+    found = hashlib.sha256()
+    for name, weights in model.state_dict().items():
+        found.update(f"{name} {weights.dtype} {tuple(weights.shape)}".encode())
+        found.update(weights.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]

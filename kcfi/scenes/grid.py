@@ -121,10 +121,9 @@ def _units(crs: CRS, x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[On
     except RasterioError:
         return None  # a projection of a place that is not told
     per_degree = _metres_per_degree(latitudes[0])
-    right, up = (
-        tuple((a[k] - a[0]) * metres / step for a, metres in zip((longitudes, latitudes), per_degree, strict=True))
-        for k in (1, 2)
-    )
+    east = (longitudes - longitudes[0] + 180) % 360 - 180  # also across the antimeridian
+    steps = east, latitudes - latitudes[0]
+    right, up = (tuple(a[k] * metres / step for a, metres in zip(steps, per_degree, strict=True)) for k in (1, 2))
     lengths = np.concatenate([np.hypot(*right), np.hypot(*up)]) / unit
     return None if (np.abs(lengths - 1) < TRUE_TO_LENGTH).all() else (right, up)  # type: ignore[return-value]
 

@@ -66,7 +66,7 @@ class Layer:
         notes: what was done to bring it onto the grid.
 
     Raises:
-        InputError: it is not known which bands are the colours, or they are indices of a palette.
+        InputError: it is not known which bands are the colours, or they are indices of a palette or complex.
     """
 
     def __init__(
@@ -79,7 +79,8 @@ class Layer:
         nodata: float | None = None,
     ) -> None:
         check_reading(bands, stretch)
-        self.source, self.grid, self.offset, self.nodata = source, grid, offset, nodata
+        self.source, self.grid, self.offset = source, grid, offset
+        self.nodata = nodata if source.nodata is None else None
         alpha = [band for band in source.indexes if source.colorinterp[band - 1] == ColorInterp.alpha]
         colours = [band for band in source.indexes if band not in alpha]
         if bands is None:
@@ -88,6 +89,11 @@ class Layer:
             self.bands = [place + 1 for place in choose_bands(source.count, bands, source.name)]
         if any(source.colorinterp[band - 1] == ColorInterp.palette for band in self.bands):
             raise InputError(f"{source.name}: its values are indices of a palette: `gdal_translate -expand rgb` it.")
+        if any("complex" in source.dtypes[band - 1] for band in self.bands):
+            raise InputError(
+                f"{source.name}: its values are complex numbers: make an image of their amplitude first "
+                f"(`gdal_translate DERIVED_SUBDATASET:AMPLITUDE:{source.name} amplitude.tif`)."
+            )
         self._first = self._place_in_source()  # None = read through a WarpedVRT
         self._dataset = source if self._first is not None else self._warped(grid, Resampling.bilinear)
         self._limits: NDArray[np.float64] | None = None

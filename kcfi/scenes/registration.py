@@ -24,11 +24,13 @@ ALIKE = 1.0  # px: spread up to which the shift is the same everywhere
 
 
 def estimate_shift(before: Layer, after: Layer, grid: Grid) -> Shift:
-    """The shift of a date from another: median over windows with texture, and its spread."""
-    side = min(WINDOW, grid.width, grid.height)
+    """The shift of a date from another: median over windows with texture, and its spread.
+
+    A scene narrower than `WINDOW` has no window: it shows too little to tell a shift from a change.
+    """
     shifts = []
-    for left, top in product(_starts(grid.width, side), _starts(grid.height, side)):
-        box = (left, top, left + side, top + side)
+    for left, top in product(_starts(grid.width), _starts(grid.height)):
+        box = (left, top, left + WINDOW, top + WINDOW)
         (first, there), (second, too) = before.read(box), after.read(box)
         if not (there & too).all():
             continue
@@ -73,7 +75,7 @@ def shift_between(before: NDArray[np.floating], after: NDArray[np.floating]) -> 
     return float(right[best[1]]), float(down[best[0]])
 
 
-def _starts(length: int, side: int) -> list[int]:
+def _starts(length: int) -> list[int]:
     """Where windows begin, evenly."""
-    count = min(PER_SIDE, max(1, length // side))
-    return [int(start) for start in np.linspace(0, length - side, count).round()]
+    count = min(PER_SIDE, length // WINDOW)
+    return [int(start) for start in np.linspace(0, length - WINDOW, count).round()]

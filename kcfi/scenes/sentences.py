@@ -23,7 +23,8 @@ from kcfi.scenes.tiles import read_both
 
 MOST = 1024  # px: side of the reduced map of a large region in which its densest tile is looked for
 NOUNS = {
-    "building": r"(?:building|house|villa|home|factory|factories|roof|shed|warehouse|plant|block|residen\w+)s?",
+    "building": r"(?:building|house|villa|home|factory|factories|roof|shed|warehouse|(?:power|industrial) plant|block"
+    r"|residen\w+)s?",
     "road": r"(?:road|street|path|lane|highway|parking lot|driveway)s?",
 }
 APPEARED = re.compile(
@@ -37,6 +38,8 @@ REPLACED = re.compile(
     r"\b(?:replaced (?:by|with)|turn\w* into|becomes?|became|changed? (?:in)?to|converted (?:in)?to)\b"
 )
 REPLACES = re.compile(r"\b(?:replaces?|takes? the place of)\b")
+ATTRIBUTES = re.compile(rf"\bnew\s+|\b(?:newly\s+)?(?:built|constructed)\s+(?=(?:{'|'.join(NOUNS.values())})\b)")
+AUXILIARY = re.compile(r"\b(?:is|are|was|were|has|have)\b")
 CLAUSES = re.compile(r"\s*(?:[,;.]|\band\b|\bwhile\b|\bbut\b)\s*")
 
 
@@ -44,7 +47,7 @@ def kind_of(sentence: str, label: str) -> Kind:
     """Whether a sentence says that objects of a class appeared or were removed; "changed" where it does not say.
 
     A clause that names the class counts before the rest of the sentence: "some trees are removed and a house is built"
-    tells of a building that appeared.
+    tells of a building that appeared. "A new house" appeared if no verb says otherwise: "a new house is removed".
     """
     text = sentence.lower()
     noun = re.compile(rf"\b(?:{NOUNS.get(label, '|'.join(NOUNS.values()))})\b")
@@ -53,8 +56,9 @@ def kind_of(sentence: str, label: str) -> Kind:
             named = [bool(noun.search(part)) for part in (text[: replaced.start()], text[replaced.end() :])]
             if named[0] != named[1]:
                 return kinds[named.index(True)]  # type: ignore[return-value]
-    own = [clause for clause in _clauses(text) if noun.search(clause)]
-    for clauses in (own, [text]):
+    bare = ATTRIBUTES.sub("", text)
+    own, attributed = ([part for part in _clauses(told) if noun.search(part)] for told in (bare, text))
+    for clauses in (own, attributed, [bare], [text]):
         came, went = (any(verb.search(clause) for clause in clauses) for verb in (APPEARED, REMOVED))
         if came != went:
             return "appeared" if came else "removed"
@@ -65,7 +69,7 @@ def _clauses(text: str) -> list[str]:
     """The parts of a sentence, each with the verb that it shares with the next: "a road and a house are built"."""
     parts = [part for part in CLAUSES.split(text) if part]
     for index in range(len(parts) - 2, -1, -1):
-        if not (APPEARED.search(parts[index]) or REMOVED.search(parts[index])):
+        if not any(verb.search(parts[index]) for verb in (APPEARED, REMOVED, AUXILIARY)):
             parts[index] += " " + parts[index + 1]
     return parts
 

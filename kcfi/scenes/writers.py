@@ -5,6 +5,7 @@ The same findings give the same bytes: no file holds the time at which it was wr
 
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rasterio.errors import NotGeoreferencedWarning
 from rio_cogeo import cog_profiles, cog_translate
 from transformers.utils import logging
 
+from kcfi.processing import InputError
 from kcfi.scenes.catalogue import ASSETS, refusal, write_item
 from kcfi.scenes.findings import Findings
 from kcfi.scenes.rasters import CACHE
@@ -26,6 +28,30 @@ logger = logging.get_logger(__name__)
 ITEM = "item.json"
 UNFINISHED = ".unfinished"  # folder in the report's in which its files wait until all are there
 NOT_LON_LAT = "Coordinates are not longitude and latitude, but those of the images: "
+
+
+def check_output(inputs: Sequence[str | Path], work: Path, output: Path) -> None:
+    """Refuse a folder in which a report would replace files that are none of an earlier report.
+
+    Args:
+        inputs: the images.
+        work: folder of earlier calls.
+        output: folder for the report.
+
+    Raises:
+        InputError: an image, or with no `work` and no summary there any file, has the name of one of the report's.
+    """
+    targets = [output / name for name in [*ASSETS, ITEM]]
+    own = {path.resolve() for path in targets}
+    for path in inputs:
+        if Path(path).resolve() in own:
+            raise InputError(f"{path}: the report would replace this image; choose another output folder.")
+    there = [path for path in targets if path.exists()]
+    if there and not (work.exists() or (output / SUMMARY).exists()):
+        raise InputError(
+            f"{there[0]}: the report would replace this file, which is of no earlier report; move it, or choose "
+            "another output folder."
+        )
 
 
 def write_findings(findings: Findings, work: Path, output: Path) -> dict[str, Path]:

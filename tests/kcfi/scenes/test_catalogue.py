@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pystac
 import pytest
+from affine import Affine
 from jsonschema import Draft7Validator
 from pystac.extensions.projection import ProjectionExtension
 from pystac.validation.local_validator import get_local_schema_cache
@@ -14,7 +15,7 @@ from shapely.geometry import shape
 
 from kcfi.processing import InputError
 from kcfi.scenes.catalogue import ASSETS, footprint, refusal, write_item
-from kcfi.scenes.findings import Date
+from kcfi.scenes.findings import Date, Grid
 from tests.kcfi.scenes.conftest import PRINTS, five, make_findings, make_grid
 
 ITEM_SCHEMA = "https://schemas.stacspec.org/v1.1.0/item-spec/json-schema/item.json"
@@ -78,6 +79,13 @@ def test_a_time_of_day_is_kept(tmp_path):
     assert content["properties"]["start_datetime"] == "2018-05-01T02:30:00Z" and content["id"] == "kcfi-a-b-c-ü"
 
 
+def test_an_item_ends_after_it_begins(tmp_path):
+    days = ("2021-06-02", "", "2024-05-30", "2018-05-01")
+    content = item_of(five(dates=tuple(Date(day, day or "x", day) for day in days)), tmp_path / "item.json")
+    assert content["properties"]["start_datetime"] == "2018-05-01T00:00:00Z"
+    assert content["properties"]["end_datetime"] == "2024-05-30T00:00:00Z"
+
+
 def test_a_date_that_is_none_is_refused(tmp_path):
     dates = (Date("before.tif", "a", "May 2018"), Date("b", "b", "2021-06-02"))
     with pytest.raises(InputError, match=r"before\.tif: acquired 'May 2018' is no date in ISO 8601"):
@@ -95,3 +103,20 @@ def test_what_has_no_place_or_day_has_no_item():
     assert refusal(five()) is None
     assert "longitude and latitude" in refusal(make_findings(make_grid(crs=None)))
     assert "nobody says when" in refusal(five(dates=(Date("a", "a"), Date("b", "b", "2021-06-02"))))
+
+
+ELSEWHERE = {
+    "across the antimeridian": ("EPSG:32601", Affine(0.5, 0, 165_921, 0, -0.5, 4_000)),
+    "across it in degrees": ("EPSG:4326", Affine(1e-5, 0, 179.999, 0, -1e-5, 0)),
+    "up to it": ("EPSG:4326", Affine(1e-5, 0, 179.994, 0, -1e-5, 0)),
+    "across it near a pole": ("EPSG:3031", Affine(0.5, 0, -100, 0, -0.5, -1e6)),
+    "around a pole": ("EPSG:3413", Affine(0.5, 0, -100, 0, -0.5, 100)),
+    "around the earth": ("EPSG:4326", Affine(0.6, 0, -179.9, 0, -0.2, 45)),
+}
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
+def test_where_longitudes_jump_there_is_no_item(where):
+    crs, transform = ELSEWHERE[where]
+    grid = Grid(CRS.from_string(crs), transform, 599 if where == "around the earth" else 600, 450, (0.5, 0.5))
+    assert footprint(grid) is None and "touches the antimeridian or a pole" in refusal(make_findings(grid))

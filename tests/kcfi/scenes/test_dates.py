@@ -27,6 +27,25 @@ def test_dates_have_names_that_differ():
     assert names("a.tif", "b.tif", acquired=["2019-06-01", "2024-05-30"]) == ["2019-06-01", "2024-05-30"]
 
 
+def test_no_report_shows_what_a_url_is_signed_with():
+    at = CRS.from_epsg(32650), Affine(2, 0, 5e5, 0, -2, 4.4e6)
+    signed = "/vsicurl/https://images.example/x/a.tif?sig=secret/of.mine&t=1"
+    urls = [signed, "https://images.example/y/b.tif?sig=secret"]
+    sources = [
+        SimpleNamespace(name=u, tags=lambda ns: {}, crs=at[0], transform=at[1], width=9, height=9) for u in urls
+    ]
+    dates = describe_dates(urls, sources, [SimpleNamespace(notes=[])] * 2, ())
+    assert [date.path for date in dates] == [
+        "/vsicurl/https://images.example/x/a.tif",
+        "https://images.example/y/b.tif",
+    ]
+    assert [date.name for date in dates] == ["a", "b"]
+    warnings = coarse_dates(sources, 0.5) + far_dates(urls, Shift(3, -4, 0.2, 9))
+    assert len(warnings) == 3 and "secret" not in " ".join(warnings)
+    local = "folder/what?.tif"
+    assert describe_dates([local], sources[:1], [SimpleNamespace(notes=[])], ())[0].path == local
+
+
 def test_when_images_were_acquired_is_checked_before_anything_else_is_done():
     check_acquired((), 2)
     check_acquired(["2019-06-01", "2024-05-30T10:12:13Z"], 2)

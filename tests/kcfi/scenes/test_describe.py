@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 import rasterio
+import torch
 from affine import Affine
 from PIL import Image
 
 from kcfi.models import embedded_model, load
 from kcfi.processing import Describer, InputError
 from kcfi.scenes import compare, describe_scene
-from kcfi.scenes.describe import WORK
+from kcfi.scenes.describe import WORK, digest
 from kcfi.training.synthetic.dataset import SyntheticDataset
 
 UTM = Affine(0.5, 0, 500_000, 0, -0.5, 4_400_000)
@@ -62,7 +63,7 @@ def test_a_scene_becomes_findings_and_rasters(scene, describer, tmp_path):
         found.caption.startswith("1 change: buildings ") and f"({change.area_m2:.0f} m2) in the east." in found.caption
     )
     assert found.seen_pixels == 150 * 131 and found.labels == {1: "road", 2: "building"}
-    assert [date.path for date in found.dates] == [str(path) for path in dates] and found.shifts[0].windows == 1
+    assert [date.path for date in found.dates] == [str(path) for path in dates] and found.shifts[0].windows == 0
     assert found.settings["model"].endswith("detector0") and found.settings["tile_px"] == 32
     assert found.settings["model_resolution_m"] == 0.5
     assert set(found.versions) == {"kcfi", "torch", "transformers", "rasterio"}
@@ -154,6 +155,21 @@ def test_coarse_images_are_warned_of(scene, describer, tmp_path):
     assert "has 2 m per pixel, the model was trained at 0.5" in warning
 
 
+def test_what_may_stop_a_run_is_said_before_it_begins(scene, describer, tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kcfi.scenes.describe.compare", stop)
+    dates = scene(size=(40, 40), square=None, transform=UTM @ Affine.scale(4))  # 160 px of 0.5 m, 7 tiles a side
+    for many, said in ((48, True), (49, False)):
+        monkeypatch.setattr("kcfi.scenes.describe.MANY", many)
+        with pytest.raises(KeyboardInterrupt):
+            describe_scene(dates, tmp_path / "out", describer, acquired=["2024-05-30", "2019-06-01"])
+        told = capsys.readouterr().err
+        assert "has 2 m per pixel" in told and "are not in order of time" in told
+        assert ("49 tiles are read." in told) == said
+
+
 def test_only_so_many_sentences_are_written(describer, tmp_path, scene, monkeypatch):
     found = describe_scene(scene(), tmp_path / "out", describer, max_captions=0)
     assert [change.caption for change in found.changes] == ["a building has changed in the east of the scene ."]
@@ -217,6 +233,34 @@ def test_what_other_images_or_settings_left_is_not_used(scene, describer, tmp_pa
     assert "what is kept there is of other images or settings; started anew." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("what", ["preprocessing", "version"])
+def test_what_another_processor_or_version_left_is_not_used(scene, describer, tmp_path, capsys, monkeypatch, what):
+    dates = scene()
+    describe_scene(dates, tmp_path / "out", describer)
+    if what == "version":
+        monkeypatch.setattr("kcfi.scenes.describe.version", lambda name: "0")
+    else:
+        monkeypatch.setattr(describer.processor.image_processor, "image_mean", (0, 0, 0))
+    describe_scene(dates, tmp_path / "out", describer)
+    assert "started anew" in capsys.readouterr().err
+
+
+def test_not_a_number_may_be_what_is_no_data(scene, describer, tmp_path):
+    dates = scene()
+    named, other = (describe_scene(dates, tmp_path / "out", describer, nodata=n) for n in (float("nan"), None))
+    assert named == other and json.loads(json.dumps(named.settings, allow_nan=False)) == other.settings
+
+
+def test_other_weights_have_another_digest():
+    layer = torch.nn.BatchNorm1d(4).to(torch.bfloat16)
+    digests = [digest(layer)]
+    for change in (lambda: layer.weight[:2].copy_(torch.tensor([0.5, 1.5])), lambda: layer.running_mean.add_(1)):
+        with torch.no_grad():
+            change()  # the sum of the weights stays
+        digests.append(digest(layer))
+    assert len(set(digests)) == 3 and digests[-1] == digest(layer)
+
+
 def test_a_constant_shift_is_said_and_taken_out(tmp_path, describer, write_raster, texture):
     ground = texture(300, 300)
     dates = [
@@ -267,6 +311,17 @@ def test_what_cannot_be_described_is_refused(scene, describer, tmp_path, make_de
     for wrong in ({"model_resolution": 0}, {"max_captions": -1}):
         with pytest.raises(InputError, match="must be above 0, and max_captions="):
             describe_scene(dates, tmp_path / "out", describer, **wrong)
+    for wrong in (-1, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=f"min_area={wrong:g} must be a number of m2"):
+            describe_scene(dates, tmp_path / "out", "no such model", min_area=wrong)
+    describer.threshold = 0.9
+    with pytest.raises(InputError, match="kcfi scene has no alarm rate yet: choose by the probability"):
+        describe_scene(dates, tmp_path / "out", describer)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mask.tif").write_text("mine")
+    with pytest.raises(InputError, match=r"mask\.tif: the report would replace this file"):
+        describe_scene(dates, tmp_path / "mine", "no such model")
+    assert not (tmp_path / "mine" / WORK).exists() and (tmp_path / "mine" / "mask.tif").read_text() == "mine"
     headless = make_detector(tmp_path / "headless", use_change_detection_head=False)
     with pytest.raises(InputError, match="no change detection head"):
         describe_scene(dates, tmp_path / "out", str(headless))

@@ -87,6 +87,15 @@ def test_web_mercator_is_measured_on_the_ground(grid_of):
     assert ground_metres(CRS.from_epsg(32650), 5e5, 4.4e6) == (1, 1)  # to 0.04 %: a map's own metres
 
 
+@pytest.mark.parametrize(("crs", "x", "y"), [("EPSG:32601", 166_021.44, 0), ("EPSG:3832", 3_339_584.72, 0)])
+def test_metres_are_the_same_across_the_antimeridian(crs, x, y):
+    crs = CRS.from_string(crs)
+    here, there = (ground_metres(crs, x + step, y) for step in (-5, 100))
+    assert here == pytest.approx(there, rel=1e-3)
+    grid = Grid(crs, at(x - 5 - 5, y + 5), 20, 20, None)
+    assert pixel_areas(grid) == pytest.approx(0.25 * here[0] * here[1], rel=0.01)
+
+
 def test_a_rotated_first_date_gets_a_grid_that_is_north_up(grid_of):
     rotated = at(5e5, 4.4e6) @ Affine.rotation(30)
     grid = grid_of(*[(80, 80, "EPSG:32650", rotated)] * 2)

@@ -97,6 +97,12 @@ def test_pixels_without_data_are_black_and_not_seen(tmp_path, write_raster, text
         assert not seen[:, :9].any() and seen[:, 9:].all() and (rgb[:, :9] == 0).all() and rgb[:, 9:].any(), name
 
 
+def test_complex_numbers_are_no_image(tmp_path, write_raster, texture):
+    path = write_raster(tmp_path / "a.tif", texture(20, 30).astype(np.complex64))
+    with pytest.raises(InputError, match=r"a\.tif: its values are complex numbers: .*DERIVED_SUBDATASET:AMPLITUDE"):
+        layers(path, path)
+
+
 def test_the_stretch_does_not_count_what_has_no_data(tmp_path, write_raster):
     values = np.full((50, 50), -9999, np.float32)
     values[10:40, 10:40] = np.linspace(0, 1, 900).reshape(30, 30)
@@ -250,3 +256,12 @@ def test_a_border_without_data_that_the_file_does_not_name_is_left_out(
     assert whole(as_it_is)[1][inner].all() and np.array_equal(whole(named)[1][inner], expected[inner])
     assert not whole(named)[0][:, 41:].any() and named.overview(60)[1][10, 10]
     assert named.overview(60)[1].sum() == pytest.approx(40 * 40, abs=40)
+
+
+@pytest.mark.parametrize("offset", [(0.0, 0.0), (0.25, 0.0)])
+def test_a_file_that_names_its_own_nodata_keeps_it(tmp_path, write_raster, texture, offset):
+    values = texture(40, 60).clip(1, 254)
+    values[:, 40:], values[:, :9] = 255, 0
+    [layer] = layers(write_raster(tmp_path / "a.tif", values, nodata=255), offset=offset, nodata=0)
+    _, seen = whole(layer)
+    assert not seen[2:-2, 42:].any() and seen[2:-2, 2:38].all()

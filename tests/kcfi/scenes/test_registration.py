@@ -63,6 +63,13 @@ def test_windows_without_data_do_not_count(layers, texture):
     assert estimate_shift(*pair, grid).windows == 0
 
 
+@pytest.mark.parametrize(("width", "windows"), [(256, 1), (255, 0), (1, 0)])
+def test_a_scene_narrower_than_a_window_has_none(layers, texture, width, windows):
+    image = texture(300, 300)
+    pair, grid = layers(image[:, :width], image[:, :width])
+    assert estimate_shift(*pair, grid).windows == windows
+
+
 def test_windows_that_disagree_are_spread(layers, texture):
     before, after = texture(512, 512), np.zeros((512, 512, 3), np.uint8)
     for number, (top, left) in enumerate([(0, 0), (0, 256), (256, 0), (256, 256)]):

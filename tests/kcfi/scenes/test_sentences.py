@@ -31,6 +31,15 @@ KINDS = [
     ("there is no difference .", "building", "changed"),
     ("something appears in the middle .", "change", "appeared"),
     ("xkqz .", "building", "changed"),
+    ("plants are removed and a house is built .", "building", "appeared"),
+    ("many buildings are built and plants are removed .", "building", "appeared"),
+    ("a power plant is removed and trees are planted .", "building", "removed"),
+    ("a newly built house is removed .", "building", "removed"),
+    ("a new house and a road are removed .", "building", "removed"),
+    ("the built houses are gone .", "building", "removed"),
+    ("there is a new house .", "building", "appeared"),
+    ("there are newly built houses and the trees are removed .", "building", "appeared"),
+    ("some new large houses are newly built .", "building", "appeared"),
 ]
 
 

@@ -130,10 +130,10 @@ def test_a_later_date_that_is_added_computes_its_own_comparisons_only(drawn, det
 
 
 def test_every_date_is_aligned_with_the_first(tmp_path, detector, texture):
-    ground = texture(200, 200)
+    ground = texture(300, 300)
     corners = [(10, 10), (12, 10), (10, 14)]  # where each date begins, down and across
     dates = [
-        save_raster(tmp_path / f"{number}.tif", ground[top : top + 160, left : left + 160])
+        save_raster(tmp_path / f"{number}.tif", ground[top : top + 256, left : left + 256])
         for number, (top, left) in enumerate(corners)
     ]
     describer = Describer(*load(str(detector)), batch_size=8)

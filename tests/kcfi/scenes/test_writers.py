@@ -17,8 +17,9 @@ from shapely import MultiPolygon, box
 from shapely.geometry import shape
 
 from kcfi.pictures import CHANGE_COLOURS
+from kcfi.processing import InputError
 from kcfi.scenes.findings import Grid
-from kcfi.scenes.writers import write_findings
+from kcfi.scenes.writers import check_output, write_findings
 from tests.kcfi.scenes.conftest import PRINTS, five, make_change, make_findings, make_grid, town, write_work
 
 NAMES = {"mask.tif", "probability.tif", "changes.gpkg", "changes.geojson", "summary.json", "mask.qml", "changes.qml"}
@@ -196,6 +197,12 @@ def test_what_is_left_out_is_said_and_an_earlier_one_removed(tmp_path, caplog, m
     assert "item.json is left out: the coordinates of the images cannot become longitude and latitude." in caplog.text
 
 
+def test_a_scene_at_the_antimeridian_has_a_report_without_an_item(tmp_path):
+    place = rasterio.Affine(0.5, 0, 165_921, 0, -0.5, 4_000)
+    files = written(town(4, replace(make_grid(), crs=CRS.from_epsg(32601), transform=place)), tmp_path)
+    assert set(files) == NAMES - {"item.json"}
+
+
 def test_a_call_that_fails_leaves_the_report_as_it_was(tmp_path):
     files = written(five(), tmp_path)
     before = {name: path.read_bytes() for name, path in files.items()}
@@ -204,6 +211,22 @@ def test_a_call_that_fails_leaves_the_report_as_it_was(tmp_path):
         write_findings(town(9), tmp_path / "work", tmp_path / "report")
     assert {name: path.read_bytes() for name, path in files.items()} == before
     assert set(written(five(), tmp_path)) == {path.name for path in (tmp_path / "report").iterdir()}
+
+
+def test_files_of_no_report_are_not_replaced(tmp_path):
+    work, output = tmp_path / "out" / ".work", tmp_path / "out"
+    check_output(["a.tif", "b.tif"], work, output)
+    work.mkdir(parents=True)
+    image = output / "mask.tif"
+    image.write_text("mine")
+    check_output(["a.tif", "b.tif"], work, output)  # of an earlier call
+    with pytest.raises(InputError, match=r"mask\.tif: the report would replace this image; choose another output"):
+        check_output(["a.tif", output / "x" / ".." / "mask.tif"], work, output)
+    work.rmdir()
+    with pytest.raises(InputError, match=r"mask\.tif: the report would replace this file, .* move it, or choose"):
+        check_output(["a.tif", "b.tif"], work, output)
+    (output / "summary.json").write_text("{}")
+    check_output(["a.tif", "b.tif"], work, output)
 
 
 def test_other_files_in_the_folder_stay(tmp_path):
