@@ -14,6 +14,7 @@ from kcfi.scenes.findings import Grid, Shift
 from kcfi.scenes.reading import Layer
 
 WINDOW = 256  # px: side of a window; shifts of up to a quarter of it are found
+NARROWEST = 64  # px: side of the smallest one
 PER_SIDE = 6  # windows across and down a scene, at most
 TEXTURE = 4.0  # grey levels: standard deviation below which a window shows nothing to hold on to
 FOUND = 8.0  # standard deviations of the correlation above its mean: noise alone has peaks of up to 7
@@ -26,11 +27,12 @@ ALIKE = 1.0  # px: spread up to which the shift is the same everywhere
 def estimate_shift(before: Layer, after: Layer, grid: Grid) -> Shift:
     """The shift of a date from another: median over windows with texture, and its spread.
 
-    A scene narrower than `WINDOW` has no window: it shows too little to tell a shift from a change.
+    A scene narrower than `NARROWEST` has no window: it shows too little to tell a shift from a change.
     """
+    side = min(WINDOW, grid.width, grid.height)
     shifts = []
-    for left, top in product(_starts(grid.width), _starts(grid.height)):
-        box = (left, top, left + WINDOW, top + WINDOW)
+    for left, top in product(_starts(grid.width, side), _starts(grid.height, side)) if side >= NARROWEST else ():
+        box = (left, top, left + side, top + side)
         (first, there), (second, too) = before.read(box), after.read(box)
         if not (there & too).all():
             continue
@@ -75,7 +77,7 @@ def shift_between(before: NDArray[np.floating], after: NDArray[np.floating]) -> 
     return float(right[best[1]]), float(down[best[0]])
 
 
-def _starts(length: int) -> list[int]:
+def _starts(length: int, side: int) -> list[int]:
     """Where windows begin, evenly."""
-    count = min(PER_SIDE, length // WINDOW)
-    return [int(start) for start in np.linspace(0, length - WINDOW, count).round()]
+    count = min(PER_SIDE, length // side)
+    return [int(start) for start in np.linspace(0, length - side, count).round()]

@@ -63,7 +63,7 @@ def test_a_scene_becomes_findings_and_rasters(scene, describer, tmp_path):
         found.caption.startswith("1 change: buildings ") and f"({change.area_m2:.0f} m2) in the east." in found.caption
     )
     assert found.seen_pixels == 150 * 131 and found.labels == {1: "road", 2: "building"}
-    assert [date.path for date in found.dates] == [str(path) for path in dates] and found.shifts[0].windows == 0
+    assert [date.path for date in found.dates] == [str(path) for path in dates] and found.shifts[0].windows == 1
     assert found.settings["model"].endswith("detector0") and found.settings["tile_px"] == 32
     assert found.settings["model_resolution_m"] == 0.5
     assert set(found.versions) == {"kcfi", "torch", "transformers", "rasterio"}

@@ -63,7 +63,7 @@ def test_windows_without_data_do_not_count(layers, texture):
     assert estimate_shift(*pair, grid).windows == 0
 
 
-@pytest.mark.parametrize(("width", "windows"), [(256, 1), (255, 0), (1, 0)])
+@pytest.mark.parametrize(("width", "windows"), [(256, 1), (64, 4), (63, 0), (1, 0)])
 def test_a_scene_narrower_than_a_window_has_none(layers, texture, width, windows):
     image = texture(300, 300)
     pair, grid = layers(image[:, :width], image[:, :width])
