@@ -2,8 +2,8 @@
 
     python benchmarks/false_alarms.py --materials LIBRARY [--model kcfi-tiny] [--split val] [--num_pairs 100]
 
-Per kind of pair (drawn; composed and single_date with a library of `kcfi data materials`), all x 100 and over pixels:
-`f1` of the change mask; `standing`, the share of buildings that stand at both dates which is marked as changed;
+Per kind of pair (drawn; composed, single_date and developed with a library of `kcfi data materials`), all x 100 and over
+pixels: `f1` of the change mask; `standing`, the share of buildings that stand at both dates which is marked as changed;
 `unchanged`, the marked share of unchanged pairs; `ece`, the expected calibration error
 of the probability of change (ten bins; arXiv 1706.04599); `confidence - truth`, its sign (above 0 = overconfident).
 """
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from kcfi.models import load
 from kcfi.training.collator import KCFICollator
-from kcfi.training.synthetic.dataset import PAIR_KINDS, SyntheticDataset
+from kcfi.training.synthetic.dataset import SyntheticDataset
 from kcfi.training.synthetic.material_library import LibraryMaterials
 
 BINS = 10
@@ -68,7 +68,8 @@ def main() -> None:
     options = parser.parse_args()
     model, processor = load(options.model)
     library = LibraryMaterials(options.materials, options.split) if options.materials else None
-    for kind in PAIR_KINDS if library else PAIR_KINDS[:1]:
+    mix = SyntheticDataset(1, options.split, materials=library).mix  # of all kinds that the library allows
+    for kind in [kind for kind, weight in mix.items() if weight]:
         pairs = SyntheticDataset(options.num_pairs, options.split, 0, materials=library, pair_mix={kind: 1})
         print(json.dumps({"pairs": kind, "number": len(pairs), **measure(model, processor, pairs)}), flush=True)
 

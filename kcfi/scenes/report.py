@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from PIL import Image
+from PIL import Image, ImageFile
 from shapely import simplify
 from shapely.affinity import affine_transform, scale
 from shapely.geometry.base import BaseGeometry
@@ -33,16 +33,30 @@ def write_html(findings: Findings, work: Path, path: Path) -> None:
 
 def write_pdf(findings: Findings, work: Path, path: Path) -> None:
     """Print the page; without WeasyPrint or Pango, which it needs, a line in the log says how to get them."""
-    try:
-        with redirect_stdout(io.StringIO()):  # where WeasyPrint says that Pango is missing
-            from weasyprint import HTML
-    except (ImportError, OSError):
+    html = printer()
+    if html is None:
         logger.warning(
             'report.pdf is left out: it needs `pip install "kcfi[geo]"` and Pango (Debian and Ubuntu: '
             "`apt install libpango-1.0-0 libpangoft2-1.0-0`). Or print report.html with a browser."
         )
         return
-    HTML(string=render(findings, work, printed=True)).write_pdf(path)
+    html(string=render(findings, work, printed=True)).write_pdf(path)
+
+
+def printer() -> Any:
+    """WeasyPrint's `HTML`; None without it or Pango.
+
+    Its import tells PIL to take cut-off images for whole ones, in the whole process: that is undone.
+    """
+    cut_off = ImageFile.LOAD_TRUNCATED_IMAGES
+    try:
+        with redirect_stdout(io.StringIO()):  # where WeasyPrint says that Pango is missing
+            from weasyprint import HTML
+    except (ImportError, OSError):
+        return None
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = cut_off
+    return HTML
 
 
 def render(findings: Findings, work: Path, printed: bool = False) -> str:

@@ -14,14 +14,10 @@ from shapely import box
 from shapely.affinity import affine_transform
 
 from kcfi.scenes.findings import Change, Date, Findings, Grid, Shift
+from kcfi.scenes.report import printer
 from kcfi.scenes.writers import write_findings
 
-try:
-    import weasyprint  # noqa: F401
-except (ImportError, OSError):
-    PRINTS = False  # no Pango: reports have no PDF
-else:
-    PRINTS = True
+PRINTS = printer() is not None  # not without Pango
 
 UTM = CRS.from_epsg(32650)
 PLACES = [

@@ -11,12 +11,13 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from PIL import Image
 from shapely import MultiPolygon, box
 
 from kcfi.scenes.findings import Date, Shift
-from kcfi.scenes.report import area_text, number, outline, render, write_pdf
+from kcfi.scenes.report import area_text, number, outline, printer, render, write_pdf
 from tests.kcfi.scenes.conftest import PRINTS, five, make_change, make_findings, make_grid, town, write_work
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -145,6 +146,15 @@ def test_the_pdf_is_one(tmp_path):
     write_pdf(findings, write_work(findings, tmp_path / "work"), tmp_path / "report.pdf")
     content = (tmp_path / "report.pdf").read_bytes()
     assert content.startswith(b"%PDF-") and b"%%EOF" in content[-64:] and content.count(b"/Subtype /Image") >= 2
+
+
+def test_cut_off_images_stay_unreadable_where_a_report_was_printed(tmp_path):
+    printer()
+    image = tmp_path / "cut.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(image)
+    image.write_bytes(image.read_bytes()[:2000])
+    with pytest.raises(OSError, match="truncated"):
+        Image.open(image).load()
 
 
 @pytest.mark.parametrize("missing", ["WeasyPrint", "Pango"])

@@ -94,7 +94,7 @@ def test_mirrored_captions_are_true_to_the_mirrored_mask(axis):
         changed += mirrored != captions
         for caption in mirrored:
             for clause in clauses(caption):
-                values = [128 if kind == "road" else 255 for _, kind in named_objects(clause)]
+                values = [128 if kinds == {"road"} else 255 for _, kinds in named_objects(clause)]
                 assert not values or position_fits(clause, np.isin(mask, values)), (index, caption)
     assert changed > 20
 
