@@ -2,10 +2,10 @@
 
     python benchmarks/false_alarms.py --materials LIBRARY [--model kcfi-tiny] [--split val] [--num_pairs 100]
 
-Per kind of pair (drawn; composed, single_date and developed with a library of `kcfi data materials`), all x 100 and over
-pixels: `f1` of the change mask; `standing`, the share of buildings that stand at both dates which is marked as changed;
-`unchanged`, the marked share of unchanged pairs; `ece`, the expected calibration error
-of the probability of change (ten bins; arXiv 1706.04599); `confidence - truth`, its sign (above 0 = overconfident).
+Per kind of pair (drawn; composed, single_date and developed with a library of `kcfi data materials`), all x 100 and
+over pixels: `f1` of the change mask; `standing`, the share of buildings that stand at both dates which is marked as
+changed; `unchanged`, the marked share of unchanged pairs; `ece`, the expected calibration error of the probability of
+change (ten bins; arXiv 1706.04599); `confidence - truth`, its sign (above 0 = overconfident).
 """
 
 import argparse
