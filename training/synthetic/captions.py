@@ -99,10 +99,10 @@ ROWS = 3  # houses along one side of a road are a row from so many on
 
 def _some(count: int) -> Wordings:
     """Words for a rough count of 2 or more."""
-    exact: dict[int, Wordings] = {2: {"two": 1}, 3: {"three": 3}, 4: {"four": 1.5}}
     if count > 6:
         return {"many": 5, "lots of": 0.7, "massive": 0.5}
-    return exact.get(count) or {"some": 4, "several": 2}
+    exact = {2: {"two": 1.0}, 3: {"three": 3.0}, 4: {"four": 1.5}}.get(count, {})
+    return exact if count == 2 else {**exact, "some": 3, "several": 1.5}
 
 
 def _subjects(change: ObjectChange, appears: bool, alone: bool) -> Wordings:
@@ -121,10 +121,7 @@ def _subjects(change: ObjectChange, appears: bool, alone: bool) -> Wordings:
         if change.parking and appears:
             named |= {f"{name} with a parking lot": weight for name, weight in named.items()}
         return named
-    counts = dict(_some(change.count))
-    if 3 <= change.count <= 6:
-        counts |= {"some": 3, "several": 1.5}
-    named = {f"{word} {noun}s": a * b for word, a in counts.items() for noun, b in nouns.items()}
+    named = {f"{word} {noun}s": a * b for word, a in _some(change.count).items() for noun, b in nouns.items()}
     if change.kind == "villa" and change.rows:
         words = {1: "a row of", 2: "two rows of", 3: "three rows of"}
         row = words.get(change.rows, "rows of")
