@@ -68,7 +68,7 @@ async function start() {
     attributionControl: false, dragRotate: false, pitchWithRotate: false, touchPitch: false, renderWorldCopies: false,
     locale: { "Map.Title": `Map, date on the ${side}` },
   }));
-  const [left, right] = maps, popup = new maplibre.Popup({ maxWidth: "300px", closeOnClick: false });
+  const [left, right] = maps, popup = new maplibre.Popup({ maxWidth: "300px", closeOnClick: false, focusAfterOpen: false });
   right.addControl(new maplibre.NavigationControl({ showCompass: false }), "top-right");
   right.addControl(new maplibre.ScaleControl(), "bottom-left");
 

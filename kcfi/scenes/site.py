@@ -15,6 +15,7 @@ import jinja2
 import morecantile
 import rasterio
 from rio_cogeo import cog_profiles, cog_translate
+from shapely.geometry import Polygon
 
 from kcfi.processing import InputError
 from kcfi.scenes.catalogue import LON_LAT, footprint
@@ -56,7 +57,7 @@ def check_site(site: Path, report: Path, dates: Sequence[str | Path]) -> None:
             "installed from, or install a wheel that was built after it."
         )
     with open_raster(dates[0]) as first:
-        _check_place(Grid(first.crs, first.transform, first.width, first.height, None), dates[0])
+        outline(Grid(first.crs, first.transform, first.width, first.height, None), dates[0])
     if site.resolve() == report.resolve():
         raise InputError(f"{site}: is the folder of the report; give the site another, such as {report / 'site'}.")
     there, index = own_files(site), site / INDEX
@@ -93,7 +94,7 @@ def write_site(report: Path, dates: Sequence[str | Path], site: Path) -> Path:
     findings = read_summary(report)
     if len(dates) != len(findings.dates):
         raise InputError(f"{report} is of {len(findings.dates)} dates; got {len(dates)} images.")
-    _check_place(findings.grid, report)
+    bounds = outline(findings.grid, report).bounds
     folder = site / UNFINISHED
     shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
     folder.mkdir(parents=True)
@@ -104,7 +105,8 @@ def write_site(report: Path, dates: Sequence[str | Path], site: Path) -> Path:
     shutil.copytree(LIBRARIES, folder / LIBRARIES.name)
     with rasterio.open(folder / "mask.tif") as mask:
         zoom = TILES.zoom_for_res(mask.res[0]) - 1  # of tiles of twice the side
-    (folder / INDEX).write_text(render(findings, zoom, tuple(dict.fromkeys(filter(None, credits)))), encoding="utf-8")
+    page = render(findings, bounds, zoom, list(dict.fromkeys(filter(None, credits))))
+    (folder / INDEX).write_text(page, encoding="utf-8")
     for old in own_files(site):
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     for new in sorted(folder.iterdir(), key=lambda path: path.name == INDEX):
@@ -113,17 +115,17 @@ def write_site(report: Path, dates: Sequence[str | Path], site: Path) -> Path:
     return site / INDEX
 
 
-def render(findings: Findings, zoom: int, credits: Sequence[str]) -> str:
+def render(findings: Findings, bounds: Sequence[float], zoom: int, credits: Sequence[str]) -> str:
     """The page.
 
     Args:
         findings: of a grid on earth.
+        bounds: of the grid: west, south, east, north, in degrees.
         zoom: of the map at which a pixel of the screen is one of the rasters.
         credits: whose images they are.
     """
-    outline = footprint(findings.grid)
     settings = {
-        "bounds": [] if outline is None else outline.bounds,
+        "bounds": bounds,
         "zoom": zoom,
         "side": SIDE,
         "dates": [f"date-{number}.tif" for number in range(len(findings.dates))],
@@ -154,16 +156,21 @@ def render(findings: Findings, zoom: int, credits: Sequence[str]) -> str:
     )
 
 
-def _check_place(grid: Grid, name: str | Path) -> None:
-    """Refuse a grid that has no place on a web map."""
+def outline(grid: Grid, name: str | Path) -> Polygon:
+    """The outline of a grid in longitude and latitude.
+
+    Raises:
+        InputError: it has no place on a web map; names what it is the grid of.
+    """
     if not on_earth(grid.crs):
         raise InputError(
             f"{name}: a site is a map, and needs images with a coordinate reference system on earth "
             "(`gdal_edit.py -a_srs -a_ullr` gives them one); report.html shows plain images too."
         )
-    outline = footprint(grid)
-    if outline is None or max(map(abs, outline.bounds[1::2])) > NORTHERNMOST:
+    found = footprint(grid)
+    if found is None or max(map(abs, found.bounds[1::2])) > NORTHERNMOST:
         raise InputError(f"{name}: lies across the antimeridian or at a pole, where a web map has no place for it.")
+    return found
 
 
 def _write_date(path: str | Path, number: int, findings: Findings, folder: Path) -> str:

@@ -164,11 +164,13 @@ def test_every_text_is_escaped_and_the_page_asks_for_nothing_from_elsewhere(tmp_
     evil = '</script><script>alert("x")</script><b>'
     dates = tuple(replace(date, name=evil, path=evil) for date in five().dates)
     change = make_change(1, make_grid(), (10, 10, 90, 90), caption=evil, place=evil)
-    findings = make_findings(changes=[change], caption=evil, warnings=(evil,), dates=dates)
+    settings = {"model": "/home/somebody/runs/paper"}
+    findings = make_findings(changes=[change], caption=evil, warnings=(evil,), dates=dates, settings=settings)
     write_site(*make_report(findings, tmp_path), tmp_path / "site")
     page = (tmp_path / "site/index.html").read_text(encoding="utf-8")
     assert evil not in page and page.count("<script") == 3
     assert page.count("&lt;/script&gt;&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;") >= 8
+    assert "Found by a model, paper, which" in page and "somebody" not in page  # what is shared tells of no folders
     assert "Imagery: Nobody in particular, CC0 &amp; &lt;more&gt;</p>" in page
     addresses = re.findall(r"""(?:href|src)="([^"]*)\"""", page)
     assert not [address for address in addresses if "//" in address and not address.startswith("data:")]
@@ -413,6 +415,7 @@ def test_a_click_on_a_polygon_tells_what_changed_there_and_the_list_flies_to_it(
     page.locator("#change-4").focus()
     page.keyboard.press("Enter")
     settle(page)
+    assert page.evaluate("document.activeElement.id") == "change-4"  # Tab goes on in the list
     assert "A building has removed in the south-east." in popup.inner_text()
     box, tip = page.locator("#maps").bounding_box(), page.locator(".maplibregl-popup-tip").bounding_box()
     x, y = tip["x"] + tip["width"] / 2, tip["y"] + tip["height"]
