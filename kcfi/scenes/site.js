@@ -7,6 +7,7 @@ const settings = JSON.parse(one("settings").textContent);
 const WORLD = 2 * Math.PI * 6378137;  // m around the equator: what tile 0/0/0 of EPSG:3857 shows
 const SIDE = settings.side;  // px of a tile
 const NEAR = 4;  // px that a click may miss a polygon by
+const ROOM = { top: 150, bottom: 50, left: 50, right: 50 };  // px around a change that is flown to; its text stands above it
 const opened = {};  // name of a GeoTIFF -> its levels, from the finest
 
 function complain(text) {
@@ -100,13 +101,14 @@ async function start() {
     popup.remove();
     if (!row) return;
     row.classList.add("chosen");
+    const [west, , east, north] = JSON.parse(row.dataset.bounds);
     if (!place) {
       one("maps").scrollIntoView({ block: "nearest" });
-      right.fitBounds(JSON.parse(row.dataset.bounds), { padding: 90, maxZoom: settings.zoom + 1 });
+      right.fitBounds(JSON.parse(row.dataset.bounds), { padding: ROOM, maxZoom: settings.zoom + 1 });
     } else one("list").scrollTo({ top: row.offsetTop - one("list").offsetTop });
     const content = document.createElement("div");
     content.append(...row.cloneNode(true).childNodes);
-    popup.setLngLat(place ?? JSON.parse(row.dataset.point)).setDOMContent(content).addTo(right);
+    popup.setLngLat(place ?? [(west + east) / 2, north]).setDOMContent(content).addTo(right);
   }
 
   function swipe() {

@@ -136,7 +136,6 @@ def render(findings: Findings, bounds: Sequence[float], zoom: int, credits: Sequ
     }
     shapes = [change.polygon for change in findings.changes]
     polygons = geopandas.GeoSeries(shapes, crs=findings.grid.crs).to_crs(LON_LAT)
-    places = [{"bounds": one.bounds, "point": one.representative_point().coords[0]} for one in polygons]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -145,7 +144,7 @@ def render(findings: Findings, bounds: Sequence[float], zoom: int, credits: Sequ
         mark=MARK,
         findings=findings,
         settings=settings,
-        places=places,
+        places=[polygon.bounds for polygon in polygons],
         credits=credits,
         colours={label: "#" + bytes(colour(findings, label)).hex() for label in findings.labels.values()},
         whole=size(findings, findings.changes),

@@ -28,8 +28,9 @@ from tests.kcfi.scenes.conftest import five, make_change, make_findings, make_gr
 
 ROOT = Path(__file__).parents[3]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PATIENCE = 180_000  # ms for what takes a second: without a GPU, beside other jobs, a map is slow
 CREDIT = "Nobody in particular, CC0 & <more>"
-WIDE, NARROW = {"width": 1400, "height": 900}, {"width": 390, "height": 844}
+WIDE, NARROW = {"width": 1000, "height": 660}, {"width": 390, "height": 844}
 pytestmark = pytest.mark.skipif(not (LIBRARIES / "LICENSES.txt").is_file(), reason="no libraries: `make libraries`")
 in_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 
@@ -290,6 +291,7 @@ def visit(chromium):
     def go(address, viewport=WIDE, **more):
         contexts.append(chromium.new_context(viewport=viewport, **more))
         page = contexts[-1].new_page()
+        page.set_default_timeout(PATIENCE)
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("requestfailed", lambda request: said.append(f"{request.url}: {request.failure}"))
@@ -306,7 +308,7 @@ def visit(chromium):
 def settle(page):
     """Wait until both maps show what they shall."""
     page.wait_for_timeout(150)
-    page.wait_for_selector("#maps[aria-busy=false]", timeout=60_000)
+    page.wait_for_selector("#maps[aria-busy=false]")
     page.wait_for_timeout(150)
 
 
@@ -419,7 +421,7 @@ def test_a_click_on_a_polygon_tells_what_changed_there_and_the_list_flies_to_it(
     assert "A building has removed in the south-east." in popup.inner_text()
     box, tip = page.locator("#maps").bounding_box(), page.locator(".maplibregl-popup-tip").bounding_box()
     x, y = tip["x"] + tip["width"] / 2, tip["y"] + tip["height"]
-    assert abs(x - box["x"] - box["width"] / 2) < 40 and abs(y - box["y"] - box["height"] / 2) < 60
+    assert abs(x - box["x"] - box["width"] / 2) < 40 and 120 < y - box["y"] < box["height"] / 2 + 50
     page.keyboard.press("Escape")
     page.click("#whole")
     settle(page)
@@ -512,7 +514,7 @@ def test_what_goes_wrong_is_said_on_the_page(made, serve, chromium, tmp_path):
     for name, address in {"file": (made[2] / "index.html").as_uri(), "missing": serve(tmp_path / "site")[0]}.items():
         page = chromium.new_page()
         page.goto(address)
-        page.wait_for_selector("#problem:not([hidden])", timeout=30_000)
+        page.wait_for_selector("#problem:not([hidden])", timeout=PATIENCE)
         problem[name] = page.locator("#problem").text_content()
         assert page.locator(".change").count() == 5  # what changed can be read all the same
         page.close()
