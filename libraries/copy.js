@@ -1,9 +1,10 @@
 // Copies the libraries of the map, and the licences of all that is bundled in them, into kcfi/scenes/libraries.
 // Run by `make libraries`, after `npm ci`.
 import { copyFileSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
 
-const here = import.meta.dirname, target = join(here, "..", "kcfi", "scenes", "libraries");
+const here = dirname(fileURLToPath(import.meta.url)), target = join(here, "..", "kcfi", "scenes", "libraries");
 const files = {  // named .js: not every web server knows what .mjs is
   "maplibre-gl.js": "maplibre-gl/dist/maplibre-gl.mjs",
   "maplibre-gl-worker.js": "maplibre-gl/dist/maplibre-gl-worker.mjs",
