@@ -43,9 +43,9 @@ $(LIBRARIES): libraries/package.json libraries/package-lock.json libraries/copy.
 wheel: $(VENV)/installed-dev libraries
 	$(BIN)/python -m build
 
-# the image of compose.yaml: docs/containers.md
+# the image of compose.yaml; TORCH_INDEX: docs/containers.md
 image:
-	$(DOCKER) build --tag kcfi .
+	$(DOCKER) build --build-arg TORCH_INDEX=$(TORCH_INDEX) --tag kcfi .
 
 # ratios to plain baselines, into docs/performance.md; nothing else should run meanwhile
 bench: $(VENV)/installed-dev

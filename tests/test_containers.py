@@ -167,7 +167,8 @@ def test_a_service_runs_a_command_that_there_is_and_listens_to_this_machine_alon
         pytest.skip(f"no kcfi {arguments[0]} in this checkout")
     options, more = build_parser().parse_known_args(arguments)
     host = options.host if "host" in options else more[more.index("--host") + 1]
-    assert (program, host, service["image"], service["build"]) == ("kcfi", "0.0.0.0", "kcfi", ".")
+    assert (program, host, service["image"], service["build"]["context"]) == ("kcfi", "0.0.0.0", "kcfi", ".")
+    assert all(("ARG", f"{name}=") in STAGES["image"] for name in service["build"]["args"])
     [port] = service["ports"]
     inside = port.rpartition(":")[2]
     assert port == f"127.0.0.1:{inside}:{inside}" and inside in dict(STAGES["image"])["EXPOSE"].split()
