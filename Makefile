@@ -6,16 +6,18 @@ PYTHONS ?= python3.11 python3.12 python3.13
 ENDS ?= floors newest
 BIN := $(VENV)/bin
 EXAMPLE := kcfi/example
+LIBRARIES := kcfi/scenes/libraries/LICENSES.txt
+DOCKER ?= docker
 
-.PHONY: demo test test-all test-versions lint docs bench bench-quality tiny clean
+.PHONY: demo test test-all test-versions lint docs libraries wheel image bench bench-quality tiny clean
 
 demo: $(VENV)/installed
 	$(BIN)/kcfi caption $(EXAMPLE)/before.png $(EXAMPLE)/after.png --heatmap --output demo-output
 
-test: $(VENV)/installed-dev
+test: $(VENV)/installed-dev $(if $(shell command -v npm),libraries)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
 
-test-all: $(VENV)/installed-dev
+test-all: $(VENV)/installed-dev $(if $(shell command -v npm),libraries)
 	$(BIN)/python -m pytest
 
 # both ends of the declared versions, on every Python that is there: about a quarter of an hour each
@@ -30,6 +32,20 @@ lint: $(VENV)/installed-dev
 # docs/ as a site: open site/index.html. A link that leads nowhere, or a page in no menu, ends the build
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# what draws the map of `kcfi scene --site`, by the hashes of libraries/package-lock.json; a wheel holds it if it is there
+libraries: $(LIBRARIES)
+
+$(LIBRARIES): libraries/package.json libraries/package-lock.json libraries/copy.js
+	npm ci --prefix libraries --no-audit --no-fund --loglevel=error
+	npm run --prefix libraries --silent copy
+
+wheel: $(VENV)/installed-dev libraries
+	$(BIN)/python -m build
+
+# the image of compose.yaml; TORCH_INDEX: docs/containers.md
+image:
+	$(DOCKER) build --build-arg TORCH_INDEX=$(TORCH_INDEX) --tag kcfi .
 
 # ratios to plain baselines, into docs/performance.md; nothing else should run meanwhile
 bench: $(VENV)/installed-dev
@@ -65,3 +81,4 @@ $(VENV)/installed-docs: $(VENV)/installed
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-output
+	rm -rf libraries/node_modules $(dir $(LIBRARIES))

@@ -64,17 +64,17 @@ def add_meteor_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-meteor", action="store_true", help="do without Java, METEOR and S_m*")
 
 
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be written, or created, before the work is done.
+def check_writable(folder: Path, option: str = "--output") -> None:
+    """Refuse a folder, given by an option, that cannot be written, or created, before the work is done.
 
     Raises:
         UsageError: a file stands in its place or above it, or the rights are missing.
     """
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise UsageError(f"--output: {existing} is a file; give a folder, or a path below one.")
+        raise UsageError(f"{option}: {existing} is a file; give a folder, or a path below one.")
     if not os.access(existing, os.W_OK):
-        raise UsageError(f"--output: {existing} is not writable; choose another folder.")
+        raise UsageError(f"{option}: {existing} is not writable; choose another folder.")
 
 
 def check_results_file(path: Path, example: str = "results.json") -> None:

@@ -24,6 +24,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("after", metavar="AFTER", help="image of the later date")
     parser.add_argument("later", metavar="LATER", nargs="*", help="images of still later dates, in order of time")
     parser.add_argument("-o", "--output", default="kcfi-scene", type=Path, help="folder for the results (%(default)s)")
+    parser.add_argument("--site", type=Path, metavar="DIR", help="also a folder for any web server: a map to look at")
     add_model_options(parser)
     parser.add_argument("--batch_size", type=int, default=8, help="tiles at a time (%(default)s); CPUs encode 2")
     parser.add_argument("--reproject", action="store_true", help="bring the later date to the earlier one's CRS")
@@ -67,6 +68,8 @@ def add_parser(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """`kcfi scene`."""
     check_writable(options.output)
+    if options.site:
+        check_writable(options.site, "--site")
     from transformers.utils.logging import disable_progress_bar
 
     from kcfi.scenes import describe_scene
@@ -82,6 +85,10 @@ def run(options: argparse.Namespace) -> None:
     check_confirm(options.confirm, len(dates))
     for path in dates:
         open_raster(path).close()  # what cannot be read is said before the model is loaded
+    if options.site:
+        from kcfi.scenes.site import check_site, write_site
+
+        check_site(options.site, options.output, dates)
     found = describe_scene(dates, options.output, build_describer(options), **given)
     print(found.caption)
     for change in found.changes[:SHOWN]:
@@ -95,3 +102,6 @@ def run(options: argparse.Namespace) -> None:
     for warning in found.warnings:
         print(f"warning: {warning}")
     print(f"report: {options.output / 'report.html'}")
+    if options.site:
+        page = write_site(options.output, dates, options.site)
+        print(f"site: {page} (a web server shows it: `python -m http.server -d {options.site}`)")

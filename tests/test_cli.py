@@ -245,6 +245,46 @@ def test_a_scene_that_cannot_be_read_is_named(capsys, pair, tmp_path):
     assert "must be a low and a higher percentile" in refusal(capsys, "scene", *pair, "--stretch", "98", "2")
 
 
+@pytest.fixture
+def placed(pair):
+    """`before.tif` and `after.tif`: the pair on a grid in UTM."""
+    rasterio = pytest.importorskip("rasterio")
+    for path in pair:
+        pixels = np.asarray(Image.open(path)).transpose(2, 0, 1)
+        place = {"crs": "EPSG:32650", "transform": rasterio.Affine(0.5, 0, 500_000, 0, -0.5, 4_400_000)}
+        with rasterio.open(
+            path.replace("png", "tif"), "w", count=3, width=70, height=45, dtype="uint8", **place
+        ) as file:
+            file.write(pixels)
+    return ["before.tif", "after.tif"]
+
+
+LIBRARIES = Path(__file__).parents[1] / "kcfi/scenes/libraries"
+with_libraries = pytest.mark.skipif(not LIBRARIES.is_dir(), reason="no libraries: `make libraries`")
+
+
+@with_libraries
+def test_a_scene_becomes_a_site_that_says_how_to_be_looked_at(capsys, placed, detector):
+    command = ["scene", *placed, "-o", "report", "--site", "site", "--model", str(detector), "--min_area", "5"]
+    assert main(command) == 0
+    *_, report, site = capsys.readouterr().out.splitlines()
+    assert report == "report: report/report.html"
+    assert site == "site: site/index.html (a web server shows it: `python -m http.server -d site`)"
+    caption = json.loads(Path("report/changes.geojson").read_text())["features"][0]["properties"]["caption"]
+    assert f'<span class="sentence">{caption}</span>' in Path("site/index.html").read_text()
+
+
+@with_libraries
+def test_a_site_that_cannot_be_is_refused_before_the_model_is_loaded(capsys, pair, placed, tmp_path, monkeypatch):
+    command = ["--model", "no such model", "-o", "report", "--site"]
+    assert "before.png: a site is a map, and needs" in refusal(capsys, "scene", *pair, *command, "site")
+    assert "report: is the folder of the report" in refusal(capsys, "scene", *placed, *command, "report")
+    assert "before.png is a file" in refusal(capsys, "scene", *placed, *command, "before.png")
+    monkeypatch.setattr("kcfi.scenes.site.LIBRARIES", tmp_path / "nothing")
+    assert "run `make libraries`" in refusal(capsys, "scene", *placed, *command, "site")
+    assert not Path("report").exists() and not Path("site").exists()
+
+
 def test_without_the_extra_one_line_says_what_to_install(pair, environment):
     code = (
         "import sys, importlib.util as util; found = util.find_spec\n"

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 from kcfi.processing import InputError
 
-NEEDED = ("rasterio", "shapely", "geopandas", "pyogrio", "rio_cogeo", "pystac", "jinja2")
+NEEDED = ("rasterio", "shapely", "geopandas", "pyogrio", "rio_cogeo", "morecantile", "pystac", "jinja2")
 
 if missing := [name for name in NEEDED if find_spec(name) is None]:
     raise InputError(f'Scenes need {", ".join(missing)}: pip install "kcfi[geo]"')
