@@ -5,13 +5,6 @@ import argparse
 from kcfi_cli.caption import build_describer
 from kcfi_cli.options import Commands, UsageError, add_model_options
 
-LIMITS = {  # default, help
-    "megabytes": (64, "of uploaded files, at once"),
-    "megapixels": (9, "of an image, and of a scene on the model's grid"),
-    "waiting": (8, "runs that may wait"),
-    "seconds": (120, "that a run may take"),
-}
-
 
 def add_parser(commands: Commands) -> None:
     """The parser of `kcfi demo`."""
@@ -29,15 +22,23 @@ def add_parser(commands: Commands) -> None:
         "--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine alone; 0.0.0.0: all)"
     )
     parser.add_argument("--port", type=int, default=7860, help="port (%(default)s; 0: one that is free)")
-    for name, (default, text) in LIMITS.items():
-        parser.add_argument(f"--max_{name}", type=float, default=default, metavar="N", help=f"{text} (%(default)s)")
+    parser.add_argument("--max_megabytes", type=float, default=64, metavar="N", help="of uploads, at once (%(default)s)")
+    parser.add_argument(
+        "--max_megapixels",
+        type=float,
+        default=5,
+        metavar="N",
+        help="of an image, and of a scene at the model's m per pixel (%(default)s)",
+    )
+    parser.add_argument("--max_waiting", type=int, default=8, metavar="N", help="runs that may wait (%(default)s)")
+    parser.add_argument("--max_seconds", type=float, default=180, metavar="N", help="that a run may take (%(default)s)")
     parser.set_defaults(run=run, compile=False, alarm_rate=None)
 
 
 def run(options: argparse.Namespace) -> None:
     """`kcfi demo`."""
-    limits = {name: getattr(options, f"max_{name}") for name in LIMITS}
-    for name, value in limits.items():
+    given = {name: getattr(options, f"max_{name}") for name in ("megabytes", "megapixels", "waiting", "seconds")}
+    for name, value in given.items():
         if not value > 0:
             raise UsageError(f"--max_{name} {value:g} must be above 0.")
     from transformers.utils.logging import disable_progress_bar
@@ -46,4 +47,4 @@ def run(options: argparse.Namespace) -> None:
     from kcfi.demo.server import serve
 
     disable_progress_bar()  # of loading weights, which is over before it can be read
-    serve(build_describer(options), options.model, options.host, options.port, Limits(**limits))
+    serve(build_describer(options), options.model, options.host, options.port, Limits(**given))

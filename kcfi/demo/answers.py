@@ -108,9 +108,9 @@ def sentence_html(answer: Answer) -> str:
     part = ""
     if (right - left, bottom - top) != answer.before.size:
         part = f"<p>It tells of the part that changed most: x {left} to {right}, y {top} to {bottom}.</p>"
-    words = "" if report.score is None else f"<dt>its words</dt><dd>{report.score:.0%}</dd>"
+    words = "" if report.score is None else f"<dt>sure of the words</dt><dd>{report.score:.0%}</dd>"
     return (
-        f'<p class="sentence">{escape(report.caption)}</p>{part}<dl class="sure"><dt>anything changed</dt>'
+        f'<p class="sentence">{escape(report.caption)}</p>{part}<dl class="sure"><dt>sure that anything changed</dt>'
         f'<dd>{report.changed_probability:.0%}<meter min="0" max="1" value="{report.changed_probability:.3f}"></meter>'
         f"</dd>{words}</dl>"
     )

@@ -26,9 +26,9 @@ class Limits:
     """
 
     megabytes: float = 64
-    megapixels: float = 9
+    megapixels: float = 5
     waiting: int = 8
-    seconds: float = 120
+    seconds: float = 180
     stored_megabytes: float = 1024
     stored_seconds: float = 3600
 

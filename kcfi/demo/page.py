@@ -72,7 +72,7 @@ class Page:
         paths = _both(before, after)
         with _told(*paths), self.runs.run(request.session_hash):
             scene = describe_files(self.describer, *paths, self.limits, self.folder)
-        return scene_html(scene, f"/scenes/{self.scenes.put(scene)}")
+        return scene_html(f"/scenes/{self.scenes.put(scene)}")
 
     def build(self) -> gr.Blocks:
         """The page with its queue."""
@@ -92,12 +92,13 @@ class Page:
     def _pair(self) -> None:
         """The tab of two images."""
         answer = gr.State("")
-        with gr.Row(elem_classes="board"):
+        with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                with gr.Row(elem_classes="dates"):
+                with gr.Row(elem_classes="pair"):
                     before, after = (
                         gr.Image(
                             label=label,
+                            elem_id=label.lower(),
                             type="filepath",
                             image_mode=None,
                             format="png",
@@ -114,7 +115,6 @@ class Page:
                         name: gr.Button(text, elem_id=f"example-{name or 'suburb_'}", min_width=90)
                         for name, text in PAIRS.items()
                     }
-                gr.Markdown(f"{self._taken()} {CREDITS}", elem_classes="small")
             with gr.Column(scale=3, min_width=320):
                 sentence = gr.HTML(EMPTY, elem_id="sentence")
                 slider = gr.ImageSlider(
@@ -140,6 +140,7 @@ class Page:
                         buttons=[],
                     )
                 areas = gr.HTML(elem_id="areas")
+        gr.Markdown(f"{self._taken()} {CREDITS}", elem_classes="small")
         colours = [slider, areas]
         model = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress_on": [sentence]}
         asked = ([before, after, threshold, masked], [sentence, *colours, answer])
@@ -170,9 +171,16 @@ class Page:
             "Two GeoTIFFs of one place in one CRS, as for `kcfi scene`, whose report comes out: a map of all changes, a "
             "sentence, an area and a probability for each, polygons and rasters for a GIS."
         )
-        with gr.Row(elem_classes="dates"):
+        with gr.Row():
             before, after = (
-                gr.File(label=label, file_types=[".tif", ".tiff"], type="filepath", height=130, min_width=140)
+                gr.File(
+                    label=label,
+                    elem_id=f"scene-{label.lower()}",
+                    file_types=[".tif", ".tiff"],
+                    type="filepath",
+                    height=130,
+                    min_width=260,
+                )
                 for label in ("Before", "After")
             )
         run = gr.Button("Describe the scene", variant="primary", elem_id="describe-scene")

@@ -4,7 +4,6 @@ import shutil
 import zipfile
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO
@@ -24,12 +23,10 @@ class Scene:
     """A described scene.
 
     Args:
-        caption: the sentence of all of it.
         folder: with the files of the report, nothing else.
         owner: of the folder.
     """
 
-    caption: str
     folder: Path
     owner: "TemporaryDirectory[str]"
 
@@ -74,15 +71,15 @@ def describe_files(describer: Describer, before: str, after: str, limits: Limits
     except BaseException:
         owner.cleanup()
         raise
-    return Scene(found.caption, output, owner)
+    return Scene(output, owner)
 
 
-def scene_html(scene: Scene, link: str) -> str:
-    """The sentence, the report's own page in a frame that can do nothing but show it, and the link to the zip."""
+def scene_html(link: str) -> str:
+    """The report's own page in a frame that can do nothing but show it, and links: to it alone, and to all files."""
     return (
-        f'<p class="sentence">{escape(scene.caption)}</p>'
-        f'<iframe title="Report of the scene" sandbox="allow-scripts" src="{escape(link)}/report.html"></iframe>'
-        f'<a class="download" href="{escape(link)}.zip" download>Download all as a zip</a>'
+        f'<iframe title="Report of the scene" sandbox="allow-scripts" src="{link}/report.html"></iframe>'
+        f'<a class="download" href="{link}/report.html" target="_blank" rel="noopener">Open the report alone</a>'
+        f'<a class="download" href="{link}.zip" download>Download all as a zip</a>'
     )
 
 

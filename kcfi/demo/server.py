@@ -1,6 +1,7 @@
 """The page as an app, its downloads beside it, and the server of `kcfi demo`."""
 
 import os
+import signal
 import socket
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -102,6 +103,7 @@ def serve(describer: Describer, model: str, host: str, port: int, limits: Limits
     Raises:
         InputError: the port is taken, or the host none of this machine; or what `build_app` refuses.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the folder is deleted then, too
     with TemporaryDirectory(prefix="kcfi-demo-") as folder:
         app = build_app(describer, model, limits, Path(folder))
         try:
