@@ -22,7 +22,9 @@ def add_parser(commands: Commands) -> None:
         "--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine alone; 0.0.0.0: all)"
     )
     parser.add_argument("--port", type=int, default=7860, help="port (%(default)s; 0: one that is free)")
-    parser.add_argument("--max_megabytes", type=float, default=64, metavar="N", help="of uploads, at once (%(default)s)")
+    parser.add_argument(
+        "--max_megabytes", type=float, default=64, metavar="N", help="of uploads, at once (%(default)s)"
+    )
     parser.add_argument(
         "--max_megapixels",
         type=float,
@@ -31,7 +33,9 @@ def add_parser(commands: Commands) -> None:
         help="of an image, and of a scene at the model's m per pixel (%(default)s)",
     )
     parser.add_argument("--max_waiting", type=int, default=8, metavar="N", help="runs that may wait (%(default)s)")
-    parser.add_argument("--max_seconds", type=float, default=180, metavar="N", help="that a run may take (%(default)s)")
+    parser.add_argument(
+        "--max_seconds", type=float, default=180, metavar="N", help="that a run may take (%(default)s)"
+    )
     parser.set_defaults(run=run, compile=False, alarm_rate=None)
 
 

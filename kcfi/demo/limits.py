@@ -67,7 +67,9 @@ def check_upload(folder: Path, path: object, limits: Limits) -> None:
         with Image.open(path, formats=FORMATS) as image:
             check_pixels(image.width, image.height, limits, "An image")
     except Image.DecompressionBombError as error:
-        raise Refused(413, f"An image promises too many pixels: at most {limits.megapixels:g} Mpx are read.") from error
+        raise Refused(
+            413, f"An image promises too many pixels: at most {limits.megapixels:g} Mpx are read."
+        ) from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, KeyError) as error:
         with open(path, "rb") as file:
             if file.read(4) not in TIFF_STARTS:  # of kinds that PIL does not know: whoever opens it decides

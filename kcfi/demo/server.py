@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported: nothing is told to anybody
+os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"  # nor kept: its list of past events grows otherwise
 
 import gradio as gr
 import uvicorn

@@ -35,9 +35,7 @@ class Client:
         self.address, self.guard, self.folder = address, guard, folder
         self.session = secrets.token_hex(6)
         self.http = httpx.Client(base_url=address, timeout=SECONDS)
-        self.functions = {
-            each["api_name"]: each["id"] for each in self.http.get("/config").json()["dependencies"]
-        }
+        self.functions = {each["api_name"]: each["id"] for each in self.http.get("/config").json()["dependencies"]}
 
     def upload(self, *images, name="image.png"):
         """Post images, or bytes: files as events name them."""
@@ -53,7 +51,9 @@ class Client:
 
     def listen(self, session=None):
         """Messages of a session until its last event is done."""
-        with self.http.stream("GET", "/gradio_api/queue/data", params={"session_hash": session or self.session}) as lines:
+        with self.http.stream(
+            "GET", "/gradio_api/queue/data", params={"session_hash": session or self.session}
+        ) as lines:
             for line in lines.iter_lines():
                 if line.startswith("data:"):
                     message = json.loads(line[5:])
@@ -81,11 +81,11 @@ def png(image):
 
 
 @contextmanager
-def serve_page(model, folder, **limits):
+def serve_page(model, folder, describer=Describer, **limits):
     """A client of a page of this model; one page at a time in a process, the inner one of two."""
     folder.mkdir(exist_ok=True)
     before = os.environ.get("GRADIO_TEMP_DIR")
-    app = build_app(Describer(*load(str(model), device="cpu")), "a <b>model</b>", Limits(**limits), folder)
+    app = build_app(describer(*load(str(model), device="cpu")), "a <b>model</b>", Limits(**limits), folder)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

@@ -32,7 +32,14 @@ def test_files_of_the_folder_alone_are_inside_of_it(tmp_path):
     (tmp_path / "secret").write_text("s")
     (folder / "link").symlink_to(tmp_path / "secret")
     assert inside(folder, str(folder / "a"))
-    for path in (folder, folder / "none", folder / "link", tmp_path / "secret", folder / ".." / "secret", "/etc/passwd"):
+    for path in (
+        folder,
+        folder / "none",
+        folder / "link",
+        tmp_path / "secret",
+        folder / ".." / "secret",
+        "/etc/passwd",
+    ):
         assert not inside(folder, str(path)), path
     assert not inside(folder, "a\0b") and not inside(folder, "x" * 5000) and not inside(folder, "")
 
@@ -67,7 +74,9 @@ def test_what_is_no_such_image_is_refused(tmp_path, content):
     assert refused(tmp_path, str(path)) == 415
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "http://127.0.0.1/a.png", "file:///etc/passwd", "../a.png", 7, None, {}])
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "http://127.0.0.1/a.png", "file:///etc/passwd", "../a.png", 7, None, {}]
+)
 def test_what_was_not_uploaded_is_refused(tmp_path, path):
     assert refused(tmp_path, path) == 403
 
