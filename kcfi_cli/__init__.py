@@ -19,7 +19,7 @@ EXAMPLES = """examples:
   kcfi caption before.tif after.tif --regions --json       also a sentence per changed region; all as JSON
   kcfi scene before.tif after.tif -o report                changes of a scene of any size, as polygons on the map
   kcfi ask report "how many buildings appeared?"           of a report of `kcfi scene`; no model guesses
-  kcfi demo                                                a page in the browser: two images in, a sentence and a mask out
+  kcfi demo                                                a page in the browser: two images in, a sentence out
   kcfi data synthesize --pairs 100 --output pairs          drawn pairs in the layout of LEVIR-MCI
   kcfi data check LEVIR-MCI                                every problem of a data set, and what its splits hold
   kcfi train debug                                         train for two minutes on drawn pairs

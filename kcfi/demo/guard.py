@@ -1,4 +1,4 @@
-"""What stands between the network and Gradio: a list of what may be asked, limits, and headers that keep browsers here.
+"""What stands between the network and Gradio: what may be asked, limits, and headers that keep browsers here.
 
 Gradio's server can do more than this page needs: fetch addresses that a request names, run functions past the queue,
 proxy. None of it gets through. Requests that are refused have the status that says why, and one sentence.

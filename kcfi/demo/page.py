@@ -168,8 +168,8 @@ class Page:
             gr.Markdown('Scenes need `pip install "kcfi[geo]"` where this page runs.')
             return
         gr.Markdown(
-            "Two GeoTIFFs of one place in one CRS, as for `kcfi scene`, whose report comes out: a map of all changes, a "
-            "sentence, an area and a probability for each, polygons and rasters for a GIS."
+            "Two GeoTIFFs of one place in one CRS, as for `kcfi scene`, whose report comes out: a map of all changes, "
+            "a sentence, an area and a probability for each, polygons and rasters for a GIS."
         )
         with gr.Row():
             before, after = (

@@ -10,11 +10,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("gradio", reason="the extra `demo` is not installed")
-
 import httpx
+import pytest
 import uvicorn
 
 from kcfi.demo.limits import Limits

@@ -1,6 +1,7 @@
 """What is shown of a pair: masks by threshold, areas, text that cannot become markup, the zip."""
 
 import io
+import itertools
 import json
 import zipfile
 from dataclasses import replace
@@ -56,7 +57,7 @@ def test_the_mask_in_the_middle_is_that_of_kcfi_caption_where_no_third_class_dec
 def test_a_higher_threshold_marks_less_and_never_anything_else(answer):
     masks = [mask_at(answer.report, threshold) > 0 for threshold in np.linspace(0, 1, 21)]
     assert masks[0].all() and not masks[-1].all() and masks[10].any()
-    assert all((low | ~high).all() for low, high in zip(masks, masks[1:], strict=False))
+    assert all((low | ~high).all() for low, high in itertools.pairwise(masks))
     marked = np.unique(mask_at(answer.report, 0)).tolist()
     assert set(marked) <= {1, 2}  # classes of change, also where nothing is the likeliest
 

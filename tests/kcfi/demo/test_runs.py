@@ -31,7 +31,7 @@ def test_a_run_in_time_gives_the_same_answer(describer, make_pair):
 def test_a_run_that_takes_too_long_is_ended_before_the_next_tile(describer, make_pair):
     runs, tiles = Runs(describer.model, Limits(seconds=1e-9)), []
     handle = describer.model.model.vision_tower.register_forward_hook(lambda *_: tiles.append(1))
-    with pytest.raises(Refused, match="180|1e-09 s that a run may take") as caught, runs.run(None):
+    with pytest.raises(Refused, match="longer than the 1e-09 s") as caught, runs.run(None):
         describer.describe(*make_pair(400, 400))
     handle.remove()
     assert caught.value.status == 504 and tiles == [] and hooks(runs) == [0, 0]

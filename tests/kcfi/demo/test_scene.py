@@ -6,9 +6,7 @@ import zipfile
 
 import numpy as np
 import pytest
-
-rasterio = pytest.importorskip("rasterio", reason="the extra `geo` is not installed")
-
+import rasterio
 from affine import Affine
 
 from kcfi.demo.limits import Limits, Refused
