@@ -37,7 +37,7 @@ class Refused(Exception):
     """A request that is refused; the message is for whoever sent it.
 
     Args:
-        status: of HTTP: 403, 404, 413, 415, 429 or 504.
+        status: of HTTP: 400, 403, 404, 413, 415, 429 or 504.
         message: what was found, and what to do instead.
     """
 
