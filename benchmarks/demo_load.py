@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--model", default="kcfi-tiny")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server ends with this script
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "kcfi_cli", "demo", "--model", options.model, "--port", "0"]
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": folder})
@@ -102,19 +104,20 @@ def main() -> None:
             address = server.stdout.readline().split()[0]
             counts: Counter = Counter()
             Visitor(address, 1, Counter()).visit()  # what is loaded once
+            visitors = [Visitor(address, number, counts) for number in range(options.clients)]
             start = time.monotonic()
             until = start + options.seconds
-            visitors = [Visitor(address, number, counts) for number in range(options.clients)]
             threads = [threading.Thread(target=visitor.stay, args=[until]) for visitor in visitors]
             for thread in threads:
                 thread.start()
             samples = []
             while any(thread.is_alive() for thread in threads):
                 files = sum(1 for path in Path(folder).rglob("*") if path.is_file())
-                samples.append((time.monotonic() - start, memory(server), files))
+                samples.append((memory(server), files))
                 time.sleep(1)
-            first = [sample for sample in samples if sample[0] < options.seconds / 4]
-            last = [sample for sample in samples if sample[0] > options.seconds * 3 / 4]
+            spent = time.monotonic() - start
+            quarter = (len(samples) + 3) // 4
+            first, last = samples[:quarter], samples[-quarter:]
             begun, after = time.monotonic(), Counter()
             while not after["described"] and time.monotonic() < begun + SETTLE:
                 Visitor(address, 1, after).visit()
@@ -129,10 +132,11 @@ def main() -> None:
                 "clients": options.clients,
                 "seconds": options.seconds,
                 **dict(sorted(counts.items())),
-                "memory_first": round(max(sample[1] for sample in first)),
-                "memory_last": round(max(sample[1] for sample in last)),
-                "files_first": max(sample[2] for sample in first),
-                "files_last": max(sample[2] for sample in last),
+                "until_all_left": round(spent, 1),
+                "memory_first": round(max(used for used, _ in first)),
+                "memory_last": round(max(used for used, _ in last)),
+                "files_first": max(files for _, files in first),
+                "files_last": max(files for _, files in last),
                 "one_more": round(settled, 1),
                 "folders_left": len(left),
             }
