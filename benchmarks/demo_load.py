@@ -4,8 +4,8 @@
 
 Starts a server on a free port of 127.0.0.1. Each client uploads the example pair and describes it, moves the threshold
 and downloads the zip, again and again; every fifth leaves while it waits, and every tenth sends an address in place of
-an upload. Prints a line of JSON: counts of what came back, memory of the server (MiB) and files in its folder in the
-first and the last quarter of the time, and how long one more description takes when all have left (s).
+an upload. Prints a line of JSON: counts of what came back, the most memory of the server (MiB) and files in its folder
+in each quarter of the time, and how long one more description takes when all have left (s).
 """
 
 import argparse
@@ -22,6 +22,7 @@ from collections import Counter
 from pathlib import Path
 
 import httpx
+import numpy as np
 
 import kcfi
 
@@ -116,8 +117,7 @@ def main() -> None:
                 samples.append((memory(server), files))
                 time.sleep(1)
             spent = time.monotonic() - start
-            quarter = (len(samples) + 3) // 4
-            first, last = samples[:quarter], samples[-quarter:]
+            quarters = np.array_split(np.array(samples), 4)
             begun, after = time.monotonic(), Counter()
             while not after["described"] and time.monotonic() < begun + SETTLE:
                 Visitor(address, 1, after).visit()
@@ -133,10 +133,8 @@ def main() -> None:
                 "seconds": options.seconds,
                 **dict(sorted(counts.items())),
                 "until_all_left": round(spent, 1),
-                "memory_first": round(max(used for used, _ in first)),
-                "memory_last": round(max(used for used, _ in last)),
-                "files_first": max(files for _, files in first),
-                "files_last": max(files for _, files in last),
+                "memory": [round(part[:, 0].max()) for part in quarters],
+                "files": [round(part[:, 1].max()) for part in quarters],
                 "one_more": round(settled, 1),
                 "folders_left": len(left),
             }
