@@ -21,6 +21,7 @@ EXAMPLES = Path(kcfi.__file__).parent / "example"
 PAIRS = {"": "A suburb on a field", "hall_": "A hall on a field", "streets_": "Houses along two streets"}  # by file
 CREDITS = "Examples: Christchurch, imagery of Toitu Te Whenua Land Information New Zealand, CC BY 4.0, of the WHU set."
 THRESHOLD = 0.5
+SESSIONS = 500  # of which Gradio remembers what they look at
 EMPTY = '<p class="empty">What changed will be told here.</p>'
 GONE = "This answer is no longer kept: describe the pair again."
 
@@ -86,6 +87,7 @@ class Page:
                 self._pair()
             with gr.Tab("Scene (GeoTIFF)"):
                 self._scene()
+        blocks.state_session_capacity = SESSIONS
         blocks.queue(max_size=self.limits.waiting, default_concurrency_limit=1, api_open=False)
         return blocks
 
