@@ -7,11 +7,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from kcfi_cli import ablate, ask, calibrate, caption, data, evaluate, export, push, scene, score, serve, train
+from kcfi_cli import ablate, ask, calibrate, caption, data, demo, evaluate, export, push, scene, score, serve, train
 from kcfi_cli.options import Parser, UsageError
 
 # as `kcfi --help` lists them
-COMMANDS = (caption, scene, ask, train, evaluate, calibrate, score, ablate, data, push, serve, export)
+COMMANDS = (caption, scene, ask, demo, train, evaluate, calibrate, score, ablate, data, push, serve, export)
 
 EXAMPLES = """examples:
   kcfi caption before.png after.png                        sentence, mask and overlay by the embedded model
@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   kcfi caption before.tif after.tif --regions --json       also a sentence per changed region; all as JSON
   kcfi scene before.tif after.tif -o report                changes of a scene of any size, as polygons on the map
   kcfi ask report "how many buildings appeared?"           of a report of `kcfi scene`; no model guesses
+  kcfi demo                                                a page in the browser: two images in, a sentence out
   kcfi data synthesize --pairs 100 --output pairs          drawn pairs in the layout of LEVIR-MCI
   kcfi data check LEVIR-MCI                                every problem of a data set, and what its splits hold
   kcfi train debug                                         train for two minutes on drawn pairs

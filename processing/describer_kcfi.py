@@ -75,6 +75,8 @@ class ChangeReport:
         changed_probability: that anything changed, 0 to 1 (of images that are cut into tiles: in the surest one); None
             without a head. See `Calibration`.
         probabilities: (H, W) probability of change, whatever the class; None without a head.
+        classes: (H, W) uint8, the likeliest class of change of every pixel, from 1, whether it changed or not: what a
+            mask of another threshold on the probabilities holds; None without a head.
         key_changes: (H, W) norm of the key change features (the paper's Fig. 1), in the model's own units.
         regions: changed regions, largest first; empty unless they were asked for.
     """
@@ -86,6 +88,7 @@ class ChangeReport:
     changed_fraction: float | None
     changed_probability: float | None
     probabilities: NDArray[np.float32] | None
+    classes: NDArray[np.uint8] | None
     key_changes: NDArray[np.float32]
     regions: list[Region] = field(default_factory=list)
 
@@ -497,7 +500,8 @@ class Describer:
             regions: whether regions are asked for.
         """
         height, width = values.shape[1:]
-        report = ChangeReport("", (0, 0, width, height), None, None, None, None, None, values[0].numpy())
+        box, key_changes = (0, 0, width, height), values[0].numpy()
+        report = ChangeReport("", box, None, None, None, None, None, None, key_changes)
         found: list[tuple[Region, NDArray[np.bool_]]] = []
         if len(values) > 1:
             changes = 1 - self.calibration.class_probabilities(values[1:])[0]
@@ -507,6 +511,7 @@ class Describer:
                 called[top:bottom, left:right] |= self.threshold is None or probability > self.threshold
             mask = (values[1:].argmax(0) * called).masked_fill(~seen, NO_LABEL).to(torch.uint8).numpy()
             report.mask, report.probabilities = mask, changes.numpy()
+            report.classes = (1 + values[2:].argmax(0)).to(torch.uint8).numpy()
             report.changed_probability = max(sure)
             report.changed_fraction = float(changed_pixels(mask).sum() / seen.sum())
             found = changed_regions(mask) if regions else []

@@ -241,11 +241,23 @@ def test_without_a_head_there_is_a_sentence_and_no_mask(make_detector, tmp_path,
     describer = Describer(*load(str(folder)))
     before, after = make_pair(80, 32, square=(56, 6, 72, 26))
     report = describer.describe(before, after)
-    assert report.mask is None and report.changed_fraction is None and report.key_changes.shape == (32, 80)
+    assert report.mask is None and report.classes is None and report.key_changes.shape == (32, 80)
     box = (48, 0, 80, 32)  # the tile whose key change features are strongest
     assert report.caption == describer.describe(before.crop(box), after.crop(box)).caption
     with pytest.raises(ValueError, match="no change detection head: it cannot find regions"):
         describer.describe(before, after, regions=True)
+
+
+@pytest.mark.parametrize("size", [32, 80])
+def test_every_pixel_has_a_likeliest_class_of_change(describer, make_pair, size):
+    pair = make_pair(size, size, (0, 0, size // 2, size // 2))
+    report = describer.describe(*pair)
+    marked = report.mask > 0
+    assert marked.any() and not marked.all() and set(np.unique(report.classes)) <= {1, 2}
+    assert report.classes.dtype == np.uint8 and np.array_equal(report.classes[marked], report.mask[marked])
+    if describer.fits(pair[0]):
+        [(logits, _)] = describer.mask_logits([pair])
+        assert np.array_equal(report.classes, 1 + logits[1:].argmax(0).numpy())
 
 
 def test_an_area_is_seen_from_another_box():

@@ -1,0 +1,109 @@
+"""What the page takes, and what it refuses: files by their header, before anything decodes them."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from kcfi.processing.reading_kcfi import TIFF_STARTS
+
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF")  # no others of PIL's decoders, and of GDAL's drivers, ever see an upload
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of one page.
+
+    Args:
+        megabytes: of a request with files, 10^6 bytes.
+        megapixels: of an image, and of the grid of a scene, 10^6 px.
+        waiting: runs that may wait for the one that is computed.
+        seconds: that a run may compute.
+        stored_megabytes: of uploads and pictures on disk, and likewise of answers in memory; the oldest go first.
+        stored_seconds: that a file stays on disk.
+    """
+
+    megabytes: float = 64
+    megapixels: float = 5
+    waiting: int = 8
+    seconds: float = 180
+    stored_megabytes: float = 1024
+    stored_seconds: float = 3600
+
+
+class Refused(Exception):
+    """A request that is refused; the message is for whoever sent it.
+
+    Args:
+        status: of HTTP: 400, 403, 404, 413, 415, 429 or 504.
+        message: what was found, and what to do instead.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def inside(folder: Path, path: str) -> bool:
+    """Whether a path is that of a file in a folder; links count by where they lead."""
+    try:
+        resolved = Path(path).resolve()
+        return resolved.is_relative_to(folder.resolve()) and resolved.is_file()
+    except (OSError, ValueError):  # too long, or with a zero byte
+        return False
+
+
+def check_upload(folder: Path, path: object, limits: Limits) -> None:
+    """Refuse what is no upload, no image, or too large; of the file its header alone is read.
+
+    Raises:
+        Refused: 403, 415 or 413.
+    """
+    if not isinstance(path, str) or not inside(folder, path):
+        raise Refused(403, "Only files that were uploaded to this page are read, no addresses and no other paths.")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            check_pixels(image.width, image.height, limits, "An image")
+    except Image.DecompressionBombError as error:
+        raise Refused(
+            413, f"An image promises too many pixels: at most {limits.megapixels:g} Mpx are read."
+        ) from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, KeyError) as error:
+        with open(path, "rb") as file:
+            if file.read(4) not in TIFF_STARTS:  # of kinds that PIL does not know: whoever opens it decides
+                raise Refused(415, "Not an image that is read here: give PNG, JPEG, WebP or TIFF.") from error
+
+
+def check_pixels(width: int, height: int, limits: Limits, what: str) -> None:
+    """Refuse a large image or grid.
+
+    Raises:
+        Refused: 413; says both numbers.
+    """
+    if width * height > limits.megapixels * 1e6:
+        raise Refused(
+            413,
+            f"{what} of {width:,} x {height:,} px is more than this page takes, {limits.megapixels:g} Mpx: cut out a "
+            "part of it, or use `kcfi caption` or `kcfi scene` on a machine of your own.",
+        )
+
+
+def sweep(folder: Path, limits: Limits) -> None:
+    """Delete files that are too old, and the oldest until the rest is small enough; then the folders left empty."""
+    found = []
+    for path in folder.rglob("*"):
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # deleted meanwhile
+            continue
+        if path.is_file():
+            found.append((status.st_mtime, status.st_size, path))
+    total = sum(size for _, size, _ in found)
+    for changed, size, path in sorted(found):
+        if total > limits.stored_megabytes * 1e6 or changed < time.time() - limits.stored_seconds:
+            path.unlink(missing_ok=True)
+            total -= size
+            if path.parent != folder and not os.listdir(path.parent):
+                path.parent.rmdir()

@@ -1,0 +1,107 @@
+"""What is an upload, what is too large, and what is deleted when."""
+
+import os
+import struct
+import zlib
+
+import pytest
+from PIL import Image
+
+from kcfi.demo.limits import Limits, Refused, check_pixels, check_upload, inside, sweep
+
+LIMITS = Limits(megapixels=1)
+
+
+def header(width, height):
+    """A PNG that promises so many pixels and holds none."""
+    content = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + content + struct.pack(">I", zlib.crc32(content))
+    return b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IDAT"
+
+
+def refused(folder, path):
+    with pytest.raises(Refused) as caught:
+        check_upload(folder, path, LIMITS)
+    return caught.value.status
+
+
+def test_files_of_the_folder_alone_are_inside_of_it(tmp_path):
+    folder = tmp_path / "uploads"
+    folder.mkdir()
+    (folder / "a").write_text("a")
+    (tmp_path / "secret").write_text("s")
+    (folder / "link").symlink_to(tmp_path / "secret")
+    assert inside(folder, str(folder / "a"))
+    for path in (
+        folder,
+        folder / "none",
+        folder / "link",
+        tmp_path / "secret",
+        folder / ".." / "secret",
+        "/etc/passwd",
+    ):
+        assert not inside(folder, str(path)), path
+    assert not inside(folder, "a\0b") and not inside(folder, "x" * 5000) and not inside(folder, "")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_images_of_four_kinds_are_taken(tmp_path, kind):
+    path = tmp_path / "image"
+    Image.new("RGB", (30, 20)).save(path, kind)
+    assert check_upload(tmp_path, str(path), LIMITS) is None
+
+
+def test_a_tiff_that_pil_does_not_know_is_left_to_whoever_opens_it(tmp_path):
+    path = tmp_path / "a.tif"
+    path.write_bytes(b"II+\0" + bytes(60))
+    assert check_upload(tmp_path, str(path), LIMITS) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"words",
+        b"<VRTDataset rasterXSize='1' rasterYSize='1'><SourceFilename>http://127.0.0.1/a.tif</SourceFilename></VRTDataset>",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n",
+        b"GIF89a\x01\x00\x01\x00\x00\x00\x00,\x00\x00\x00\x00\x01\x00\x01\x00\x00\x02\x02D\x01\x00;",
+    ],
+)
+def test_what_is_no_such_image_is_refused(tmp_path, content):
+    path = tmp_path / "image.png"
+    path.write_bytes(content)
+    assert refused(tmp_path, str(path)) == 415
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "http://127.0.0.1/a.png", "file:///etc/passwd", "../a.png", 7, None, {}]
+)
+def test_what_was_not_uploaded_is_refused(tmp_path, path):
+    assert refused(tmp_path, path) == 403
+
+
+@pytest.mark.parametrize(("width", "height"), [(1001, 1000), (20_000, 20_000), (2**31 - 1, 2**31 - 1)])
+def test_too_many_pixels_are_refused_by_the_header(tmp_path, width, height):
+    path = tmp_path / "image.png"
+    path.write_bytes(header(width, height))
+    assert refused(tmp_path, str(path)) == 413
+
+
+def test_the_message_names_both_numbers_and_a_way_out():
+    with pytest.raises(Refused, match=r"A scene of 2,000 x 600 px .* 1 Mpx: .*`kcfi scene`"):
+        check_pixels(2000, 600, LIMITS, "A scene")
+    assert check_pixels(1000, 1000, LIMITS, "A scene") is None
+
+
+def test_old_files_are_deleted_and_then_the_oldest_until_the_rest_fits(tmp_path):
+    for number, age in enumerate([9000, 400, 300, 200, 100]):
+        path = tmp_path / f"f{number}" / "image.png"
+        path.parent.mkdir()
+        path.write_bytes(bytes(400_000))
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - age))
+    (tmp_path / "loose").write_bytes(b"")
+    sweep(tmp_path, Limits(stored_megabytes=1, stored_seconds=3600))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f3", "f4", "loose"]
+    sweep(tmp_path, Limits(stored_megabytes=1, stored_seconds=150))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f4", "loose"]
