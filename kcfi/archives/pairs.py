@@ -107,9 +107,11 @@ def _stac_rows(manifest: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except ImportError as error:
         raise InputError(f'{manifest}: to read STAC collections, pip install "kcfi[geo]"') from error
     try:
-        catalog = pystac.Catalog.from_file(str(manifest.absolute()))  # a collection is one too
-    except (pystac.STACError, ValueError, KeyError) as error:
+        catalog = pystac.read_file(str(manifest.absolute()))
+    except (pystac.STACError, pystac.STACTypeError, ValueError, KeyError) as error:
         raise InputError(f"{manifest}: not readable as a STAC collection ({error}).") from error
+    if not isinstance(catalog, pystac.Catalog):  # a collection is one too
+        raise InputError(f"{manifest}: not readable as a STAC collection (it is of type {type(catalog).__name__}).")
     for item in catalog.get_items(recursive=True):
         missing = [date for date in ("before", "after") if date not in item.assets]
         if missing:
