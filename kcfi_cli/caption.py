@@ -85,6 +85,8 @@ def run(options: argparse.Namespace) -> int:
     many = is_list(options.before, options.after)
     if options.no_pictures and (options.heatmap or not many):
         raise UsageError("--no_pictures is for lists of pairs, without --heatmap.")
+    for path in filter(None, (options.before, options.after)):
+        path.stat()  # not there: said before anything heavy is imported
     check_writable(options.output)
     from transformers.utils.logging import disable_progress_bar
 

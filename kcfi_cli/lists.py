@@ -37,14 +37,11 @@ def is_list(before: str | Path, after: str | Path | None) -> bool:
 
     Raises:
         UsageError: the later image is missing.
-        FileNotFoundError: something is not there.
     """
     manifest = after is None and Path(before).suffix.lower() in MANIFESTS
     if after is None and not manifest:
         kinds = ", ".join(sorted(MANIFESTS))
         raise UsageError(f"Give the later image too, or a manifest ({kinds}) in place of {before}.")
-    for path in [before, after] if after else [before]:
-        Path(path).stat()  # not there: said before anything heavy is imported
     return manifest or Path(before).is_dir()
 
 

@@ -26,6 +26,9 @@ class Worker:
     def __init__(self, output: Path, device: str | None = None) -> None:
         self.output, self.job, self.todo = output, read_job(output), Todo(output)
         self.describer = build_describer(**(self.job.describer | ({"device": device} if device else {})))
+        for weights in [*self.describer.model.parameters(), *self.describer.model.buffers()]:
+            # sums depend on where in memory numbers lie: as in their file here, and elsewhere for another device
+            weights.data = weights.data.clone()
         # refuses a model without a head now, and not in every row
         self.describer.describe_pairs([], regions=self.job.regions or self.job.scene is not None)
 

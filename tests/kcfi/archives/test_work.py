@@ -27,6 +27,11 @@ def test_a_block_becomes_rows_that_a_second_call_leaves_alone(output, detector):
     assert Todo(output).path(1).stat() == before
 
 
+def test_weights_lie_in_memory_as_they_do_in_every_process(output):
+    weights = Worker(output).describer.model.state_dict().values()
+    assert {one.data_ptr() % 64 for one in weights} == {0}  # in the file they lie anywhere
+
+
 def test_a_block_that_is_given_up_is_rows_with_the_reason(output):
     Worker(output).give_up(0, "it ended")
     rows = table(output)
