@@ -35,7 +35,7 @@ def large(tmp_path, make_pair):
         for folder in ("A", "B"):
             (tmp_path / "large" / folder).mkdir(parents=True)
         for number in range(count):
-            before, after = make_pair(400, 400, square=(20 * number, 2, 20 * number + 60, 180))
+            before, after = make_pair(220, 220, square=(20 * number, 2, 20 * number + 60, 180))
             before.save(tmp_path / "large/A" / f"{number}.png")
             after.save(tmp_path / "large/B" / f"{number}.png")
         return tmp_path / "large"

@@ -39,7 +39,7 @@ def test_two_processes_write_the_rows_of_one(folders, detector, monkeypatch):
 
 
 def test_what_a_killed_process_leaves_is_done_by_the_next_call(large, command, tmp_path):
-    folder = large(6)
+    folder = large(4)
     subprocess.run(**command(folder, tmp_path / "whole", "--block", 1), capture_output=True, check=True)
     options = ("--engine", "accelerate", "--workers", 2, "--block", 1)
     killed = command(folder, tmp_path / "killed", *options)
@@ -48,14 +48,14 @@ def test_what_a_killed_process_leaves_is_done_by_the_next_call(large, command, t
     os.kill(workers(process.pid)[0].pid, signal.SIGKILL)
     _, said = process.communicate()
     assert process.returncode == 2 and "what is finished is kept: start the same command again" in said
-    assert 1 <= len(table(tmp_path / "killed")) < 6
+    assert 1 <= len(table(tmp_path / "killed")) < 4
     subprocess.run(**killed, capture_output=True, check=True)
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
 
 
 def test_the_processes_end_with_the_one_that_started_them(large, command, tmp_path):
     options = ("--engine", "accelerate", "--workers", 2, "--block", 1)
-    started = command(large(12), tmp_path / "out", *options)
+    started = command(large(8), tmp_path / "out", *options)
     process = subprocess.Popen(**started, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for_rows(tmp_path / "out", process)
     below = workers(process.pid)
@@ -63,4 +63,4 @@ def test_the_processes_end_with_the_one_that_started_them(large, command, tmp_pa
     process.kill()
     process.wait()
     gone, alive = psutil.wait_procs(below, timeout=20)
-    assert len(gone) == 2 and alive == [] and len(table(tmp_path / "out")) < 12
+    assert len(gone) == 2 and alive == [] and len(table(tmp_path / "out")) < 8

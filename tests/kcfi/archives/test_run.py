@@ -119,7 +119,7 @@ def test_a_list_of_urls_gives_the_captions_of_its_files(folders, detector, capsy
 
 @pytest.mark.slow
 def test_killed_at_any_moment_and_started_again_the_table_is_the_same(large, command, tmp_path):
-    folder, chance, output = large(4), random.Random(5), tmp_path / "killed"
+    folder, chance, output = large(5), random.Random(5), tmp_path / "killed"
     subprocess.run(**command(folder, tmp_path / "whole", "--block", 1), capture_output=True, check=True)
     for kill in range(1, 4):
         process = subprocess.Popen(
@@ -131,8 +131,8 @@ def test_killed_at_any_moment_and_started_again_the_table_is_the_same(large, com
         time.sleep(chance.uniform(0, 0.2))
         process.kill()
         assert process.wait() == -signal.SIGKILL
-        assert kill <= len(table(output)) < 4
+        assert kill <= len(table(output)) < 5
     subprocess.run(**command(folder, output, "--block", 1), capture_output=True, check=True)
-    assert digest(output) == digest(tmp_path / "whole") and len(table(output)) == 4
+    assert digest(output) == digest(tmp_path / "whole") and len(table(output)) == 5
     pictures = [sorted(path.name for path in where.glob("*.png")) for where in (output, tmp_path / "whole")]
-    assert pictures[0] == pictures[1] and len(pictures[0]) == 8 and not (output / ".work").exists()
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 10 and not (output / ".work").exists()
