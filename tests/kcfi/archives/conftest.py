@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,6 +55,22 @@ def command(detector):
         return {"args": arguments, "cwd": ROOT, "env": environment}
 
     return build
+
+
+@pytest.fixture
+def start(command):
+    """The same, started and not waited for; it ends with the test."""
+    started = []
+
+    def build(*arguments):
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(**command(*arguments), **quiet))
+        return started[-1]
+
+    yield build
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def table(output):

@@ -38,25 +38,23 @@ def test_two_processes_write_the_rows_of_one(folders, detector, monkeypatch):
     assert digest(folders / "one") == digest(folders / "two") and len(table(folders / "two")) == 7
 
 
-def test_what_a_killed_process_leaves_is_done_by_the_next_call(large, command, tmp_path):
+def test_what_a_killed_process_leaves_is_done_by_the_next_call(large, command, start, tmp_path):
     folder = large(4)
     subprocess.run(**command(folder, tmp_path / "whole", "--block", 1), capture_output=True, check=True)
     options = ("--engine", "accelerate", "--workers", 2, "--block", 1)
-    killed = command(folder, tmp_path / "killed", *options)
-    process = subprocess.Popen(**killed, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start(folder, tmp_path / "killed", *options)
     wait_for_rows(tmp_path / "killed", process)
     os.kill(workers(process.pid)[0].pid, signal.SIGKILL)
     _, said = process.communicate()
     assert process.returncode == 2 and "what is finished is kept: start the same command again" in said
     assert 1 <= len(table(tmp_path / "killed")) < 4
-    subprocess.run(**killed, capture_output=True, check=True)
+    subprocess.run(**command(folder, tmp_path / "killed", *options), capture_output=True, check=True)
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
 
 
-def test_the_processes_end_with_the_one_that_started_them(large, command, tmp_path):
+def test_the_processes_end_with_the_one_that_started_them(large, start, tmp_path):
     options = ("--engine", "accelerate", "--workers", 2, "--block", 1)
-    started = command(large(8), tmp_path / "out", *options)
-    process = subprocess.Popen(**started, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(large(8), tmp_path / "out", *options)
     wait_for_rows(tmp_path / "out", process)
     below = workers(process.pid)
     assert len(below) == 2

@@ -118,13 +118,11 @@ def test_a_list_of_urls_gives_the_captions_of_its_files(folders, detector, capsy
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_and_started_again_the_table_is_the_same(large, command, tmp_path):
+def test_killed_at_any_moment_and_started_again_the_table_is_the_same(large, command, start, tmp_path):
     folder, chance, output = large(5), random.Random(5), tmp_path / "killed"
     subprocess.run(**command(folder, tmp_path / "whole", "--block", 1), capture_output=True, check=True)
     for kill in range(1, 4):
-        process = subprocess.Popen(
-            **command(folder, output, "--block", 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = start(folder, output, "--block", 1)
         while len(list(output.glob("rows-*"))) < kill:
             assert process.poll() is None
             time.sleep(0.01)
