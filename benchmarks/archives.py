@@ -4,6 +4,7 @@
 python benchmarks/archives.py                               # 2,000 pairs of 64 px
 python benchmarks/archives.py --model kcfi-tiny --rows 200  # pairs of 256 px
 python benchmarks/archives.py --missing --rows 20000        # what each engine costs beside reading and the model
+python benchmarks/archives.py --driver --rows 300000        # what the list and the table cost who starts the engine
 ```
 
 The pairs are crops of the example pair. Without `--model` they are described by kcfi-tiny made to read 64 px: 16 times
@@ -32,10 +33,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from kcfi.archives.blocks import blocks, read_rows
+from kcfi.archives.blocks import IMAGES, blocks, finished, read_rows, write_block, write_csv
+from kcfi.archives.job import Job, Todo, prepare
+from kcfi.archives.pairs import find_pairs
 from kcfi.models import load
 
 ROOT = Path(__file__).parents[1]
+DATES = ("before", "after")
 CROPS = 40  # pairs that differ; a longer list has them again and again
 SAMPLE = 0.5  # s between two looks at the memory
 
@@ -59,14 +63,14 @@ CASES = (Case("local", 1), Case("local", 1, 2), Case("accelerate", 2), Case("ray
 
 def write_manifest(folder: Path, rows: int, side: int, missing: bool = False) -> Path:
     """Crops of the example pair, and a manifest of so many rows of them."""
-    for date in ("before", "after"):
+    for date in DATES:
         (folder / date).mkdir()
         image = Image.open(ROOT / "kcfi" / "example" / f"{date}.png").convert("RGB")
         for number in range(0 if missing else CROPS):
             left, top = (37 * number % max(1, image.width - side), 53 * number % max(1, image.height - side))
             image.crop((left, top, left + side, top + side)).save(folder / date / f"{number}.png")
     columns: dict[str, list[str]] = {"name": [f"{number:06}" for number in range(rows)]}
-    columns |= {date: [f"{date}/{number % CROPS}.png" for number in range(rows)] for date in ("before", "after")}
+    columns |= {date: [f"{date}/{number % CROPS}.png" for number in range(rows)] for date in DATES}
     pq.write_table(pa.table(columns), folder / "pairs.parquet")
     return folder / "pairs.parquet"
 
@@ -113,6 +117,35 @@ def caption(manifest: Path, output: Path, case: Case, model: str, block: int) ->
     }
 
 
+def driver_costs(folder: Path, rows: int) -> dict[str, float]:
+    """CPU microseconds per row of what is done once for a list, and bytes per row of memory and disk."""
+    names = [f"{number:08}" for number in range(rows)]
+    columns = {"name": names, **{date: [f"/archive/{date}/{name}.tif" for name in names] for date in DATES}}
+    pq.write_table(pa.table(columns), folder / "list.parquet")
+    output, costs, held = folder / "driver", {}, psutil.Process().memory_info().rss
+    marks = [time.process_time()]
+
+    def note(name: str) -> None:
+        marks.append(time.process_time())
+        costs[name] = 1e6 * (marks[-1] - marks[-2]) / rows
+
+    pairs = find_pairs(folder / "list.parquet")
+    note("read the list")
+    prepare(output, pairs, Job({"model": "-"}), "-", block=1000)
+    note("plan")
+    costs["bytes of memory"] = (psutil.Process().memory_info().rss - held) / rows
+    todo, found = Todo(output), {"caption": "a road and many houses are built on the bareland .", "score": 0.5}
+    for number in range(len(todo)):
+        write_block(todo.path(number), pa.Table.from_pylist([row | found for row in todo.rows(number)], IMAGES))
+    note("write blocks of 1,000")
+    costs["bytes on the disk"] = sum(path.stat().st_size for path in blocks(output)) / rows
+    finished(output)
+    note("read what is done")
+    write_csv(output, IMAGES)
+    note("write captions.csv")
+    return costs
+
+
 def digest(output: Path) -> str:
     """A name for what all rows of a table say."""
     rows = sorted((row for path in blocks(output) for row in read_rows(path)), key=lambda row: row["name"])
@@ -138,6 +171,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=16, help="rows per file (%(default)s)")
     parser.add_argument("--model", help="of pairs of 256 px (default: kcfi-tiny at 64 px)")
     parser.add_argument("--missing", action="store_true", help="name images that are not there")
+    parser.add_argument("--driver", action="store_true", help="measure list and table alone, without an engine")
     parser.add_argument(
         "--cases", type=int, nargs="+", default=list(range(len(CASES))), help="by number, from 0 (all)"
     )
@@ -146,6 +180,9 @@ def main() -> None:
     rows = []
     with TemporaryDirectory() as name:
         folder = Path(name)
+        if options.driver:
+            print(json.dumps({name: round(cost, 2) for name, cost in driver_costs(folder, options.rows).items()}))
+            return
         model = options.model or save_small(folder / "small")
         manifest = write_manifest(folder, options.rows, 256 if options.model else 64, options.missing)
         for number in options.cases:

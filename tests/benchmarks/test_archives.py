@@ -15,6 +15,13 @@ def test_the_list_has_crops_that_differ_and_rows_of_them(tmp_path):
     assert len(crops) == archives.CROPS and Image.open(tmp_path / rows[0]["before"]).size == (64, 64)
 
 
+def test_the_costs_of_list_and_table_are_per_row(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["archives.py", "--driver", "--rows", "2500"])
+    archives.main()
+    costs = json.loads(capsys.readouterr().out)
+    assert len(costs) == 7 and all(cost > 0 for name, cost in costs.items() if name != "bytes of memory")
+
+
 @pytest.mark.slow
 def test_engines_are_measured_and_compared(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["archives.py", "--rows", "8", "--block", "2", "--cases", "0", "2", "--json"])
