@@ -70,7 +70,7 @@ def start(command):
     yield build
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 def table(output):

@@ -98,12 +98,14 @@ def test_a_bug_ends_the_run_and_what_was_done_before_is_kept(folders, detector, 
     assert [len(rows) for rows in describe_archive(pairs, folders / "out", job, block=2)] == [2, 1]
 
 
-def test_the_table_does_not_depend_on_the_size_of_blocks_or_on_earlier_calls(folders, detector):
+def test_other_blocks_change_the_last_digits_at_most(folders, detector):
     pairs, job = find_pairs(folders / "A", folders / "B"), Job({"model": str(detector)})
     list(describe_archive(pairs, folders / "one", job, block=100))
     list(describe_archive(pairs.slice(2, 3), folders / "two", job, block=1))
     list(describe_archive(pairs, folders / "two", job, block=3))
-    assert digest(folders / "one") == digest(folders / "two") and len(table(folders / "one")) == len(SIZES)
+    for one, two in zip(table(folders / "one"), table(folders / "two"), strict=True):
+        numbers = {name: pytest.approx(value, abs=1e-4) for name, value in two.items() if isinstance(value, float)}
+        assert one == two | numbers and len(numbers) == 3
 
 
 def test_a_list_of_urls_gives_the_captions_of_its_files(folders, detector, capsys):
