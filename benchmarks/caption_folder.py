@@ -5,12 +5,11 @@ python benchmarks/caption_folder.py
 ```
 
 The plain side opens a pair, prepares it, lets the model write and mask it, and saves mask and overlay, one pair at a
-time; it encodes each pair once. Ours does the same in batches, and writes a table. Sentences must be the same. Two
-models: kcfi-tiny, whose time goes to the vision tower; and the size of DINOv2-S with SmolLM2-135M, random weights and
-the vocabulary of kcfi-tiny, which writes sentences of 12 tokens.
+time; it encodes each pair once. Ours does the same in batches. Sentences must be the same. Two models: kcfi-tiny,
+whose time goes to the vision tower; and the size of DINOv2-S with SmolLM2-135M, random weights and the vocabulary of
+kcfi-tiny, which writes sentences of 12 tokens.
 """
 
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +22,10 @@ from measure import comparison, loaded_memory, options_of, report, take_turns, w
 from PIL import Image
 from train_step import build
 
+from kcfi.archives.images import describe_images
+from kcfi.archives.job import Job
+from kcfi.archives.pairs import find_pairs
 from kcfi.models import load
-from kcfi.pair_list import describe_list, find_pairs
 from kcfi.pictures import overlay
 from kcfi.processing import Describer, describer_kcfi
 from kcfi.training.synthetic.dataset import SyntheticDataset
@@ -71,10 +72,12 @@ def plain(folder: Path, model: Any, processor: Any) -> dict[str, str]:
 
 
 def ours(folder: Path, describer: Describer) -> dict[str, str]:
-    """The list of pairs as `kcfi caption` does it; returns the sentences by name."""
-    shutil.rmtree(folder / "ours", ignore_errors=True)
-    rows = describe_list(describer, find_pairs(folder / "A", folder / "B"), folder / "ours", "kcfi-tiny")
-    return {row["name"]: row["caption"] for row in rows}
+    """The list of pairs as a block of `kcfi caption`; returns the sentences by name."""
+    output = folder / "ours"
+    output.mkdir(exist_ok=True)
+    rows = find_pairs(folder / "A", folder / "B").to_pylist()
+    results = describe_images(rows, describer, Job({"model": "kcfi-tiny"}), output)
+    return {row["name"]: result["caption"] for row, result in zip(rows, results, strict=True)}
 
 
 def make_sides(folder: Path, model: Any, processor: Any) -> dict[str, Callable[[], dict[str, str]]]:

@@ -1,5 +1,6 @@
 """The name of a model -> the model and its processor, ready to describe pairs."""
 
+import hashlib
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -10,7 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from kcfi.files import read_yaml
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
-from kcfi.processing import InputError
+from kcfi.processing import INSTRUCTIONS, Describer, InputError
 from kcfi.towers import refusals
 
 
@@ -46,6 +47,60 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> tupl
         model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=chosen)
         processor = AutoProcessor.from_pretrained(source)
     return model.to(place).eval(), processor
+
+
+def build_describer(
+    model: str,
+    device: str | None = None,
+    dtype: str | None = None,
+    tile: int | None = None,
+    batch_size: int = 8,
+    instruction: str | None = None,
+    alarm_rate: float | None = None,
+    compiled: bool = False,
+) -> Describer:
+    """The Describer of a model by its name.
+
+    Args:
+        model: folder, Hub id or "kcfi-tiny".
+        device: see `load`.
+        dtype: see `load`; None = computing as the run that made the model did, see `validation_dtype`.
+        tile: see `Describer`.
+        batch_size: see `Describer`.
+        instruction: see `Describer`; None = the first of the paper.
+        alarm_rate: see `Describer`.
+        compiled: see `compiled_steps`.
+
+    Raises:
+        InputError: the model cannot be loaded, or a setting does not fit it.
+    """
+    network, processor = load(model, device, dtype)
+    autocast = None if dtype else validation_dtype(model, network.device)
+    settings = (tile, batch_size, instruction or INSTRUCTIONS[0], autocast, alarm_rate)
+    return Describer(network, processor, *settings, **(compiled_steps() if compiled else {}))
+
+
+def weights_of(name: str) -> str:
+    """A name for the weights of a model that is not loaded: they differ, so does it.
+
+    Args:
+        name: folder, Hub id or "kcfi-tiny".
+
+    Returns:
+        A digest of the files of a folder; of a Hub id the commit.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    source = model_source(name)
+    if not Path(source).is_dir():
+        with refusals(f"Cannot load the model {name!r}: "):
+            return str(AutoConfig.from_pretrained(source)._commit_hash)
+    digest = hashlib.sha256()
+    for path in sorted(Path(source).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def validation_dtype(model: str, device: torch.device) -> torch.dtype | None:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kcfi_cli.lists import add_list_options, describer_settings, is_list, run_list
 from kcfi_cli.options import Commands, UsageError, add_model_options, check_writable
 
 
@@ -15,17 +16,18 @@ def add_parser(commands: Commands) -> None:
         usage="kcfi caption BEFORE AFTER [options]\n       kcfi caption MANIFEST [options]",
         help="describe a pair of images, or many",
         description="Describe what changed between two co-registered images, and write a mask and an overlay.\n"
-        "Of two folders, or a manifest, write captions.csv too: a second call does what is missing, and the exit code "
-        "is 1 if\na pair could not be read.",
+        "Of two folders, or a manifest, write a table too (parquet files, captions.csv): a second call does what is "
+        "missing, and\nthe exit code is 1 if a pair could not be read.",
         epilog="examples:\n  kcfi caption before.png after.png --heatmap --output report\n"
-        "  kcfi caption LEVIR-CC/images/test/A LEVIR-CC/images/test/B --output report",
+        "  kcfi caption LEVIR-CC/images/test/A LEVIR-CC/images/test/B --output report\n"
+        "  kcfi caption pairs.parquet --output report --engine ray --workers 8 --block 1000 --no_pictures",
     )
     parser.add_argument(
         "before",
         type=Path,
         metavar="BEFORE",
-        help="image of the earlier date, a folder of them, or MANIFEST: a CSV "
-        "file with columns before, after (paths) and maybe name",
+        help="image of the earlier date, a folder of them, or MANIFEST: a CSV or parquet file with columns before, "
+        "after (paths or URLs) and maybe name, or a STAC collection whose items have the assets before and after",
     )
     parser.add_argument(
         "after",
@@ -73,26 +75,30 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--regions", action="store_true", help="also write a sentence per changed region")
     parser.add_argument("--heatmap", action="store_true", help="also draw the strength of the key change features")
     parser.add_argument("--json", action="store_true", help="print one JSON object (per pair)")
+    add_list_options(parser, block=16)
+    parser.add_argument("--no_pictures", action="store_true", help="of a list of pairs: write the table alone")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """`kcfi caption`; the exit code is 1 if pairs of a list could not be read."""
-    manifest = options.after is None and options.before.suffix.lower() == ".csv"
-    if options.after is None and not manifest:
-        raise UsageError(f"Give the later image too, or a manifest (.csv) in place of {options.before}.")
+    many = is_list(options.before, options.after)
+    if options.no_pictures and (options.heatmap or not many):
+        raise UsageError("--no_pictures is for lists of pairs, without --heatmap.")
     for path in filter(None, (options.before, options.after)):
         path.stat()  # not there: said before anything heavy is imported
     check_writable(options.output)
     from transformers.utils.logging import disable_progress_bar
 
+    from kcfi.models import build_describer
     from kcfi.pictures import save_pictures
     from kcfi.processing.reading_kcfi import read_pair
 
     disable_progress_bar()  # of loading weights, which is over before it can be read
-    if manifest or options.before.is_dir():
-        return caption_list(options)
-    describer = build_describer(options)
+    if many:
+        asked = {"regions": options.regions, "heatmap": options.heatmap, "pictures": not options.no_pictures}
+        return run_list(options, {"describer": describer_settings(options), "reading": reading(options), **asked})
+    describer = build_describer(**describer_settings(options))
     before, after = read_pair(options.before, options.after, **describer.reading(**reading(options)))
     [report] = describer.describe_pairs([(before, after)], options.regions)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -133,42 +139,3 @@ def reading(options: argparse.Namespace) -> dict[str, Any]:
     """Settings of `read_pair` that were given."""
     settings = {name: getattr(options, name) for name in ("bands", "stretch", "max_image_pixels")}
     return {name: value for name, value in settings.items() if value is not None}
-
-
-def build_describer(options: argparse.Namespace) -> Any:
-    """The Describer that the options of `kcfi caption` ask for."""
-    from kcfi.models import compiled_steps, load, validation_dtype
-    from kcfi.processing import INSTRUCTIONS, Describer
-
-    model, processor = load(options.model, options.device, options.dtype)
-    autocast = None if options.dtype else validation_dtype(options.model, model.device)
-    settings = (options.tile, options.batch_size, options.instruction or INSTRUCTIONS[0], autocast)
-    compiled = compiled_steps() if options.compile else {}
-    return Describer(model, processor, *settings, alarm_rate=options.alarm_rate, **compiled)
-
-
-def caption_list(options: argparse.Namespace) -> int:
-    """`kcfi caption` for two folders or a manifest."""
-    from tqdm import tqdm
-
-    from kcfi.pair_list import TABLE, describe_list, find_pairs
-
-    pairs = find_pairs(options.before, options.after)
-    check_writable(options.output)
-    describer = build_describer(options)
-    # a table has one kind of sentences
-    asked = {
-        name: getattr(options, name) for name in ("dtype", "tile", "instruction", "alarm_rate", "bands", "stretch")
-    }
-    model = options.model + "".join(f" {name}={value}" for name, value in asked.items() if value is not None)
-    failed = 0
-    for row in describe_list(
-        describer, pairs, options.output, model, options.regions, options.heatmap, **reading(options)
-    ):
-        failed += row["error"] is not None
-        changed = "" if row["changed_fraction"] is None else f" ({row['changed_fraction']:.1%})"
-        line = f"{row['name']}: {row['error'] or row['caption']}{changed}"
-        tqdm.write(json.dumps(row) if options.json else line)
-    if not options.json:
-        print(f"{len(pairs) - failed} of {len(pairs)} pairs: {options.output / TABLE}")
-    return 1 if failed else 0

@@ -2,7 +2,7 @@
 
 import argparse
 
-from kcfi_cli.caption import build_describer
+from kcfi_cli.lists import describer_settings
 from kcfi_cli.options import Commands, UsageError, add_model_options
 
 
@@ -49,6 +49,7 @@ def run(options: argparse.Namespace) -> None:
 
     from kcfi.demo.limits import Limits
     from kcfi.demo.server import serve
+    from kcfi.models import build_describer
 
     disable_progress_bar()  # of loading weights, which is over before it can be read
-    serve(build_describer(options), options.model, options.host, options.port, Limits(**given))
+    serve(build_describer(**describer_settings(options)), options.model, options.host, options.port, Limits(**given))

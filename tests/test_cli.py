@@ -194,7 +194,9 @@ def test_an_output_without_rights_is_refused(capsys, pair, tmp_path):
 
 
 def test_wrong_options_are_one_line_too(capsys):
-    assert refusal(capsys, "caption", "a.png").startswith("Give the later image too, or a manifest (.csv)")
+    assert refusal(capsys, "caption", "a.png").startswith("Give the later image too, or a manifest (.csv, ")
+    assert "--no_pictures is for lists" in refusal(capsys, "caption", "a.png", "b.png", "--no_pictures")
+    assert refusal(capsys, "caption", "nowhere.csv") == "nowhere.csv: No such file or directory"
     assert refusal(capsys, "score", "a.json").endswith("required: --references (see `kcfi score --help`)")
     assert "invalid choice: 'capture'" in refusal(capsys, "capture")
     assert "unrecognized arguments: --jsn" in refusal(capsys, "caption", "a.png", "b.png", "--jsn")

@@ -22,7 +22,7 @@ FLOORS = (
     ("kcfi.modeling_kcfi", "kcfi.processing"),  # travel to the Hub
     ("kcfi",),
     ("kcfi.scenes",),
-    ("kcfi.demo",),
+    ("kcfi.archives", "kcfi.demo"),
     ("kcfi.training.data",),
     ("kcfi.training.synthetic",),
     ("kcfi.training.materials",),

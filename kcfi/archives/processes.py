@@ -1,0 +1,80 @@
+"""The engine `accelerate`: processes of this machine, one per GPU or share of the cores, started by accelerate.
+
+Process r of n does the blocks r, r + n, r + 2n and so on. What one that died leaves is for the next call.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from kcfi.archives.blocks import blocks
+from kcfi.archives.job import Todo, read_job
+from kcfi.archives.work import Worker
+
+POLL = 0.2  # s between two looks at what is done
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+LAUNCH += ["--dynamo_backend", "no"]
+
+
+def run(output: Path, workers: int | None = None) -> Iterator[int]:
+    """Do the blocks of an archive.
+
+    Args:
+        output: folder, where `prepare` was.
+        workers: processes; None = one per GPU, or one.
+
+    Yields:
+        The number of each block once it is written.
+
+    Raises:
+        ChildProcessError: a process died.
+    """
+    todo, count = Todo(output), workers or max(1, torch.cuda.device_count())
+    waiting = {todo.path(number).name: number for number in range(len(todo))}
+    command = [*LAUNCH, "--num_processes", str(count), *["--multi_gpu"] * (count > 1)]
+    command += ["-m", "kcfi.archives.processes", str(output)]
+    threads = max(1, (os.cpu_count() or 1) // count)
+    # nothing is written to the pipe: it closes with this process, however that ends, and ends those that read it
+    launcher = subprocess.Popen(command, stdin=subprocess.PIPE, env={"OMP_NUM_THREADS": str(threads), **os.environ})
+    try:
+        ended = False
+        while not ended:
+            ended = launcher.poll() is not None
+            for name in waiting.keys() & {path.name for path in blocks(output)}:
+                yield waiting.pop(name)
+            time.sleep(0 if ended else POLL)
+    finally:
+        launcher.terminate()
+        launcher.wait()
+    if waiting:
+        raise ChildProcessError(
+            f"A process of {count} ended (exit code {launcher.returncode}) with {len(waiting)} blocks to do; what is "
+            "finished is kept: start the same command again."
+        )
+
+
+def main() -> None:
+    """What each process does: `accelerate launch -m kcfi.archives.processes OUTPUT`."""
+    threading.Thread(target=_end_with_who_started_it, daemon=True).start()
+    output = Path(sys.argv[1])
+    device = read_job(output).describer["device"]
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    worker = Worker(output, device or str(state.device))
+    for number in range(state.process_index, len(worker.todo), state.num_processes):
+        worker(number)
+
+
+def _end_with_who_started_it() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

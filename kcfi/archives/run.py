@@ -1,0 +1,135 @@
+"""`describe_archive`: a list of pairs -> its table, by one of three engines, and how much of it is done."""
+
+import json
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kcfi.archives import local
+from kcfi.archives.blocks import finished, read_rows, write_csv
+from kcfi.archives.job import WORK, Job, Todo, prepare
+from kcfi.models import weights_of
+
+COVERAGE = "coverage.json"
+
+Engine = Literal["local", "accelerate", "ray"]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a list is done.
+
+    Args:
+        pairs: in the list.
+        done: described, by this call or an earlier one.
+        failed: with an error, likewise.
+        reasons: of them, how often each; the names of the files and all numbers are left out.
+        skipped: done or failed before this call.
+        seconds: of this call, with the start of the engine.
+        rows_per_second: done or failed in this call.
+    """
+
+    pairs: int
+    done: int
+    failed: int
+    reasons: dict[str, int]
+    skipped: int
+    seconds: float
+    rows_per_second: float
+
+
+def describe_archive(
+    pairs: pa.Table,
+    output: Path,
+    job: Job,
+    engine: Engine = "local",
+    *,
+    block: int = 16,
+    workers: int | None = None,
+    address: str | None = None,
+    retry: bool = False,
+) -> Iterator[list[dict[str, Any]]]:
+    """Describe pairs into parquet files in a folder, a file per block; at the end, captions.csv and coverage.json.
+
+    What an earlier call did is not done again. Calls that write into one folder must come one after the other.
+
+    Args:
+        pairs: of `find_pairs`.
+        output: folder.
+        job: what is done to each pair.
+        engine: who does it: this process, processes of this machine (accelerate), or Ray.
+        block: rows that are written at once, and done again after a stop.
+        workers: processes or actors; None = one per GPU, or one.
+        address: of a Ray cluster.
+        retry: do pairs again that ended with an error.
+
+    Yields:
+        The rows of each block once it is written, in any order.
+
+    Raises:
+        InputError: the folder holds something else, the model cannot do what the job asks for, or an engine is not
+            installed.
+        ChildProcessError: a process of accelerate died.
+    """
+    start = time.monotonic()
+    weights = weights_of(job.describer["model"])
+    output = output.absolute()
+    skipped = prepare(output, pairs, job, weights, block, retry)
+    todo = Todo(output)
+    try:
+        if len(todo):
+            for number in _run(engine, output, workers, address):
+                yield read_rows(todo.path(number))
+    finally:
+        write_csv(output, job.schema)
+        covered = _coverage(output, pairs, skipped, time.monotonic() - start)
+        (output / COVERAGE).write_text(json.dumps(asdict(covered), indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(output / WORK)
+
+
+def _run(engine: Engine, output: Path, workers: int | None, address: str | None) -> Iterator[int]:
+    """The numbers of blocks that an engine finishes."""
+    if engine == "local":
+        return local.run(output)
+    if engine == "accelerate":
+        from kcfi.archives import processes
+
+        return processes.run(output, workers)
+    from kcfi.archives import ray_engine  # needs the extra `ray`
+
+    return ray_engine.run(output, workers, address)
+
+
+def _coverage(output: Path, pairs: pa.Table, skipped: int, seconds: float) -> Coverage:
+    """What the table has of the pairs of a list."""
+    rows = finished(output)
+    rows = rows.filter(pc.is_in(rows["name"], pairs["name"].combine_chunks()))
+    errors = rows.filter(pc.is_valid(rows["error"]))
+    reasons: Counter[str] = Counter()
+    for batch in errors.to_batches():
+        reasons.update(map(_reason, batch.to_pylist()))
+    return Coverage(
+        pairs=len(pairs),
+        done=len(rows) - len(errors),
+        failed=len(errors),
+        reasons=dict(reasons.most_common()),
+        skipped=skipped,
+        seconds=round(seconds, 3),
+        rows_per_second=round((len(rows) - skipped) / seconds, 3),
+    )
+
+
+def _reason(row: dict[str, Any]) -> str:
+    """An error without what is of its row alone."""
+    text = row["error"]
+    for date in ("before", "after"):
+        text = text.replace(row[date], date.upper())
+    return re.sub(r"\d+", "#", text)

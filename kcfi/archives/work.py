@@ -1,0 +1,59 @@
+"""A block of pairs -> a block of the table, with the pictures beside it: what every engine calls."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from kcfi.archives.blocks import rounded, write_block
+from kcfi.archives.images import describe_images
+from kcfi.archives.job import Todo, read_job
+from kcfi.models import build_describer
+
+
+class Worker:
+    """Does blocks of an archive, one after the other.
+
+    Args:
+        output: folder of the archive, where `prepare` was.
+        device: for the model, in place of that of the job.
+
+    Raises:
+        InputError: the model cannot be loaded, or cannot do what the job asks for.
+    """
+
+    def __init__(self, output: Path, device: str | None = None) -> None:
+        self.output, self.job, self.todo = output, read_job(output), Todo(output)
+        self.describer = build_describer(**(self.job.describer | ({"device": device} if device else {})))
+        for weights in [*self.describer.model.parameters(), *self.describer.model.buffers()]:
+            # sums depend on where in memory numbers lie: as in their file here, and elsewhere for another device
+            weights.data = weights.data.clone()
+        # refuses a model without a head now, and not in every row
+        self.describer.describe_pairs([], regions=self.job.regions or self.job.scene is not None)
+
+    def __call__(self, number: int) -> None:
+        """Describe the pairs of a block, and write it; nothing if it is there."""
+        if self.todo.path(number).exists():
+            return
+        rows = self.todo.rows(number)
+        if self.job.scene is None:
+            self._write(number, describe_images(rows, self.describer, self.job, self.output))
+        else:
+            from kcfi.archives.scenes import describe_scenes  # needs the extra `geo`
+
+            self._write(number, describe_scenes(rows, self.describer, self.job, self.output))
+
+    def give_up(self, number: int, reason: str) -> None:
+        """Write a block of rows with an error."""
+        self._write(number, ({"error": reason} for _ in self.todo.rows(number)))
+
+    def _write(self, number: int, results: Iterable[dict[str, Any]]) -> None:
+        """Write the results of the pairs of a block, in their order, as rows of the table."""
+        empty = dict.fromkeys(self.job.schema.names)
+        model = self.job.describer["model"]
+        rows = [
+            rounded(empty | {name: row[name] for name in ("name", "before", "after")} | {"model": model} | result)
+            for row, result in zip(self.todo.rows(number), results, strict=True)
+        ]
+        write_block(self.todo.path(number), pa.Table.from_pylist(rows, self.job.schema))

@@ -1,0 +1,138 @@
+"""A list from its pairs to its table: what is printed and counted, and that nothing is lost by a kill."""
+
+import csv
+import json
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+
+from kcfi.archives.job import Job
+from kcfi.archives.pairs import find_pairs
+from kcfi.archives.run import describe_archive
+from kcfi_cli import main
+from tests.kcfi.archives.conftest import SIZES, digest, table
+
+
+@pytest.fixture
+def caption(folders, detector):
+    """Run `kcfi caption` of both folders into out/; its exit code."""
+
+    def run(*options):
+        images = [str(folders / "A"), str(folders / "B")]
+        return main(["caption", *images, "--model", str(detector), "--output", str(folders / "out"), *options])
+
+    return run
+
+
+def coverage(output):
+    return json.loads((output / "coverage.json").read_text())
+
+
+def test_a_list_is_printed_and_counted(caption, folders, capsys):
+    assert caption("--block", "3", "--regions", "--heatmap") == 0
+    *lines, total, counts = capsys.readouterr().out.splitlines()
+    rows = table(folders / "out")
+    assert [line.partition(": ")[0] for line in lines] == [row["name"] for row in rows]
+    assert lines[0] == f"pair_0: {rows[0]['caption']} ({rows[0]['changed_fraction']:.1%})"
+    assert total == f"7 of 7 pairs: {folders / 'out' / 'captions.csv'}" and counts.startswith(
+        "0 failed, 0 were there;"
+    )
+    with (folders / "out/captions.csv").open(newline="", encoding="utf-8") as file:
+        written = list(csv.DictReader(file))
+    assert [row["caption"] for row in written] == [row["caption"] for row in rows]
+    assert json.loads(written[3]["regions"]) == rows[3]["regions"] and (folders / "out" / rows[3]["heatmap"]).is_file()
+    assert not (folders / "out/.work").exists() and len(list((folders / "out").glob("rows-*"))) == 3
+
+
+def test_a_broken_pair_is_a_row_and_is_tried_again_only_with_retry(caption, folders, capsys):
+    whole = (folders / "B" / "pair_1.png").read_bytes()
+    (folders / "B" / "pair_1.png").write_bytes(whole[:60])
+    (folders / "A" / "pair_4.png").unlink()
+    (folders / "A" / "pair_4.png").mkdir()
+    assert caption() == 1
+    printed = capsys.readouterr().out.splitlines()
+    rows = table(folders / "out")
+    assert "pair_1.png" in rows[1]["error"] and not rows[1]["caption"] and f"pair_1: {rows[1]['error']}" in printed
+    assert [number for number, row in enumerate(rows) if row["error"]] == [1, 4]
+    counted = coverage(folders / "out")
+    assert (counted["pairs"], counted["done"], counted["failed"], counted["skipped"]) == (7, 5, 2, 0)
+    assert sum(counted["reasons"].values()) == 2 and all("pair" not in reason for reason in counted["reasons"])
+    assert all("AFTER" in reason or "BEFORE" in reason for reason in counted["reasons"])
+
+    (folders / "B" / "pair_1.png").write_bytes(whole)
+    assert caption("--json") == 1 and capsys.readouterr().out == ""  # nothing to do, and still not all there
+    assert coverage(folders / "out")["skipped"] == 7 and coverage(folders / "out")["failed"] == 2
+    assert caption("--json", "--retry") == 1
+    again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["name"], row["error"] is None) for row in again] == [("pair_1", True), ("pair_4", False)]
+    assert [row["name"] for row in table(folders / "out")] == [f"pair_{number}" for number in range(len(SIZES))]
+
+
+def test_reasons_that_differ_in_files_and_numbers_alone_are_one(folders, detector):
+    for number in (0, 2):
+        (folders / "B" / f"pair_{number}.png").write_bytes(b"no image" * number)
+    pairs = find_pairs(folders / "A", folders / "B")
+    list(describe_archive(pairs, folders / "out", Job({"model": str(detector)}), block=2))
+    [(reason, count)] = coverage(folders / "out")["reasons"].items()
+    assert count == 2 and reason.startswith("AFTER: cannot be read as an image")
+
+
+def test_a_bug_ends_the_run_and_what_was_done_before_is_kept(folders, detector, monkeypatch):
+    def fails(path, *_, **reading):
+        if path.name == "pair_5.png":
+            raise ValueError("operands could not be broadcast together")
+        return read(path, *_, **reading)
+
+    from kcfi.archives import images
+
+    read = images.read_pair
+    monkeypatch.setattr(images, "read_pair", fails)
+    pairs, job = find_pairs(folders / "A", folders / "B"), Job({"model": str(detector)})
+    with pytest.raises(ValueError, match="broadcast"):
+        list(describe_archive(pairs, folders / "out", job, block=2))
+    assert len(table(folders / "out")) == 4 and coverage(folders / "out")["done"] == 4
+    monkeypatch.setattr(images, "read_pair", read)
+    assert [len(rows) for rows in describe_archive(pairs, folders / "out", job, block=2)] == [2, 1]
+
+
+def test_other_blocks_change_the_last_digits_at_most(folders, detector):
+    pairs, job = find_pairs(folders / "A", folders / "B"), Job({"model": str(detector)})
+    list(describe_archive(pairs, folders / "one", job, block=100))
+    list(describe_archive(pairs.slice(2, 3), folders / "two", job, block=1))
+    list(describe_archive(pairs, folders / "two", job, block=3))
+    for one, two in zip(table(folders / "one"), table(folders / "two"), strict=True):
+        numbers = {name: pytest.approx(value, abs=1e-4) for name, value in two.items() if isinstance(value, float)}
+        assert one == two | numbers and len(numbers) == 3
+
+
+def test_a_list_of_urls_gives_the_captions_of_its_files(folders, detector, capsys):
+    rows = "".join(f"file://{folders}/A/pair_{n}.png,file://{folders}/B/pair_{n}.png\n" for n in range(3))
+    (folders / "pairs.csv").write_text("before,after\n" + rows)
+    arguments = ["--model", str(detector), "--no_pictures", "--output", str(folders / "out")]
+    assert main(["caption", str(folders / "pairs.csv"), *arguments]) == 0
+    pairs = find_pairs(folders / "A", folders / "B").slice(0, 3)
+    list(describe_archive(pairs, folders / "files", Job({"model": str(detector)})))
+    told, expected = ([row["caption"] for row in table(folders / name)] for name in ("out", "files"))
+    assert told == expected and not list((folders / "out").glob("*.png"))
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_started_again_the_table_is_the_same(large, command, start, tmp_path):
+    folder, chance, output = large(5), random.Random(5), tmp_path / "killed"
+    subprocess.run(**command(folder, tmp_path / "whole", "--block", 1), capture_output=True, check=True)
+    for kill in range(1, 4):
+        process = start(folder, output, "--block", 1)
+        while len(list(output.glob("rows-*"))) < kill:
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.2))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert kill <= len(table(output)) < 5
+    subprocess.run(**command(folder, output, "--block", 1), capture_output=True, check=True)
+    assert digest(output) == digest(tmp_path / "whole") and len(table(output)) == 5
+    pictures = [sorted(path.name for path in where.glob("*.png")) for where in (output, tmp_path / "whole")]
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 10 and not (output / ".work").exists()
