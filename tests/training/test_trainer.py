@@ -301,6 +301,7 @@ OTHER_VALUES = {
     "fp16_full_eval": True,
     "train_sampling_strategy": "sequential",
     "auto_find_batch_size": True,
+    "enable_jit_checkpoint": True,
     "parallelism_config": ParallelismConfig(),
     "remove_unused_columns": True,
     "label_names": ["mask_labels"],
@@ -707,7 +708,11 @@ def test_the_best_checkpoint_is_kept_and_loads_with_the_auto_classes(make_traine
     assert processor.encode_prompt() == trainer.processing_class.encode_prompt()
 
 
-@pytest.mark.parametrize("settings", [{"dwa": "step"}, {"dwa": "window", "dwa_window": 3}, {"dwa": "epoch"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"dwa": "step"}, {"dwa": "window", "dwa_window": 3}, {"dwa": "epoch"}, {"dwa": "step", "logging_steps": 4}],
+    ids=str,
+)
 @pytest.mark.parametrize("stop", [3, 4, 5])
 def test_a_resumed_run_has_bit_identical_losses(make_trainer, make_pairs, settings, stop):
     settings |= {
