@@ -160,12 +160,12 @@ def check_space(run: Path, checkpoint: int, limit: int | None, weights: int) -> 
         OSError: with both numbers.
     """
     more = max(1, (limit or 0) + 1 - len(complete_checkpoints(run))) if checkpoint else 0
-    needed = (more * checkpoint + weights) // 2**20 + 1
-    if needed > free_mib(run):
+    needed = more * checkpoint + weights
+    if needed > shutil.disk_usage(run).free:
         raise OSError(
-            f"output_dir {run} has {free_mib(run)} MiB free, and this run needs at least {needed}: {more} more "
-            f"checkpoint(s) of {checkpoint // 2**20} MiB and the model that it ends with. Make room, choose another "
-            "--output_dir, or keep fewer checkpoints (--save_total_limit 1)."
+            f"output_dir {run} has {free_mib(run)} MiB free, and this run needs at least {needed // 2**20}: {more} "
+            f"more checkpoint(s) of {checkpoint // 2**20} MiB and the model that it ends with. Make room, choose "
+            "another --output_dir, or keep fewer checkpoints (--save_total_limit 1)."
         )
 
 

@@ -19,14 +19,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 from kcfi import join_towers
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import InputError
-from kcfi.training.arguments import KCFITrainingArguments
 from kcfi.training.checks import REFUSED
 from kcfi.training.collator import KCFICollator, packed_attention_mask
 from kcfi.training.losses import evaluation_losses
 from kcfi.training.parameters import freeze, parameter_groups
 from kcfi.training.scoring.evaluate import CAPTION_METRICS, predict
 from kcfi.training.trainer import KCFITrainer, trackers
-from tests.training.conftest import needs_deepspeed
+from tests.training.conftest import arguments, needs_deepspeed
 
 JAVA = shutil.which("java") is not None
 
@@ -40,25 +39,6 @@ ALL_KINDS = [
 ]
 
 
-def arguments(folder, **settings):
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "vision_learning_rate": 1e-3,
-        "projector_learning_rate": 1e-3,
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "load_best_model_at_end": False,
-        "logging_steps": 1,
-        "save_total_limit": None,
-        "disable_tqdm": True,
-        "report_to": ["none"],
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
-    return KCFITrainingArguments(output_dir=str(folder), **{**defaults, **settings})
-
-
 TWO_RANKS = {
     "max_steps": 12,
     "max_grad_norm": 0,
@@ -66,31 +46,6 @@ TWO_RANKS = {
     "train_language_model": True,
     "lr_scheduler_type": "constant",
 }  # of the tests of two ranks and their script
-
-
-@pytest.fixture
-def make_trainer(model, processor, tmp_path):
-    """A trainer of a copy of the model; every call gives the same weights."""
-
-    def make(pairs, collator=None, callbacks=None, eval_dataset=None, options=None, **settings):
-        return KCFITrainer(
-            copy.deepcopy(model),
-            arguments(tmp_path, **settings),
-            collator or KCFICollator(processor, seed=3),
-            train_dataset=pairs,
-            eval_dataset=eval_dataset,
-            processing_class=processor,
-            callbacks=callbacks,
-            **(options or {}),
-        )
-
-    return make
-
-
-@pytest.fixture
-def no_java(monkeypatch):
-    """Scores without Java, which takes seconds to start."""
-    monkeypatch.setenv("PATH", "")
 
 
 class Gradients(TrainerCallback):
