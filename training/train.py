@@ -157,7 +157,8 @@ def train(recipe: Recipe, checkpoint: str | None = None) -> KCFITrainer:
         save_recipe(recipe, output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stopped:
-        print(f"Stopped by SIGTERM behind step {trainer.state.global_step}: go on with --resume.")
+        if trainer.is_world_process_zero():
+            print(f"Stopped by SIGTERM behind step {trainer.state.global_step}: go on with --resume.")
         return trainer
     with writing(output_dir, trainer.state.global_step):
         trainer.save_model()

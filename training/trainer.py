@@ -599,6 +599,7 @@ class KCFITrainer(Trainer):
                         states.setdefault(type(callback).__name__, []).append(callback.state())
                 self.state.stateful_callbacks = cast(Any, states)
                 self.state.save_to_json(str(run / UNFINISHED / TRAINER_STATE_NAME))
+            self.accelerator.wait_for_everyone()  # all ranks have written
             flush(run / UNFINISHED)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:

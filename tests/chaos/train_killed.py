@@ -4,9 +4,9 @@ python -m tests.chaos.train_killed --kills 50                                   
 python -m tests.chaos.train_killed --kills 10 --processes 2 --deepspeed zero2     both ranks, a moment apart
 python -m tests.chaos.train_killed --kills 10 --signal TERM                       what a scheduler sends
 
-A run is `kcfi train` of a tiny model on a folder of pairs, with dropout, mirrored pairs and dynamic weights. Every
-second moment is drawn from the whole life of a process, its start and its end included; the others lie where it
-saves. A stopped run goes on by `--resume`; once it is finished, the next one begins. Each life is a fork of this
+A run is `kcfi train` of a tiny model on a folder of pairs, with dropout, mirrored pairs and dynamic weights. By turns
+a moment is drawn from the whole life of a process, its start and its end included, from its steps, and from one of
+its saves. A stopped run goes on by `--resume`; once it is finished, the next one begins. Each life is a fork of this
 process, which has imported everything.
 """
 
@@ -115,6 +115,14 @@ def result(run):
     return sha256((run / "model.safetensors").read_bytes()).hexdigest(), log
 
 
+def changed(path, since):
+    """Whether a file or a folder is there and has changed after a time, in ns: earlier lives have left some."""
+    try:
+        return path.stat().st_mtime_ns > since
+    except FileNotFoundError:
+        return False
+
+
 @dataclass
 class Chaos:
     """The runs in a folder, and what was seen of them.
@@ -204,16 +212,22 @@ class Chaos:
     def stop(self, run, moments, number, by=signal.SIGKILL):
         """Let a run live until a random moment, stop it, and look at what it left; false if it was finished before."""
         before = complete_checkpoints(run)
-        share = 1 - (step_of(before[-1]) if before else 0) / STEPS
-        since, begin = time.time_ns(), time.monotonic()
+        step = step_of(before[-1]) if before else 0
+        training = (self.seconds - self.until_start) * (1 - step / STEPS)
+        born, journal = time.time_ns(), run / "journal0.jsonl"
         ranks = self.start(run)
-        moment = moments.uniform(0, self.until_start + (self.seconds - self.until_start) * share)
-        if number % 2:  # a moment after this life has begun to save
-            while not self.saves(run, since) and self.running(ranks):
-                time.sleep(0.0005)
-            begin, moment = time.monotonic(), moments.choice([0, moments.uniform(0, 0.05)])
-        while time.monotonic() < begin + moment and self.running(ranks):
-            time.sleep(0.0005)
+        moment = moments.uniform(0, self.until_start + training)
+        if number % 3 == 1 or (by == signal.SIGTERM and len(ranks) > 1):  # ranks that have not started do not listen
+            self.until(ranks, lambda: changed(journal, born))
+            moment = moments.uniform(0, training)
+        elif number % 3 == 2:
+            saved = step + SAVE_STEPS * moments.randint(1, 3)
+            self.until(ranks, lambda: changed(journal, born) and max(lineage(journal), default=0) >= saved)
+            now = time.time_ns()
+            self.until(ranks, lambda: changed(run / UNFINISHED, now))
+            moment = moments.choice([0, moments.uniform(0, 0.05)])
+        begin = time.monotonic()
+        self.until(ranks, lambda: time.monotonic() > begin + moment)
         if not self.running(ranks):
             self.wait(ranks, run)
             return False
@@ -222,20 +236,18 @@ class Chaos:
             os.killpg(pid, by)
             time.sleep(moments.uniform(0, 0.05) if pid != order[-1] else 0)
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks.values()]
-        self.look(run, codes, by, since)
+        self.look(run, codes, by, born)
         print(f"{len(self.lost)}: {run.name}, {self.lost[-1]} steps lost", flush=True)
         return True
 
-    def saves(self, run, since):
-        """Whether a save has begun since that time, in ns: an earlier life may have left a half."""
-        try:
-            return (run / UNFINISHED).stat().st_mtime_ns > since
-        except FileNotFoundError:
-            return False
+    def until(self, ranks, condition):
+        """Wait for a condition, or the end of a rank."""
+        while not condition() and len(self.running(ranks)) == len(ranks):
+            time.sleep(0.0005)
 
-    def look(self, run, codes, by, since):
+    def look(self, run, codes, by, born):
         """After a stop: is the newest checkpoint whole, and near enough?"""
-        self.saving += self.saves(run, since)
+        self.saving += changed(run / UNFINISHED, born)
         journals = [run / f"journal{rank}.jsonl" for rank in range(self.processes)]
         done = max((max(lineage(file), default=0) for file in journals if file.exists()), default=0)
         found = complete_checkpoints(run)

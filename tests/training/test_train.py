@@ -219,6 +219,7 @@ def test_slurm_trains_new_towers_under_zero3_and_goes_on_when_submitted_again(su
         assert torch.equal(weight, first[name]), name
 
     shutil.rmtree(run / "checkpoint-4")  # killed before it was written
+    (run / MARKER).unlink()
     submit(run, recipe, *options, "--deepspeed", "zero3")
     assert log_of(run) == log
 

@@ -9,9 +9,11 @@
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --signal=TERM@300
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 set -euo pipefail
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240  # seconds for a step and a checkpoint behind SIGTERM; torchrun's own are 30
 output=$1
 shift
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
