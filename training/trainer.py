@@ -719,6 +719,8 @@ class KCFITrainer(Trainer):
             epoch, step = divmod(self.state.global_step - self.other_steps, num_update_steps_per_epoch)
             place = epoch, step * self.args.gradient_accumulation_steps
             self.state.max_steps += self.other_steps
+        if self.state.global_step >= self.state.max_steps:  # stopped between its last checkpoint and its end
+            return num_train_epochs, 0  # where an epoch has steps left, Trainer would take one more
         return place
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

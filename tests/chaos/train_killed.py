@@ -281,7 +281,9 @@ class Chaos:
     def compare(self, run):
         """A finished run is the one that nobody stopped: pairs, losses, log and weights."""
         for rank, steps in enumerate(self.steps):
-            assert lineage(run / f"journal{rank}.jsonl") == steps, f"{run}: rank {rank} saw other pairs or losses"
+            seen = lineage(run / f"journal{rank}.jsonl")
+            other = {step: (line, steps.get(step)) for step, line in seen.items() if line != steps.get(step)}
+            assert seen == steps, f"{run}: rank {rank} saw other pairs or losses, {len(seen)} steps: {other}"
             for line in map(json.loads, (run / f"journal{rank}.jsonl").read_text().splitlines()):
                 assert "resumed" in line or line == steps[line["step"]], f"{run}: step {line['step']} differs"
         assert result(run) == self.result, f"{run}: another log, or other weights"

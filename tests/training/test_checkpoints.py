@@ -21,16 +21,19 @@ def write(run, step, name=None):
     return run / (name or f"checkpoint-{step}")
 
 
+MOUNT, UMOUNT = shutil.which("mount"), shutil.which("umount")  # before a test hides Java, and all else on the PATH
+
+
 @pytest.fixture
 def disk(tmp_path):
     """A disk of 3 MiB, and a function that makes it read-only."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    options = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(options, capture_output=True, check=False).returncode:
+    options = ["-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    if not (MOUNT and UMOUNT) or subprocess.run([MOUNT, *options], capture_output=True, check=False).returncode:
         pytest.skip("only root may mount a disk for a test, and not in every container")
-    yield folder, lambda: subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-    subprocess.run(["umount", str(folder)], check=True)
+    yield folder, lambda: subprocess.run([MOUNT, "-o", "remount,ro", str(folder)], check=True)
+    subprocess.run([UMOUNT, str(folder)], check=True)
 
 
 def test_the_newest_checkpoint_is_found_by_its_marker_and_not_by_its_name(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from transformers import TrainerCallback
 
 from kcfi.training import train
-from kcfi.training.checkpoints import complete_checkpoints, is_complete, step_of
+from kcfi.training.checkpoints import MARKER, complete_checkpoints, is_complete, step_of
 from kcfi.training.stopping import StopCallback
 from kcfi_cli import main
 
@@ -108,3 +108,26 @@ def test_torchrun_hands_sigterm_on_and_its_ranks_save_together(recipe, launched,
     assert not (run / "error.txt").exists() and not (run / "error_rank1.txt").exists()
     steps = json.loads((run / f"checkpoint-{last}" / "trainer_state.json").read_text())["global_step"]
     assert steps == last and not is_complete(run)
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_end_takes_no_further_step(recipe, tmp_path):
+    """Failed before: where the last step lay within an epoch, a resumed run took one more."""
+    options = [
+        str(recipe),
+        "--max_steps",
+        "3",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "3",
+        "--eval_strategy",
+        "no",
+    ]
+    train.main(options)
+    run = tmp_path / "run"
+    before, log = (run / "model.safetensors").read_bytes(), log_of(run)
+    for name in (MARKER, "model.safetensors", "trainer_state.json"):
+        (run / name).unlink()
+    train.main([*options, "--resume"])
+    assert step_of(run) == 3 and log_of(run) == log
+    assert (run / "model.safetensors").read_bytes() == before
