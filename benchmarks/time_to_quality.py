@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 from measure import machine
 
 from kcfi.training.arguments import parse_recipe
-from kcfi.training.train import is_complete
+from kcfi.training.checkpoints import is_complete
 from kcfi.training.train import main as train
 
 TRIAL = 12  # steps that tell how long one takes; the first half warms up

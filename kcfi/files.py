@@ -1,8 +1,9 @@
-"""JSON and YAML files, names in messages, and new folders."""
+"""JSON and YAML files, names in messages, new folders, and files that are there as a whole."""
 
 import difflib
 import gzip
 import json
+import os
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -127,3 +128,13 @@ def move_into_place(folder: Path, output: Path) -> None:
     if output.exists():
         output.rmdir()
     folder.rename(output)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file that is there as a whole or as it was before, wherever the process or the machine stops."""
+    part = file.with_name(f".{file.name}.part")
+    with part.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(file)

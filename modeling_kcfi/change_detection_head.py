@@ -38,5 +38,7 @@ def mask_loss(mask_logits: torch.Tensor, mask_labels: torch.Tensor) -> torch.Ten
     Returns:
         Mean over the labelled pixels of the batch, fp32; 0 (with a zero gradient) when there is none.
     """
+    if torch.are_deterministic_algorithms_enabled():  # on CUDA there is none for maps, but one for rows of logits
+        mask_logits, mask_labels = mask_logits.movedim(1, -1).flatten(0, -2), mask_labels.flatten()
     summed = F.cross_entropy(mask_logits.float(), mask_labels, ignore_index=NO_LABEL, reduction="sum")
     return summed / (mask_labels != NO_LABEL).sum().clamp(min=1)

@@ -21,6 +21,8 @@ def warp(features: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, C, h, w) in the dtype of `features`; computed in fp32, because bf16 cannot tell positions apart.
     """
+    if torch.are_deterministic_algorithms_enabled():  # of grid_sample, CUDA has no such gradient
+        return _warp_by_gathering(features.float(), flow.float()).to(features.dtype)
     height, width = features.shape[-2:]
     ys = torch.arange(height, device=flow.device, dtype=torch.float32)
     xs = torch.arange(width, device=flow.device, dtype=torch.float32)
@@ -29,6 +31,24 @@ def warp(features: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
     grid = torch.stack([x, y], dim=-1)
     warped = F.grid_sample(features.float(), grid, mode="bilinear", padding_mode="border", align_corners=True)
     return warped.to(features.dtype)
+
+
+def _warp_by_gathering(features: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
+    """`warp` in fp32 by the four neighbours of each position: slower, and its gradient has one order of summation."""
+    batch, channels, height, width = features.shape
+    x = (torch.arange(width, device=flow.device) + flow[:, 0]).clamp(0, width - 1)  # (B,h,w)
+    y = (torch.arange(height, device=flow.device)[:, None] + flow[:, 1]).clamp(0, height - 1)
+    left, top = x.detach().floor().long(), y.detach().floor().long()
+    right, bottom = (left + 1).clamp(max=width - 1), (top + 1).clamp(max=height - 1)
+    to_right, down = (x - left)[:, None], (y - top)[:, None]
+
+    def at(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        places = (row * width + column).view(batch, 1, -1).expand(-1, channels, -1)
+        return features.flatten(2).gather(2, places).view_as(features)
+
+    upper = at(top, left) * (1 - to_right) + at(top, right) * to_right
+    lower = at(bottom, left) * (1 - to_right) + at(bottom, right) * to_right
+    return upper * (1 - down) + lower * down
 
 
 def flatten_stages(stages: list[torch.Tensor]) -> torch.Tensor:

@@ -176,6 +176,25 @@ def seen_from(box: Box, part: Box, area: NDArray[np.bool_]) -> NDArray[np.bool_]
     return seen
 
 
+def check_finite(values: torch.Tensor, what: str) -> None:
+    """Refuse to make a sentence or a mask of NaN or Inf.
+
+    Args:
+        values: (B, ...).
+        what: "caption" or "mask".
+
+    Raises:
+        FloatingPointError: names the rows by their numbers, from 1.
+    """
+    finite = torch.isfinite(values).flatten(1).all(dim=1) if values.dim() > 1 else torch.isfinite(values)
+    if not finite.all():
+        numbers = ", ".join(str(number + 1) for number in (~finite).nonzero().flatten().tolist())
+        raise FloatingPointError(
+            f"The {what} logits are not finite (number {numbers} of {len(values)}): the weights are broken, or too "
+            "large for their precision."
+        )
+
+
 def write_captions(
     model: Any, processor: KCFIProcessor, features: Any, prompt_ids: torch.Tensor, **generation: Any
 ) -> tuple[list[str], list[float]]:
@@ -190,6 +209,9 @@ def write_captions(
 
     Returns:
         B sentences (with `num_return_sequences`: so many times B) and their scores, see `ChangeReport`.
+
+    Raises:
+        FloatingPointError: logits of a sentence are not finite; it would be made up of them.
     """
     plain: dict[str, Any] = {"max_new_tokens": LONGEST, "do_sample": False, "num_beams": 1}
     plain["repetition_penalty"] = 1.0  # instruct models ship another one, made for long answers
@@ -208,6 +230,7 @@ def write_captions(
     ends = torch.isin(tokens, torch.tensor(settings["eos_token_id"], device=tokens.device)).int()
     written = ends.cumsum(dim=1) - ends == 0  # up to and with the first end token; padding follows
     scores = (log_probabilities.masked_fill(~written, 0).sum(dim=1) / written.sum(dim=1)).exp()
+    check_finite(scores, "caption")
     return [text.rstrip() for text in processor.post_process_image_text_to_text(tokens)], scores.tolist()
 
 
@@ -486,7 +509,10 @@ class Describer:
         grid, side = (config.image_size // config.patch_size,) * 2, config.image_size
         norms = features.change_features[..., : config.stage_width].float().norm(dim=-1)  # (B,N), no context
         maps = F.interpolate(norms[:, None].unflatten(2, grid), (side, side), mode="bilinear")
-        return (maps if features.mask_logits is None else torch.cat([maps, features.mask_logits.float()], 1)).cpu()
+        if features.mask_logits is not None:
+            check_finite(features.mask_logits, "mask")
+            maps = torch.cat([maps, features.mask_logits.float()], 1)
+        return maps.cpu()
 
     def _report(
         self, values: torch.Tensor, seen: torch.Tensor, boxes: Sequence[Box], regions: bool

@@ -21,8 +21,9 @@ from pathlib import Path
 from kcfi.processing import InputError
 from kcfi.training.ablation_table import METRICS, RESULTS, AblationSet, read_report, write_tables
 from kcfi.training.arguments import Recipe, parse_recipe
+from kcfi.training.checkpoints import complete_checkpoints, is_complete
 from kcfi.training.scoring.evaluate import flat_scores
-from kcfi.training.train import check_same_recipe, is_complete
+from kcfi.training.train import check_same_recipe
 
 # The last line of a traceback, or what `kcfi` says of bad input; torchrun puts the rank in front.
 ERROR = re.compile(r"(?:\[rank\d+\]: ?)?((?:kcfi: error:|[\w.]+(?:Error|Exception)\b).*)")
@@ -70,6 +71,8 @@ def ablate(
             if not is_complete(folder):
                 resume = ["--resume"] if _has_begun(folder) else []
                 error = _call([*commands[run], *resume], folder, processes, bool(recipes[run].training.deepspeed))
+                if not error and not is_complete(folder):
+                    error = "stopped by SIGTERM"
             error = error or _call(_evaluation(recipes[run], folder, meteor), folder)
         if error:
             errors[run] = error
@@ -80,7 +83,7 @@ def ablate(
 
 def _has_begun(folder: Path) -> bool:
     """Whether a run has something to go on from: a complete checkpoint, or its end."""
-    return any(map(is_complete, [folder, *folder.glob("checkpoint-[0-9]*")]))
+    return is_complete(folder) or bool(complete_checkpoints(folder))
 
 
 def _is_scored(folder: Path, meteor: bool) -> bool:

@@ -33,6 +33,7 @@ REFUSED = {
     "bf16_full_eval": "it would round the weights that train; `bf16: true` evaluates in autocast",
     "fp16_full_eval": "it would round the weights that train; `fp16: true` evaluates in autocast",
     "train_sampling_strategy": "the order of the pairs is a function of seed and epoch, so that runs resume exactly",
+    "enable_jit_checkpoint": "SIGTERM always saves a checkpoint and stops; leave it out",
     "auto_find_batch_size": "steps of a size that failed would stay in the dynamic weights; set "
     "per_device_train_batch_size",
     "parallelism_config": "every process is counted as a rank with pairs of its own; take `deepspeed: zero3`",

@@ -91,10 +91,12 @@ class LossBalance:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {} if self.dwa is None else {"dwa": self.dwa.state_dict()}
+        state: dict[str, Any] = {"logged": self._logged}
+        return state if self.dwa is None else {**state, "dwa": self.dwa.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
+        self._logged = {task: list(losses) for task, losses in state["logged"].items()}
         if self.dwa is not None and "dwa" in state:
             self.dwa.load_state_dict(state["dwa"])
             self.weights = self.dwa.weights

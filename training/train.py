@@ -8,14 +8,13 @@ kcfi train my_recipe.yaml --resume
 """
 
 import argparse
-import json
 import platform
 import re
 import shutil
 import subprocess
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,16 @@ import torch
 import yaml
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from kcfi.files import as_dict
+from kcfi.files import as_dict, write_whole
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.models import merge_lora, model_source
 from kcfi.processing import InputError, KCFIProcessor
 from kcfi.towers import join_towers, refusals
 from kcfi.training.arguments import ModelArguments, Recipe, field_defaults, field_help, parse_recipe
+from kcfi.training.checkpoints import check_writable, complete_checkpoints, flush, is_complete, mark, writing
 from kcfi.training.collator import KCFICollator
 from kcfi.training.data.rows import RowDataset, RowStream
 from kcfi.training.data.shards import ShardDataset
@@ -71,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{output_dir} is finished: there is nothing to resume.")
         return
     checkpoint = find_checkpoint(output_dir, options.resume)
+    check_writable(output_dir)
     if options.resume:
         check_same_recipe(recipe, output_dir)
     with error_kept(output_dir, recipe.training.process_index):
@@ -94,9 +94,10 @@ def error_kept(output_dir: Path, rank: int = 0) -> Iterator[None]:
         yield
     except Exception as error:
         if output_dir.is_dir() or not isinstance(error, InputError | OSError):
-            output_dir.mkdir(parents=True, exist_ok=True)
-            file.write_text(traceback.format_exc(), encoding="utf-8")
-            error.add_note(f"The traceback is in {file}.")
+            with suppress(OSError):  # the disk may be what failed
+                output_dir.mkdir(parents=True, exist_ok=True)
+                file.write_text(traceback.format_exc(), encoding="utf-8")
+                error.add_note(f"The traceback is in {file}.")
         raise
 
 
@@ -110,6 +111,7 @@ def train(recipe: Recipe, checkpoint: str | None = None) -> KCFITrainer:
     Raises:
         FileNotFoundError: no such data set.
         InputError: settings that do not fit together.
+        OSError: what is to be saved does not fit on the disk.
     """
     args, data = recipe.training, recipe.data
     output_dir = Path(str(args.output_dir))
@@ -154,8 +156,16 @@ def train(recipe: Recipe, checkpoint: str | None = None) -> KCFITrainer:
     if trainer.is_world_process_zero():
         save_recipe(recipe, output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.save_state()
+    if trainer.stopped:
+        if trainer.is_world_process_zero():
+            print(f"Stopped by SIGTERM behind step {trainer.state.global_step}: go on with --resume.")
+        return trainer
+    with writing(output_dir, trainer.state.global_step):
+        trainer.save_model()
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            flush(output_dir)
+            mark(output_dir, trainer.state.global_step, output_dir.glob("*.safetensors"))
     return trainer
 
 
@@ -225,22 +235,13 @@ def find_checkpoint(output_dir: Path, resume: bool) -> str | None:
     Raises:
         InputError: there is none to resume; or a new run would mix its checkpoints with those of an old one.
     """
-    complete = [path for path in output_dir.glob("checkpoint-[0-9]*") if is_complete(path)]
+    complete = complete_checkpoints(output_dir)
     if resume and not complete:
         raise InputError(f"Nothing to resume: {output_dir} has no complete checkpoint. Start without --resume.")
     weights_of_others = (output_dir / "model.safetensors").exists() and not (output_dir / "recipe.yaml").exists()
     if (complete or is_complete(output_dir) or weights_of_others) and not resume:
         raise InputError(f"{output_dir} holds a run: continue it with --resume, or choose another --output_dir.")
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if resume else None
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether the trainer's state, the last file of a checkpoint and of a finished run, is there as a whole."""
-    try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return False
-    return True
+    return str(complete[-1]) if resume else None
 
 
 def is_commit(revision: str | None) -> bool:
@@ -294,7 +295,7 @@ def save_recipe(recipe: Recipe, output_dir: Path) -> None:
     if recipe.data.materials:
         header += "".join(f"# materials: {source}\n" for source in attributions(recipe.data.materials))
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "recipe.yaml").write_text(header + yaml.safe_dump(recipe.values, sort_keys=False), encoding="utf-8")
+    write_whole(output_dir / "recipe.yaml", header + yaml.safe_dump(recipe.values, sort_keys=False))
 
 
 def git_revision() -> str:

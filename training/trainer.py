@@ -1,11 +1,11 @@
 """KCFITrainer: `transformers.Trainer` for two losses, and evaluation by generated captions and predicted masks."""
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import datasets
@@ -18,14 +18,22 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
-from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput, denumpify_detensorize
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState, ProgressCallback
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    EvalPrediction,
+    TrainOutput,
+    denumpify_detensorize,
+)
 from transformers.utils import logging
 
 from kcfi.files import name_some
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import NO_LABEL, InputError, KCFIProcessor
 from kcfi.training.arguments import KCFITrainingArguments
+from kcfi.training.checkpoints import UNFINISHED, begin, check_space, flush, publish, rotate, writing
 from kcfi.training.checks import (
     check_best_metric,
     check_cacheable,
@@ -41,12 +49,14 @@ from kcfi.training.data.rows import Position, RowDataset, RowStream
 from kcfi.training.data.shards import ShardDataset
 from kcfi.training.dwa import DynamicWeightAverage
 from kcfi.training.feature_cache import FeatureCache
+from kcfi.training.finite import StepNumbers
 from kcfi.training.liger import caption_loss_of
 from kcfi.training.lora import save_start
 from kcfi.training.losses import LossBalance, evaluation_losses
 from kcfi.training.parameters import freeze, parameter_groups
 from kcfi.training.scoring.evaluate import PairPrediction, Scores, predict, sample_sheet
 from kcfi.training.sharing.model_card import CARD_FILE, card_of_run
+from kcfi.training.stopping import StopCallback
 from kcfi.training.throughput import Throughput, peak_memory
 from kcfi.training.zero import whole_weights
 
@@ -141,6 +151,7 @@ class KCFITrainer(Trainer):
       (references, true masks). A caption is a str, the references are a list of them, empty where there are none; a
       mask is an array (H, W) of class ids at the size of the images, uint8, 255 = not seen or no label, or None. What
       it returns joins the other scores: {"x": 1} is logged as `eval_x`.
+    - **Checkpoints** are complete or invisible (`checkpoints.py`). SIGTERM ends a training behind its step, with one.
     - **Resume**: order of pairs (`order.py`), instructions, captions and augmentation drawn are functions of (seed,
       epoch); the dynamic weight average is part of the checkpoint. Another number of ranks, batch size or accumulation
       is taken between two epochs and refused within one, as another number of loader workers is for shards.
@@ -205,23 +216,50 @@ class KCFITrainer(Trainer):
         self.tile_known = False
         self.unreadable = 0  # pairs of this epoch
         self.positions: dict[int, Position] = {}  # of the readers of a stream on this rank
+        self.numbers = StepNumbers()
+        self.resumed: dict[str, Any] | None = None  # what the checkpoint of this run held
         self.add_callback(EpochCallback(self))
         self.add_callback(TowerCheckpointingCallback())
+        self.stop = StopCallback()
+        self.add_callback(self.stop)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(KCFIProgressCallback)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Trainer's; until it ends the model has the caption loss and the feature cache of the settings."""
+        """Trainer's; until it ends the model has the caption loss and the feature cache of the settings.
+
+        SIGTERM ends it behind a step, with a checkpoint: then `stopped` is true.
+
+        Raises:
+            OSError: the disk has no room for what will be saved.
+        """
         model = self.model
+        if self.args.should_save:
+            self._check_space()
         before = model.caption_loss_function, model.model.stage_cache
         model.caption_loss_function = self.caption_loss
         if self.feature_cache is not None:
             model.model.stage_cache = self.feature_cache
         self.throughput.stop()
         try:
-            return super().train(*args, **kwargs)
+            with self.stop.listening():
+                return super().train(*args, **kwargs)
         finally:
             model.caption_loss_function, model.model.stage_cache = before
+
+    def _check_space(self) -> None:
+        weights = sum(weight.nbytes for weight in self.model.parameters())
+        checkpoint = weights
+        if not self.args.save_only_model:  # Adam keeps two numbers per weight
+            checkpoint += 2 * sum(weight.nbytes for weight in self.model.parameters() if weight.requires_grad)
+        if self.args.save_strategy == "no":
+            checkpoint = 0
+        check_space(Path(str(self.args.output_dir)), checkpoint, self.args.save_total_limit, weights)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether SIGTERM ended the training before its last step."""
+        return self.stop.agreed and self.state.global_step < self.state.max_steps
 
     # Data
 
@@ -303,7 +341,8 @@ class KCFITrainer(Trainer):
         """
         self.throughput.start()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.zeros(5, dtype=torch.int64, device=device)
+        counts = torch.zeros(6, dtype=torch.int64, device=device)
+        counts[5] = int(self.stop.received)
         sides = [side for batch in batches for size in batch.pop("sizes") for side in size]
         if not self.tile_known:  # `Describer` cuts larger images into tiles of this size
             self.data_collator.processor.tile_size = max(sides)
@@ -318,11 +357,15 @@ class KCFITrainer(Trainer):
             pixels = 0 if masks is None else (masks != NO_LABEL).sum().item()
             tokens = (batch["labels"] != IGNORED).sum().item()
             captions = batch["segment_ids"].amax(dim=1).sum().item()
-            counts += torch.tensor([tokens, pixels, len(batch["filenames"]), captions, len(unreadable)], device=device)
-        tokens, pixels, pairs, captions, broken = self.accelerator.reduce(counts, "sum").tolist()
+            counts[:5] += torch.tensor(
+                [tokens, pixels, len(batch["filenames"]), captions, len(unreadable)], device=device
+            )
+        tokens, pixels, pairs, captions, broken, stops = self.accelerator.reduce(counts, "sum").tolist()
+        self.stop.agreed = stops > 0
         self.balance.start(tokens, pixels)
+        names = [name for batch in batches for name in batch["filenames"]]
+        self.numbers.start(self.state.global_step + 1, names)
         if not tokens and not pixels:
-            names = [name for batch in batches for name in batch["filenames"]]
             raise InputError(
                 f"Optimizer step {self.state.global_step + 1} has no caption, and no mask for a change detection "
                 f"head: there is nothing to learn from {name_some(names)}."
@@ -360,12 +403,7 @@ class KCFITrainer(Trainer):
         total = self.balance.weigh(losses)
         if self.is_deepspeed_enabled and "mask" not in losses and outputs.mask_logits is not None:
             total = total + 0 * outputs.mask_logits.sum()  # ZeRO adds up buckets: all ranks need the same gradients
-        if not torch.isfinite(total):
-            values = ", ".join(f"{task} loss {loss.item()}" for task, loss in losses.items())
-            raise FloatingPointError(
-                f"Optimizer step {self.state.global_step + 1}: {values}. Pairs of the batch: {', '.join(filenames)}. "
-                "Training stopped before the weights changed; a lower learning rate or bf16 instead of fp16 may help."
-            )
+        self.numbers.check_losses(losses, total, filenames)
         total = total * self.accelerator.num_processes
         return (total, outputs) if return_outputs else total
 
@@ -383,14 +421,13 @@ class KCFITrainer(Trainer):
 
         Raises:
             FloatingPointError: the gradient is not finite (under DeepSpeed, which steps before this, it has skipped
-                the step). Not in fp16, whose scaler skips such steps and goes on.
+                the step). In fp16 only once the scale of the loss is that small that it is not to blame; DeepSpeed
+                ends a run of fp16 itself.
         """
         norm = super()._get_grad_norm(model, grad_norm)
-        if norm is not None and self.accelerator.mixed_precision != "fp16" and not math.isfinite(norm):
-            raise FloatingPointError(
-                f"Optimizer step {self.state.global_step + 1}: the losses are finite, but the norm of their gradient "
-                f"is {float(norm)}. Training stopped before the weights changed; a lower learning rate may help."
-            )
+        scaler = self.accelerator.scaler
+        if norm is not None and not (self.is_deepspeed_enabled and self.accelerator.mixed_precision == "fp16"):
+            self.numbers.check_gradient(float(norm), scaler.get_scale() if scaler else 0.0)
         return norm
 
     def _finish_step(self) -> None:
@@ -405,6 +442,15 @@ class KCFITrainer(Trainer):
                 )
 
     # Log
+
+    def resume_log(self) -> None:
+        """The losses between the last line of the log and the checkpoint that is resumed count in the next line."""
+        if self.resumed is None:
+            return
+        sums, ranks = self.resumed["loss"], self.args.world_size
+        self._tr_loss += sums[self.args.process_index] if len(sums) == ranks else fmean(sums)
+        self._total_loss_scalar -= fmean(sums)  # which is of the steps of this process alone
+        self._globalstep_last_logged = self.resumed["logged_step"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to a line of training: both losses and weights, learning rates, counts, speed, peak memory in MiB."""
@@ -435,6 +481,9 @@ class KCFITrainer(Trainer):
         Returns:
             `predictions` is {filename: caption}; `metrics` holds the scores x 100 over all pairs, and what
             `compute_metrics` made of them (see the class).
+
+        Raises:
+            FloatingPointError: logits of a caption or a mask are not finite; names step and pairs.
         """
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
@@ -447,7 +496,13 @@ class KCFITrainer(Trainer):
             with torch.no_grad(), self.accelerator.autocast():
                 features = model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True)
                 tokens = self.args.generation_max_new_tokens
-                predictions = predict(model, self.processing_class, batch, features, tokens)
+                try:
+                    predictions = predict(model, self.processing_class, batch, features, tokens)
+                except FloatingPointError as error:
+                    raise FloatingPointError(
+                        f"Evaluation behind optimizer step {self.state.global_step}: {error} Pairs of the batch: "
+                        f"{', '.join(batch['filenames'])}."
+                    ) from error
                 losses = evaluation_losses(model, batch, features)
             # gathering drops the pairs that the loader repeats to fill the last batches of all ranks
             predictions = self.accelerator.gather_for_metrics(predictions, use_gather_object=True)
@@ -511,6 +566,49 @@ class KCFITrainer(Trainer):
 
     # Checkpoints
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Trainer's; `save_strategy: best` also saves what SIGTERM stops."""
+        return super()._determine_best_metric(metrics, trial) or self.stop.agreed
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's, complete or invisible (`checkpoints.py`).
+
+        Raises:
+            OSError: it could not be written; says what is left to resume from.
+        """
+        run, step = Path(self._get_output_dir(trial)), self.state.global_step
+        checkpoint = run / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        self.store_flos()
+        best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if best == checkpoint or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        with writing(run, step):
+            if self.args.should_save:
+                begin(run)
+            self.accelerator.wait_for_everyone()
+            folder = str(run / UNFINISHED)
+            self.save_model(folder, _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(folder)
+                self._save_scaler(folder)
+                self._save_rng_state(folder)
+            if self.args.should_save:
+                states: dict[str, list[Any]] = {}
+                for callback in [*self.callback_handler.callbacks, self.control]:
+                    if isinstance(callback, ExportableState):
+                        states.setdefault(type(callback).__name__, []).append(callback.state())
+                self.state.stateful_callbacks = cast(Any, states)
+                self.state.save_to_json(str(run / UNFINISHED / TRAINER_STATE_NAME))
+            self.accelerator.wait_for_everyone()  # all ranks have written
+            flush(run / UNFINISHED)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(run, checkpoint, step)
+                rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.model._hf_peft_config_loaded and self.args.should_save:
@@ -524,6 +622,8 @@ class KCFITrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
+        if self.stopped:
+            return  # who stops it will not wait for long
         if self._saves_whole_weights():
             self._load_weights(str(self.state.best_model_checkpoint))
         else:
@@ -540,13 +640,10 @@ class KCFITrainer(Trainer):
         loaded = type(self.model).from_pretrained(folder, dtype="auto")
         self.model.load_state_dict(loaded.state_dict())
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # the file that comes next says that the checkpoint is complete
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         positions = gather_object([self.positions]) if isinstance(self.train_dataset, RowStream) else []
+        loss = gather_object([self._tr_loss.item()])
         if self.args.should_save:
             state: dict[str, Any] = {
                 "pairs": self.throughput.pairs,
@@ -554,6 +651,8 @@ class KCFITrainer(Trainer):
                 "order": self._order(),
                 "other_steps": self.other_steps,
                 "positions": positions,  # of the readers of a stream, per rank
+                "loss": loss,  # summed since the last line of the log, per rank
+                "logged_step": self._globalstep_last_logged,
                 **self.balance.state_dict(),
             }
             (Path(output_dir) / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
@@ -594,7 +693,7 @@ class KCFITrainer(Trainer):
         place = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        self.other_steps = 0
+        self.other_steps, self.resumed = 0, None
         if self.balance.dwa is not None and self.args.dwa == "epoch":
             self.balance.dwa.window = num_update_steps_per_epoch
         if resume_from_checkpoint is None:
@@ -620,6 +719,8 @@ class KCFITrainer(Trainer):
             epoch, step = divmod(self.state.global_step - self.other_steps, num_update_steps_per_epoch)
             place = epoch, step * self.args.gradient_accumulation_steps
             self.state.max_steps += self.other_steps
+        if self.state.global_step >= self.state.max_steps:  # stopped between its last checkpoint and its end
+            return num_train_epochs, 0  # where an epoch has steps left, Trainer would take one more
         return place
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -635,6 +736,7 @@ class KCFITrainer(Trainer):
             self.train_dataset.positions = dict(self.positions)
         self.throughput.count(state["pairs"] - self.throughput.pairs, state["captions"] - self.throughput.captions)
         self.balance.load_state_dict(state)
+        self.resumed = state
 
 
 def _read_state(checkpoint: str) -> dict[str, Any]:
@@ -644,10 +746,17 @@ def _read_state(checkpoint: str) -> dict[str, Any]:
 
 
 class EpochCallback(TrainerCallback):
-    """Tells sampler and collator the epoch, on which their choices depend; unreadable pairs count per epoch."""
+    """Tells sampler and collator the epoch, on which their choices depend; unreadable pairs count per epoch.
+
+    Behind every step it has the weights looked at.
+    """
 
     def __init__(self, trainer: KCFITrainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Where Trainer has begun its sum of losses at the checkpoint, though the next line of the log spans more."""
+        self.trainer.resume_log()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first pair of an epoch is drawn."""
@@ -656,6 +765,10 @@ class EpochCallback(TrainerCallback):
             self.trainer.sampler.epoch = epoch
         self.trainer.data_collator.set_epoch(epoch)
         self.trainer.unreadable = 0
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the step is counted, logged or saved."""
+        self.trainer.numbers.check_weights(self.trainer.model)
 
 
 class TowerCheckpointingCallback(TrainerCallback):

@@ -103,3 +103,11 @@ def make_inputs():
         }
 
     return make
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "deterministic"])
+def both_algorithms(request):
+    """Twice: with the operations that CUDA has no deterministic kernel for, and with those in their place."""
+    torch.use_deterministic_algorithms(request.param)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -39,7 +39,7 @@ def test_head_equals_linear_reshape_upsample_conv(make_config, classes, grid, si
     torch.testing.assert_close(head(change, grid, size), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_two_class_loss_and_its_gradient_are_eq_9():
+def test_two_class_loss_and_its_gradient_are_eq_9(both_algorithms):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 2, 3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 2, (2, 3, 4), generator=generator)
@@ -53,7 +53,7 @@ def test_two_class_loss_and_its_gradient_are_eq_9():
     torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], gradient, atol=1e-6, rtol=1e-6)
 
 
-def test_three_class_loss_is_the_mean_over_labelled_pixels():
+def test_three_class_loss_is_the_mean_over_labelled_pixels(both_algorithms):
     logits = torch.tensor([[[[2.0, 0.0]], [[1.0, 0.0]], [[0.0, 3.0]]]])  # (1,3,1,2)
     first = -math.log(math.exp(1) / (math.exp(2) + math.exp(1) + math.exp(0)))
     second = -math.log(math.exp(3) / (1 + 1 + math.exp(3)))
@@ -61,7 +61,7 @@ def test_three_class_loss_is_the_mean_over_labelled_pixels():
     assert mask_loss(logits, torch.tensor([[[1, 255]]])).item() == pytest.approx(first)
 
 
-def test_pairs_without_a_mask_add_nothing():
+def test_pairs_without_a_mask_add_nothing(both_algorithms):
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
     labels = torch.randint(0, 3, (2, 4, 4))
     labels[1] = 255
@@ -72,7 +72,7 @@ def test_pairs_without_a_mask_add_nothing():
     assert logits.grad[1].abs().max() == 0
 
 
-def test_a_batch_without_any_mask_has_loss_and_gradient_zero():
+def test_a_batch_without_any_mask_has_loss_and_gradient_zero(both_algorithms):
     logits = torch.randn(2, 2, 4, 4, requires_grad=True)
     loss = mask_loss(logits, torch.full((2, 4, 4), 255))
     loss.backward()

@@ -86,7 +86,7 @@ def stages(batch=2, grid=(5, 3), seed=0):
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (5, 3), (2, 7), (1, 4), (1, 1)])
-def test_warp_and_its_gradients_equal_a_sampler_of_plain_loops(grid):
+def test_warp_and_its_gradients_equal_a_sampler_of_plain_loops(both_algorithms, grid):
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, 3, *grid, generator=generator)
     flow = torch.randn(2, 2, *grid, generator=generator) * 1.5  # some positions fall outside the map
@@ -119,7 +119,7 @@ def test_flow_is_in_patches_to_the_right_and_down():
     torch.testing.assert_close(warp(features, down)[0, 0, :, 0], torch.tensor([4.0, 8.0, 8.0]))
 
 
-def test_bf16_features_are_warped_in_fp32():
+def test_bf16_features_are_warped_in_fp32(both_algorithms):
     features, flow = torch.randn(1, 3, 33, 33, dtype=torch.bfloat16), torch.full((1, 2, 33, 33), 0.25)
     warped = warp(features, flow.bfloat16())
     assert warped.dtype == torch.bfloat16

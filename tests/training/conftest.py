@@ -1,5 +1,6 @@
 """A tiny model, its processor and a handful of pairs, all made here: nothing is downloaded."""
 
+import copy
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import Dataset
@@ -18,6 +20,9 @@ from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
 
 from kcfi import KCFIForConditionalGeneration, join_towers
 from kcfi.processing import INSTRUCTIONS, KCFIProcessor
+from kcfi.training.arguments import KCFITrainingArguments
+from kcfi.training.collator import KCFICollator
+from kcfi.training.trainer import KCFITrainer
 
 UNCHANGED = ["the scene is the same as before .", "there is no difference .", "no change has occurred ."]
 CHANGED = ["a house appears in the {} .", "a building is built in the {} .", "one house has been built in the {} ."]
@@ -123,10 +128,8 @@ def root(tmp_path):
     return folder
 
 
-@pytest.fixture(scope="session")
-def text_model(tmp_path_factory) -> Path:
-    """Folder of a tiny language model with its tokenizer."""
-    folder = tmp_path_factory.mktemp("text_model")
+def save_text_model(folder: Path, **settings: float) -> Path:
+    """Write a tiny language model with its tokenizer."""
     tokenizer = make_tokenizer()
     config = Olmo2Config(  # AutoTokenizer would put Qwen2's own tokenizer before a Qwen2 model
         vocab_size=len(tokenizer),
@@ -136,11 +139,18 @@ def text_model(tmp_path_factory) -> Path:
         num_attention_heads=2,
         num_key_value_heads=2,
         tie_word_embeddings=True,
+        **settings,
     )
     torch.manual_seed(0)
     Olmo2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory) -> Path:
+    """Folder of a tiny language model with its tokenizer."""
+    return save_text_model(tmp_path_factory.mktemp("text_model"))
 
 
 @pytest.fixture
@@ -163,3 +173,72 @@ def processor() -> KCFIProcessor:
 def model(text_model) -> KCFIForConditionalGeneration:
     torch.manual_seed(0)
     return join_towers(VISION, str(text_model), flow_residual="cross")[0]
+
+
+@pytest.fixture
+def recipe(tmp_path, text_model, vision, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # without Java, which takes seconds to start
+    values = {
+        "vision_config": vision,
+        "text_model": str(text_model),
+        "model_settings": {"flow_residual": "cross", "num_change_classes": 3},
+        "mask_classes": "road_building",
+        "dataset": "synthetic",
+        "num_train_pairs": 8,
+        "num_eval_pairs": 4,
+        "output_dir": str(tmp_path / "run"),
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 2,
+        "metric_for_best_model": "mask_f1",
+        "generation_max_new_tokens": 4,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def no_java(monkeypatch):
+    """Scores without Java, which takes seconds to start."""
+    monkeypatch.setenv("PATH", "")
+
+
+def arguments(folder, **settings):
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "vision_learning_rate": 1e-3,
+        "projector_learning_rate": 1e-3,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "logging_steps": 1,
+        "save_total_limit": None,
+        "disable_tqdm": True,
+        "report_to": ["none"],
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    return KCFITrainingArguments(output_dir=str(folder), **{**defaults, **settings})
+
+
+@pytest.fixture
+def make_trainer(model, processor, tmp_path):
+    """A trainer of a copy of the model; every call gives the same weights."""
+
+    def make(pairs, collator=None, callbacks=None, eval_dataset=None, options=None, **settings):
+        return KCFITrainer(
+            copy.deepcopy(model),
+            arguments(tmp_path, **settings),
+            collator or KCFICollator(processor, seed=3),
+            train_dataset=pairs,
+            eval_dataset=eval_dataset,
+            processing_class=processor,
+            callbacks=callbacks,
+            **(options or {}),
+        )
+
+    return make

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import datasets
@@ -13,39 +14,16 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TimmWrapperConfig, TimmWrapperModel
 
+from kcfi import Describer, load
 from kcfi.processing import InputError
 from kcfi.training import train
 from kcfi.training.arguments import ModelArguments, parse_recipe
+from kcfi.training.checkpoints import MARKER, complete_checkpoints, mark
 from kcfi.training.collator import KCFICollator
 from kcfi.training.data.shards import write_shards
 from kcfi.training.synthetic.dataset import SyntheticDataset
 from kcfi.training.trainer import KCFITrainer
 from tests.training.conftest import needs_deepspeed
-
-
-@pytest.fixture
-def recipe(tmp_path, text_model, vision, monkeypatch):
-    monkeypatch.setenv("PATH", "")  # without Java, which takes seconds to start
-    values = {
-        "vision_config": vision,
-        "text_model": str(text_model),
-        "model_settings": {"flow_residual": "cross", "num_change_classes": 3},
-        "mask_classes": "road_building",
-        "dataset": "synthetic",
-        "num_train_pairs": 8,
-        "num_eval_pairs": 4,
-        "output_dir": str(tmp_path / "run"),
-        "per_device_train_batch_size": 2,
-        "num_train_epochs": 2,
-        "metric_for_best_model": "mask_f1",
-        "generation_max_new_tokens": 4,
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
 
 
 def test_a_run_with_real_materials_names_their_sources_in_its_recipe(recipe, library, tmp_path):
@@ -96,7 +74,7 @@ def test_a_run_keeps_to_the_commits_that_it_began_with(recipe, hub_text_model, t
 
     main = tmp_path / "hub" / "models--me--lm" / "refs" / "main"
     main.write_text("f" * 40)  # a newer one, which is not here
-    (tmp_path / "run" / "trainer_state.json").unlink()
+    (tmp_path / "run" / "complete.json").unlink()
     train.main([str(recipe), *options, "--text_model_revision", "main", "--resume"])  # its name does not count
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text()) == saved
     with pytest.raises(OSError, match="text_model: cannot load 'me/lm' at its newest commit"):
@@ -136,6 +114,37 @@ def test_a_recipe_streams(recipe, root, tmp_path, monkeypatch):
     assert log[1]["pairs"] == 4 and "eval_mask_f1" in log[2]
 
 
+def contents(folder):
+    """Every file that a run leaves, but for what it measured and the names of folders."""
+    state = json.loads((folder / "trainer_state.json").read_text())
+    state["log_history"] = [
+        {name: value for name, value in line.items() if not any(time in name for time in ("second", "memory", "time"))}
+        for line in state["log_history"]
+    ]
+    state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
+    skipped = ("recipe.yaml", "training_args.bin", "trainer_state.json", MARKER)
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in skipped]
+    return state, {path.relative_to(folder): sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_same_seed_gives_the_same_losses_scores_checkpoints_captions_and_masks(recipe, tmp_path, workers):
+    options = [str(recipe), "--augment", "true", "--dataloader_num_workers", str(workers), "--report_to", "none"]
+    options += ["--train_language_model", "true"]
+    found = []
+    for name in ("one", "two"):
+        torch.manual_seed(hash(name) % 1000)  # whatever this process did before
+        train.main([*options, "--output_dir", str(tmp_path / name)])
+        found.append(contents(tmp_path / name))
+        model, processor = load(str(tmp_path / name))
+        pairs = [SyntheticDataset(2, split="test")[index] for index in range(2)]
+        reports = Describer(model, processor).describe_pairs([(p["image_before"], p["image_after"]) for p in pairs])
+        found[-1] += ([report.caption for report in reports], [report.mask.tobytes() for report in reports])
+    assert found[0] == found[1]
+    names = {file.name for file in found[0][1]}
+    assert names >= {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "kcfi_state.json"}
+
+
 def test_the_saved_recipe_repeats_the_run(recipe, tmp_path):
     train.main([str(recipe), "--dwa", "window"])
     again = tmp_path / "again"
@@ -153,7 +162,7 @@ def test_a_killed_run_resumes_in_a_new_process_with_the_same_losses(recipe, tmp_
     run = subprocess.Popen(
         [*command, "--output_dir", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while not list(killed.glob("checkpoint-*/trainer_state.json")):
+    while not complete_checkpoints(killed):
         assert run.poll() is None, "the run ended before it could be killed"
         time.sleep(0.01)
     run.kill()
@@ -210,6 +219,7 @@ def test_slurm_trains_new_towers_under_zero3_and_goes_on_when_submitted_again(su
         assert torch.equal(weight, first[name]), name
 
     shutil.rmtree(run / "checkpoint-4")  # killed before it was written
+    (run / MARKER).unlink()
     submit(run, recipe, *options, "--deepspeed", "zero3")
     assert log_of(run) == log
 
@@ -283,7 +293,7 @@ def test_bad_input_before_there_is_a_run_leaves_no_folder_and_a_refused_start_no
         train.main([str(recipe), "--dataset", str(tmp_path / "nowhere")])
     assert not (tmp_path / "run").exists() and not hasattr(raised.value, "__notes__")
     (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
-    (tmp_path / "run" / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    mark(tmp_path / "run" / "checkpoint-5", 5, [])
     with pytest.raises(InputError, match="holds a run"):
         train.main([str(recipe)])
     assert not (tmp_path / "run" / "error.txt").exists()
@@ -325,7 +335,7 @@ def test_the_help_shows_commands_without_the_fences_of_the_docstring(capsys):
 def test_a_second_run_into_the_same_folder_is_refused(recipe, tmp_path):
     checkpoint = tmp_path / "run" / "checkpoint-5"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text("{}")
+    mark(checkpoint, 5, [])
     with pytest.raises(ValueError, match="holds a run: continue it with --resume"):
         train.main([str(recipe)])
 
@@ -336,14 +346,6 @@ def test_weights_that_no_training_wrote_are_not_overwritten_but_a_run_killed_at_
         train.find_checkpoint(tmp_path, resume=False)
     (tmp_path / "recipe.yaml").touch()
     assert train.find_checkpoint(tmp_path, resume=False) is None
-
-
-def test_the_newest_checkpoint_is_the_one_of_most_steps_that_is_complete(tmp_path):
-    for step, state in ((9, "{}"), (10, "{}"), (11, None), (12, '{"epoch": 1')):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert train.find_checkpoint(tmp_path, resume=True) == str(tmp_path / "checkpoint-10")
 
 
 def test_a_run_is_not_resumed_with_other_settings(recipe, tmp_path):

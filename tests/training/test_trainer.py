@@ -19,14 +19,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 from kcfi import join_towers
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import InputError
-from kcfi.training.arguments import KCFITrainingArguments
 from kcfi.training.checks import REFUSED
 from kcfi.training.collator import KCFICollator, packed_attention_mask
 from kcfi.training.losses import evaluation_losses
 from kcfi.training.parameters import freeze, parameter_groups
 from kcfi.training.scoring.evaluate import CAPTION_METRICS, predict
 from kcfi.training.trainer import KCFITrainer, trackers
-from tests.training.conftest import needs_deepspeed
+from tests.training.conftest import arguments, needs_deepspeed
 
 JAVA = shutil.which("java") is not None
 
@@ -40,25 +39,6 @@ ALL_KINDS = [
 ]
 
 
-def arguments(folder, **settings):
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "vision_learning_rate": 1e-3,
-        "projector_learning_rate": 1e-3,
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "load_best_model_at_end": False,
-        "logging_steps": 1,
-        "save_total_limit": None,
-        "disable_tqdm": True,
-        "report_to": ["none"],
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
-    return KCFITrainingArguments(output_dir=str(folder), **{**defaults, **settings})
-
-
 TWO_RANKS = {
     "max_steps": 12,
     "max_grad_norm": 0,
@@ -66,31 +46,6 @@ TWO_RANKS = {
     "train_language_model": True,
     "lr_scheduler_type": "constant",
 }  # of the tests of two ranks and their script
-
-
-@pytest.fixture
-def make_trainer(model, processor, tmp_path):
-    """A trainer of a copy of the model; every call gives the same weights."""
-
-    def make(pairs, collator=None, callbacks=None, eval_dataset=None, options=None, **settings):
-        return KCFITrainer(
-            copy.deepcopy(model),
-            arguments(tmp_path, **settings),
-            collator or KCFICollator(processor, seed=3),
-            train_dataset=pairs,
-            eval_dataset=eval_dataset,
-            processing_class=processor,
-            callbacks=callbacks,
-            **(options or {}),
-        )
-
-    return make
-
-
-@pytest.fixture
-def no_java(monkeypatch):
-    """Scores without Java, which takes seconds to start."""
-    monkeypatch.setenv("PATH", "")
 
 
 class Gradients(TrainerCallback):
@@ -301,6 +256,7 @@ OTHER_VALUES = {
     "fp16_full_eval": True,
     "train_sampling_strategy": "sequential",
     "auto_find_batch_size": True,
+    "enable_jit_checkpoint": True,
     "parallelism_config": ParallelismConfig(),
     "remove_unused_columns": True,
     "label_names": ["mask_labels"],
@@ -707,7 +663,11 @@ def test_the_best_checkpoint_is_kept_and_loads_with_the_auto_classes(make_traine
     assert processor.encode_prompt() == trainer.processing_class.encode_prompt()
 
 
-@pytest.mark.parametrize("settings", [{"dwa": "step"}, {"dwa": "window", "dwa_window": 3}, {"dwa": "epoch"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"dwa": "step"}, {"dwa": "window", "dwa_window": 3}, {"dwa": "epoch"}, {"dwa": "step", "logging_steps": 4}],
+    ids=str,
+)
 @pytest.mark.parametrize("stop", [3, 4, 5])
 def test_a_resumed_run_has_bit_identical_losses(make_trainer, make_pairs, settings, stop):
     settings |= {
@@ -831,8 +791,10 @@ def test_two_ranks_resume_with_the_same_losses(run_two_ranks, make_trainer, make
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deepspeed", ZERO)
-def test_a_gradient_that_is_not_finite_stops_zero_too(run_two_ranks, make_trainer, make_pairs, tmp_path, deepspeed):
+@pytest.mark.parametrize("deepspeed", [None, *ZERO])
+def test_a_gradient_that_is_not_finite_stops_two_ranks_too(
+    run_two_ranks, make_trainer, make_pairs, tmp_path, deepspeed
+):
     one = make_trainer(make_pairs())
     results = run_two_ranks(saved(one, tmp_path), "two", {"deepspeed": deepspeed, "broken": True})
     assert re.match("Optimizer step 1: the losses are finite, but the norm .* is (nan|inf)", results["error"])

@@ -23,7 +23,7 @@ from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.models import load, validation_dtype
 from kcfi.pictures import contact_sheet, overlay
 from kcfi.processing import INSTRUCTIONS, NO_LABEL, Describer, InputError, KCFIProcessor
-from kcfi.processing.describer_kcfi import write_captions
+from kcfi.processing.describer_kcfi import check_finite, write_captions
 from kcfi.training.data.levir_cc import warn_of_levir_cd
 from kcfi.training.data.pairs import MaskClasses, class_ids, num_classes
 from kcfi.training.feature_cache import FeatureCache
@@ -79,10 +79,14 @@ def predict(
         batch: of `KCFICollator` in evaluation mode, on the model's device.
         features: what `get_image_features` returned for it.
         max_new_tokens: longest caption, in tokens.
+
+    Raises:
+        FloatingPointError: logits of a caption or a mask are not finite.
     """
     captions, _ = write_captions(model, processor, features, batch["input_ids"], max_new_tokens=max_new_tokens)
     masks: list[Any] = [None] * len(captions)
     if features.mask_logits is not None:
+        check_finite(features.mask_logits, "mask")
         maps = processor.post_process_masks(features.mask_logits, batch["sizes"])
         masks = [ids.cpu().numpy() for ids in maps]
     columns = (batch["filenames"], batch["changed"], batch["references"], captions, masks, batch["true_masks"])

@@ -1,0 +1,56 @@
+"""SIGTERM, by which schedulers announce the end of a job, stops a training behind the step that it is in."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import TrainerCallback
+
+
+class StopCallback(TrainerCallback):
+    """Saves a checkpoint and ends the training at the step on which all ranks agree.
+
+    Of an epoch that is over at that step, evaluation comes first, as ever, so that a resumed run does not lack it.
+
+    Attributes:
+        received: this process got SIGTERM.
+        agreed: a rank got it before this step: set by the trainer, alike on all ranks.
+    """
+
+    def __init__(self) -> None:
+        self.received = self.agreed = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, SIGTERM is noted instead of ending the process; only the main thread can ask for that."""
+        self.received = self.agreed = False
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+    def _note(self, *_: Any) -> None:
+        self.received = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Behind Trainer's own decisions about this step."""
+        if self.agreed:
+            control.should_training_stop = True
+            control.should_save = not _ends_epoch(state)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer also takes the end of a training for the end of an epoch."""
+        if self.agreed and _ends_epoch(state):
+            control.should_save = True
+        elif self.agreed:
+            control.should_log = control.should_evaluate = control.should_save = False
+
+
+def _ends_epoch(state: Any) -> bool:
+    return float(state.epoch).is_integer()
