@@ -10,8 +10,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from kcfi.files import read_yaml
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
-from kcfi.processing import InputError
-from kcfi.towers import refusals
+from kcfi.processing import InputError, refusing
 
 
 def default_device() -> torch.device:
@@ -39,7 +38,7 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> tupl
         raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
     chosen: Any = dtype or ("auto" if place.type == "cuda" else "float32")
     source = model_source(name)
-    with refusals(f"Cannot load the model {name!r}: "):
+    with refusing(f"Cannot load the model {name!r}"):
         kind = AutoConfig.from_pretrained(source).model_type
         if kind != "kcfi":
             raise InputError(f"Cannot load the model {name!r}: it is a model of type {kind!r}, not 'kcfi'.")

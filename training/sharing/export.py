@@ -28,7 +28,7 @@ import kcfi  # noqa: F401 (registers the Auto classes)
 from kcfi.files import check_new_folder, move_into_place, read_json
 from kcfi.modeling_kcfi.modeling_kcfi import load_tower
 from kcfi.models import merge_lora
-from kcfi.processing import InputError
+from kcfi.processing import InputError, refusing
 from kcfi.towers import refusals
 from kcfi.training.sharing.model_card import (
     CARD_FILE,
@@ -62,7 +62,7 @@ def save(
         InputError: the weights are damaged, or the language model is not that of `text_model`.
         OSError: a file is missing.
     """
-    with refusals(f"The weights in {source} cannot be read: "):
+    with refusing(f"The weights in {source} cannot be read"):
         model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
     model = merge_lora(model)
     weights = model.state_dict()
@@ -197,7 +197,7 @@ def push(
         check_new_folder(dry_run)
     check_run(folder)
     state = read_json(folder / TRAINER_STATE_NAME)
-    with refusals(f"{folder / CONFIG_NAME}: "):
+    with refusing(f"{folder / CONFIG_NAME} cannot be read"):
         config = AutoConfig.from_pretrained(folder)
     check_license(folder, license)
     reference = None
