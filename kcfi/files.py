@@ -12,6 +12,7 @@ import yaml
 
 from kcfi.processing import InputError, refusing
 
+MOST_VALUES = 100_000  # of a YAML text
 LARGEST = 2**26  # bytes that may come out of a .gz; LEVIR-CC's captions have 8 MB
 
 
@@ -67,7 +68,7 @@ def read_yaml(path: Path, optional: Collection[str] | None = ()) -> dict[str, An
         InputError: it is not YAML, holds something else, or another field has no value.
     """
     with refusing(f"{path} is not a YAML file"):
-        values = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+        values = _load_yaml(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold `field: value` lines, but holds a {type(values).__name__}.")
     for name in values:
@@ -79,14 +80,17 @@ def read_yaml(path: Path, optional: Collection[str] | None = ()) -> dict[str, An
     return values
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """Plain values, without references to other ones: a few lines of them stand for more than memory holds."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Called by yaml for every value."""
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(None, None, "write the value in place of its *name", None)
-        return super().compose_node(parent, index)
+def _load_yaml(text: str) -> Any:
+    """The value of a YAML text; references (`*name`) to references may stand for more than memory holds."""
+    value = yaml.safe_load(text)
+    waiting, count = [value], 0
+    while waiting:
+        one = waiting.pop()
+        waiting += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+        count += 1
+        if count > MOST_VALUES:
+            raise ValueError(f"it stands for more than {MOST_VALUES:,} values")
+    return value
 
 
 def as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
@@ -108,7 +112,7 @@ def parse_yaml(text: str) -> Any:
         InputError: it is neither.
     """
     with refusing(f"{text!r} is neither JSON nor YAML"):
-        return yaml.load(text, _PlainLoader)
+        return _load_yaml(text)
 
 
 def check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:

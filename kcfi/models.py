@@ -12,6 +12,9 @@ from kcfi.files import read_yaml
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import InputError, refusing
 
+# Of models whose settings name code of their own: refused; transformers would ask on the terminal, and run it
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+
 
 def default_device() -> torch.device:
     """CUDA, else Apple's MPS, else the CPU."""
@@ -39,11 +42,11 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> tupl
     chosen: Any = dtype or ("auto" if place.type == "cuda" else "float32")
     source = model_source(name)
     with refusing(f"Cannot load the model {name!r}"):
-        kind = AutoConfig.from_pretrained(source).model_type
+        kind = AutoConfig.from_pretrained(source, **NO_CODE).model_type
         if kind != "kcfi":
             raise InputError(f"Cannot load the model {name!r}: it is a model of type {kind!r}, not 'kcfi'.")
-        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=chosen)
-        processor = AutoProcessor.from_pretrained(source)
+        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=chosen, **NO_CODE)
+        processor = AutoProcessor.from_pretrained(source, **NO_CODE)
     return model.to(place).eval(), processor
 
 

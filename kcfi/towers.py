@@ -126,7 +126,7 @@ def join_towers(
 def _load(kind: Any, name: str, revision: str | None) -> Any:
     """`kind.from_pretrained(name)`, with the name in its error: without a connection transformers tells none."""
     try:
-        return kind.from_pretrained(name, revision=revision)
+        return kind.from_pretrained(name, revision=revision, trust_remote_code=False)
     except OSError as error:
         at = f" at revision {revision!r}" if revision else ""
         raise OSError(f"Cannot load {name!r}{at}: {error}") from error

@@ -26,7 +26,8 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -38,10 +39,13 @@ if __name__ == "__main__":
 from tests.fuzz_readers import READERS, Seeds  # noqa: E402
 
 SECONDS = 10  # of the processor, so that a busy machine makes no hang
-PATIENCE = 90  # s, after which a process that waits, or that no signal interrupts, is killed
-START = 180  # s for the imports and the valid files
+PATIENCE = 300  # s without an answer, after which a process that waits or that no signal interrupts is killed
 ADDRESS_SPACE = 4 * 2**30  # bytes beyond those of the process with its valid files
 MIB = 100  # that an input may take beyond the most that a valid one takes
+
+REFUSED_SEEDS = ("png", "jpeg", "tiff", "geotiff")  # some are of bands and bits that must be asked for
+
+Task = tuple[str, int]  # reader and number of an input
 
 
 def changed_file(reader: str, seeds: Seeds, number: int) -> tuple[str, bytes]:
@@ -108,28 +112,30 @@ def judge_with_memory(seeds: Seeds, path: Path) -> tuple[str, float, float]:
     return verdict, _memory("VmHWM") - before, time.process_time() - start
 
 
-def work(reader: str, numbers: list[int]) -> None:
-    """Try inputs of one reader; a line of JSON for each. The first line is of the valid files."""
+def work(tasks: list[Task]) -> None:
+    """Try inputs, all of one reader after the other; a line of JSON for each. The first of a reader is of its seeds."""
     warnings.simplefilter("ignore")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whatever libraries print
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as inputs:
-        seeds = READERS[reader][1](Path(folder))
-        most = 0.0
-        for again in (False, True):  # the second time nothing is imported
-            for name, content in seeds.files.items():
-                verdict, mib, _ = _try(seeds, Path(inputs), name, content)
-                if not (verdict == "read" or reader in ("png", "jpeg", "tiff", "geotiff")):
-                    raise SystemExit(f"{reader}: the valid {name} gave {verdict}")
-                most = max(most, mib) if again else 0.0
-        size = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESS_SPACE, resource.RLIM_INFINITY))
-        print(json.dumps({"valid": most}), file=answers)
-        for number in numbers:
-            verdict, mib, seconds = _try(seeds, Path(inputs), *changed_file(reader, seeds, number))
-            if mib > most + MIB and not verdict.startswith("crash"):
-                verdict = f"memory: {mib:.0f} MiB, then {verdict}"
-            print(json.dumps({"number": number, "verdict": verdict, "mib": mib, "seconds": seconds}), file=answers)
+    for reader, group in groupby(tasks, key=lambda task: task[0]):
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as inputs:
+            seeds = READERS[reader][1](Path(folder))
+            most = 0.0
+            for again in (False, True):  # the second time nothing is imported
+                for name, content in seeds.files.items():
+                    verdict, mib, _ = _try(seeds, Path(inputs), name, content)
+                    if verdict not in ("read", "InputError" if reader in REFUSED_SEEDS else ""):
+                        raise SystemExit(f"{reader}: the valid {name} gave {verdict}")
+                    most = max(most, mib) if again else 0.0
+            print(json.dumps({"reader": reader, "valid": most}), file=answers)
+            size = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESS_SPACE, resource.RLIM_INFINITY))
+            for _, number in group:
+                verdict, mib, seconds = _try(seeds, Path(inputs), *changed_file(reader, seeds, number))
+                if mib > most + MIB and not verdict.startswith("crash"):
+                    verdict = f"memory: {mib:.0f} MiB, then {verdict}"
+                said = {"reader": reader, "number": number, "verdict": verdict, "mib": mib, "seconds": seconds}
+                print(json.dumps(said), file=answers)
 
 
 def _try(seeds: Seeds, folder: Path, name: str, content: bytes) -> tuple[str, float, float]:
@@ -141,72 +147,92 @@ def _try(seeds: Seeds, folder: Path, name: str, content: bytes) -> tuple[str, fl
         path.unlink()
 
 
-def supervise(reader: str, numbers: list[int]) -> Iterator[dict[str, Any]]:
+def supervise(tasks: list[Task]) -> Iterator[dict[str, Any]]:
     """The answers of `work` to all inputs; a process that dies or hangs is replaced by one that goes on behind it."""
-    left = list(numbers)
-    while left:
-        command = [sys.executable, __file__, "--work", reader, "--inputs", *map(str, left)]
-        with tempfile.TemporaryFile() as errors:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, cwd=ROOT)
-            started, ended = False, False
-            for line in _lines(process, START):
+    while tasks:
+        with tempfile.TemporaryFile("w+") as given, tempfile.TemporaryFile() as errors:
+            json.dump(tasks, given)
+            given.seek(0)
+            command = [sys.executable, __file__, "--work"]
+            process = subprocess.Popen(command, stdin=given, stdout=subprocess.PIPE, stderr=errors, cwd=ROOT)
+            started = False
+            for line in _lines(process):
                 started = True
                 if "number" in line:
-                    left.remove(line["number"])
+                    tasks = tasks[1:]
                 yield line
             ended = process.poll() is not None
             process.kill()
             process.wait()
-            if left and not started:
-                errors.seek(0)
-                raise SystemExit(f"{reader} did not start:\n{errors.read().decode(errors='replace')}")
-        if left:
+            errors.seek(0)
+            said = errors.read().decode(errors="replace")[-2000:]
+        if tasks and (not started or process.returncode > 0):
+            raise SystemExit(f"{tasks[0][0]} could not be tried: {said}")
+        if tasks:
             verdict = f"crash: the process ended ({process.returncode})" if ended else "hang"
-            yield {"number": left.pop(0), "verdict": verdict, "mib": 0.0, "seconds": 0.0}
+            (reader, number), tasks = tasks[0], tasks[1:]
+            yield {"reader": reader, "number": number, "verdict": verdict, "mib": 0.0, "seconds": 0.0}
 
 
-def _lines(process: Any, patience: float) -> Iterator[dict[str, Any]]:
-    """Lines of JSON that a process prints, until it ends or is silent too long: `PATIENCE` s behind the first."""
+def _lines(process: Any) -> Iterator[dict[str, Any]]:
+    """Lines of JSON that a process prints, until it ends or is silent for `PATIENCE` s."""
     text, pipe = b"", process.stdout.fileno()
-    while select.select([pipe], [], [], patience)[0]:
+    while select.select([pipe], [], [], PATIENCE)[0]:
         more = os.read(pipe, 2**16)
         if not more:
             process.wait()
             return
         *lines, text = (text + more).split(b"\n")
         yield from map(json.loads, lines)
-        patience = PATIENCE
 
 
-def run(reader: str, numbers: list[int], keep: Path | None) -> dict[str, Any]:
-    """All inputs of a reader -> its row of the table; what is no proper answer is printed and kept."""
-    verdicts: Counter[str] = Counter()
-    valid = most = slowest = 0.0
-    found: dict[str, int] = {}
-    for answer in supervise(reader, numbers):
-        if "valid" in answer:
-            valid = answer["valid"]
-            continue
+class Row:
+    """What was counted of one reader."""
+
+    def __init__(self) -> None:
+        self.verdicts: Counter[str] = Counter()
+        self.found: dict[str, int] = {}  # the first input of each kind of mistake
+        self.valid = self.most = self.slowest = 0.0
+
+    def add(self, answer: dict[str, Any]) -> None:
+        """Count a line of `supervise`."""
+        self.valid = max(self.valid, answer.get("valid", 0.0))
+        if "number" not in answer:
+            return
         verdict = answer["verdict"]
-        verdicts[verdict.partition(":")[0]] += 1
-        most, slowest = max(most, answer["mib"]), max(slowest, answer["seconds"])
-        if ":" in verdict or verdict == "hang":
-            kind = verdict.partition(" (")[0]  # one of each class and place
-            if kind not in found:
-                found[kind] = answer["number"]
-                print(f"  {reader} {answer['number']}: {verdict}", flush=True)
-    if keep is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            seeds = READERS[reader][1](Path(folder))
-        (keep / reader).mkdir(parents=True, exist_ok=True)
-        for number in found.values() if len(numbers) > 1 else numbers:
-            name, content = changed_file(reader, seeds, number)
-            (keep / reader / f"{number}-{name}").write_bytes(content)
-    bad = ("crash", "hang", "memory")
-    answers = ", ".join(f"{count:,} {kind}" for kind, count in verdicts.most_common() if kind not in bad)
-    row = {"reader": reader, "inputs": verdicts.total(), "answers": answers}
-    row |= {"crashes": verdicts["crash"], "hangs": verdicts["hang"], f"over {MIB} MiB": verdicts["memory"]}
-    return row | {"MiB": f"{most:.0f} (valid: {valid:.0f})", "slowest": f"{slowest:.1f} s"}
+        self.verdicts[verdict.partition(":")[0]] += 1
+        self.most, self.slowest = max(self.most, answer["mib"]), max(self.slowest, answer["seconds"])
+        kind = verdict.partition(" (")[0]  # the class and the place
+        if (":" in verdict or verdict == "hang") and kind not in self.found:
+            self.found[kind] = answer["number"]
+            print(f"  {answer['reader']} {answer['number']}: {verdict}", flush=True)
+
+    def cells(self, reader: str) -> dict[str, Any]:
+        """The row of the table."""
+        count = self.verdicts
+        proper = [
+            f"{number:,} {kind}" for kind, number in count.most_common() if kind not in ("crash", "hang", "memory")
+        ]
+        return {
+            "reader": reader,
+            "inputs": count.total(),
+            "answers": ", ".join(proper),
+            "crashes": count["crash"],
+            "hangs": count["hang"],
+            f"over {MIB} MiB": count["memory"],
+            "MiB": f"{self.most:.0f} (valid: {self.valid:.0f})",
+            "slowest": f"{self.slowest:.1f} s",
+        }
+
+
+def keep_inputs(reader: str, numbers: Iterable[int], folder: Path) -> None:
+    """Write inputs into a folder, by reader."""
+    with tempfile.TemporaryDirectory() as own:
+        seeds = READERS[reader][1](Path(own))
+    (folder / reader).mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        name, content = changed_file(reader, seeds, number)
+        (folder / reader / f"{number}-{name}").write_bytes(content)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -225,17 +251,20 @@ def main() -> int:
     parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS), metavar="READER")
     parser.add_argument("--inputs", nargs="+", type=int, help="numbers (default: all of a reader)")
     parser.add_argument("--keep", type=Path, help="folder for inputs that found something")
-    parser.add_argument("--work", choices=READERS, help=argparse.SUPPRESS)
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)  # tasks come on standard input
     options = parser.parse_args()
     if options.work:
-        work(options.work, options.inputs)
+        work(json.load(sys.stdin))
         return 0
-    rows = []
-    for reader in options.readers:
-        rows.append(run(reader, options.inputs or list(range(READERS[reader][0])), options.keep))
-        print(json.dumps(rows[-1]), flush=True)
-    print(table(rows))
-    return int(any(row["crashes"] or row["hangs"] or row[f"over {MIB} MiB"] for row in rows))
+    tasks = [(reader, n) for reader in options.readers for n in options.inputs or range(READERS[reader][0])]
+    rows = {reader: Row() for reader in options.readers}
+    for answer in supervise(tasks):
+        rows[answer["reader"]].add(answer)
+    for reader, row in rows.items():
+        if options.keep and row.found:
+            keep_inputs(reader, options.inputs or row.found.values(), options.keep)
+    print(table([row.cells(reader) for reader, row in rows.items()]))
+    return int(any(row.found for row in rows.values()))
 
 
 if __name__ == "__main__":

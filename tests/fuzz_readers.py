@@ -327,7 +327,7 @@ def question(folder: Path) -> Seeds:
 
     texts = (
         "how many buildings appeared in the north-east?",
-        "where is the largest road larger than 500 m2?",
+        "where is the largest new road larger than 500 m2?",
         "what happened at 117.305, 31.212?",
     )
     files = {f"{number}.txt": text.encode() for number, text in enumerate(texts)}
@@ -393,7 +393,7 @@ READERS: dict[str, tuple[int, Callable[[Path], Seeds]]] = {
     "predictions": (500, predictions),
     "results": (500, results),
     "shards": (500, shards),
-    "recipe": (700, recipe),
+    "recipe": (300, recipe),
     "ablations": (300, ablations),
     "source": (400, source),
     "footprints": (400, footprints),
@@ -401,12 +401,12 @@ READERS: dict[str, tuple[int, Callable[[Path], Seeds]]] = {
     "archive": (500, archive),
     "energy": (300, energy),
     "question": (300, question),
-    "report": (500, report),
-    "config": (500, partial(model, names=["config.json"])),
+    "report": (400, report),
+    "config": (300, partial(model, names=["config.json"])),
     "processor": (
         400,
         partial(model, names=["processor_config.json", "chat_template.jinja", "generation_config.json"]),
     ),
-    "tokenizer": (400, partial(model, names=["tokenizer.json", "tokenizer_config.json"])),
-    "weights": (300, partial(model, names=["model.safetensors"])),
+    "tokenizer": (200, partial(model, names=["tokenizer.json", "tokenizer_config.json"])),
+    "weights": (200, partial(model, names=["model.safetensors"])),
 }

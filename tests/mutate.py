@@ -24,8 +24,8 @@ DEEP = 5_000  # brackets
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 255, 2**31, 2**63, -(2**64), 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"),
     "", " ", "x", "\0", "a\0b.png", "..", "../../etc/passwd", "/etc/passwd", "/dev/zero", "http://127.0.0.1:9/x.png",
-    "a" * 300, "A" * 70_000, "\ud800", "‮é中", "{{", "%s%n", "1e999", "null", "true", "-1", [], {}, [[]], [None], {"": None},
-    {"a": {"b": [1, "x"]}}, ["x"] * 50, [0] * 1000,
+    "a" * 300, "A" * 70_000, "\ud800", "‮é中", "{{", "%s%n", "1e999", "null", "true", "-1", [], {}, [[]], [None],
+    {"": None}, {"a": {"b": [1, "x"]}}, ["x"] * 50, [0] * 1000,
 )  # fmt: skip
 
 
@@ -125,8 +125,8 @@ def gzipped_json(content: bytes, chance: Random) -> bytes:
 ANCHORS = b"a0: &a0 [x, x]\n" + b"".join(b"a%d: &a%d [%s]\n" % (n, n, b"*a%d, " % (n - 1) * 9) for n in range(1, 9))
 YAML_LINES = (
     ANCHORS, b"x: !!python/object/apply:os.system ['true']\n", b"dwa: 2026-01-01\n", b"seed: 1_0\n",
-    b"? [a, b]\n: 1\n", b"base: recipe.yaml\n", b"1: 2\n", b"seed: .inf\n", b"dataset: &a [*a]\n", b"model: !!binary aGk=\n",
-    b"<<: {a: 1}\n",
+    b"? [a, b]\n: 1\n", b"base: recipe.yaml\n", b"1: 2\n", b"seed: .inf\n", b"dataset: &a [*a]\n",
+    b"model: !!binary aGk=\n", b"<<: {a: 1}\n",
 )  # fmt: skip
 
 
@@ -204,8 +204,11 @@ def parquet(content: bytes, chance: Random) -> bytes:
         rows = [{**one, key: wanted} for one in rows]
     buffer = io.BytesIO()
     try:
-        changed = pyarrow.Table.from_pylist(rows)
-        pyarrow.parquet.write_table(changed.replace_schema_metadata(table.schema.metadata), buffer)
+        try:
+            changed = pyarrow.Table.from_pylist(rows, table.schema)
+        except (pyarrow.ArrowException, TypeError):  # the column gets another type
+            changed = pyarrow.Table.from_pylist(rows)
+        pyarrow.parquet.write_table(changed, buffer)
     except (pyarrow.ArrowException, UnicodeEncodeError):  # a column of two types
         return raw(content, chance)
     return buffer.getvalue()

@@ -30,7 +30,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from kcfi.files import as_dict, read_yaml
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
-from kcfi.models import merge_lora, model_source
+from kcfi.models import NO_CODE, merge_lora, model_source
 from kcfi.processing import InputError, KCFIProcessor, refusing
 from kcfi.towers import join_towers
 from kcfi.training.arguments import ModelArguments, Recipe, field_defaults, field_help, parse_recipe
@@ -173,8 +173,9 @@ def build_model(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCF
             raise InputError(f"`model` is a finished model: leave out {', '.join(new)}.")
         source, revision = model_source(args.model), args.model_revision
         with refusing(f"Cannot load the model {args.model!r}"):
-            model: Any = AutoModelForImageTextToText.from_pretrained(source, revision=revision, dtype=torch.float32)
-            processor = AutoProcessor.from_pretrained(source, revision=revision)
+            options = {"revision": revision, **NO_CODE}
+            model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32, **options)
+            processor = AutoProcessor.from_pretrained(source, **options)
         return merge_lora(model), processor
     settings, vision_config = as_dict(args.model_settings), as_dict(args.vision_config)
     if args.text_model is None or bool(args.vision_model) == bool(vision_config):

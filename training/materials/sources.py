@@ -237,6 +237,9 @@ def _checked(root: Path, values: Any, kinds: Sequence[TextureKind]) -> Source:
     for name in ("name", "licence"):
         if not isinstance(values.get(name), str):
             raise InputError(f"{name} is missing: it is needed to credit the source")
+    for name in ("images", "labels", "regions"):
+        if not isinstance(values.get(name, ""), str):
+            raise InputError(f"{name} is {values[name]!r}; expected a text")
     metres = values.get("metres_per_pixel")
     if metres is not None and not (isinstance(metres, int | float) and metres > 0):
         raise InputError(f"metres_per_pixel is {metres!r}; expected a number above 0")
@@ -252,7 +255,7 @@ def _checked(root: Path, values: Any, kinds: Sequence[TextureKind]) -> Source:
         if not (isinstance(colour, list) and len(colour) == 3 and all(value in range(256) for value in colour)):
             raise InputError(f"legend: {surface} is {colour!r}; expected a colour, for example [255, 0, 0]")
     for scene, textures in values.setdefault("classes", {}).items():
-        if not isinstance(textures, list):
+        if not isinstance(scene, str) or not isinstance(textures, list):
             raise InputError(
                 f"classes: {scene} is {textures!r}; expected a list of kinds of texture, for example [woods]"
             )

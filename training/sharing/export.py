@@ -27,7 +27,7 @@ from transformers.utils.hub import extract_commit_hash
 import kcfi  # noqa: F401 (registers the Auto classes)
 from kcfi.files import check_new_folder, move_into_place, read_json
 from kcfi.modeling_kcfi.modeling_kcfi import load_tower
-from kcfi.models import merge_lora
+from kcfi.models import NO_CODE, merge_lora
 from kcfi.processing import InputError, refusing
 from kcfi.towers import refusals
 from kcfi.training.sharing.model_card import (
@@ -63,7 +63,7 @@ def save(
         OSError: a file is missing.
     """
     with refusing(f"The weights in {source} cannot be read"):
-        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **NO_CODE)
     model = merge_lora(model)
     weights = model.state_dict()
     if text_model:
@@ -71,7 +71,7 @@ def save(
         model.config.text_model, model.config.text_model_revision = text_model
         weights = {name: weight for name, weight in weights.items() if not name.startswith(LANGUAGE_MODEL)}
     model.save_pretrained(output, state_dict=weights)
-    AutoProcessor.from_pretrained(source).save_pretrained(output)
+    AutoProcessor.from_pretrained(source, **NO_CODE).save_pretrained(output)
 
 
 def check_language_model(model: Any, text_model: str, revision: str | None) -> None:
@@ -198,7 +198,7 @@ def push(
     check_run(folder)
     state = read_json(folder / TRAINER_STATE_NAME)
     with refusing(f"{folder / CONFIG_NAME} cannot be read"):
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, **NO_CODE)
     check_license(folder, license)
     reference = None
     if text_model:
