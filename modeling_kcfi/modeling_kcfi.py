@@ -216,8 +216,8 @@ class KCFIPreTrainedModel(PreTrainedModel):
         """As in transformers, but weights in a pickle are refused; a language model left out is fetched.
 
         Raises:
-            ValueError: an index names other files than safetensors of its folder; or a language model was left out that
-                cannot be put where it is to lie: on disk, or quantised.
+            ValueError: an index names other files than safetensors of its folder; or the language model that was left
+                out cannot be put where it is to lie: on disk, or quantised.
         """
         source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         check_index(Path(source or "", kwargs.get("subfolder", "")))

@@ -113,7 +113,7 @@ def judge_with_memory(seeds: Seeds, path: Path) -> tuple[str, float, float]:
 
 
 def work(tasks: list[Task]) -> None:
-    """Try inputs, all of one reader after the other; a line of JSON for each. The first of a reader is of its seeds."""
+    """Try inputs, reader after reader; a line of JSON for each. The first of a reader tells of its valid files."""
     warnings.simplefilter("ignore")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whatever libraries print
