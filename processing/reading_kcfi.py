@@ -259,7 +259,8 @@ def _rgb(image: Image.Image) -> Image.Image:
     """An image of 8 bits in RGB, its transparency over white; the image itself if it is that already."""
     if type(image) is Image.Image and image.mode == "RGB" and image.info.get("transparency") is None:
         return image
-    return Image.fromarray(np.asarray(convert_to_rgb(image, return_numpy=True)))
+    with refusing(f"The colours of the image{file_note(image)} cannot be read"):  # a palette may be broken
+        return Image.fromarray(np.asarray(convert_to_rgb(image, return_numpy=True)))
 
 
 def _pil_reads_less(image: Image.Image) -> bool:
@@ -366,7 +367,8 @@ def _pil_raster(image: Image.Image, bands: Sequence[int] | None, name: str) -> _
         raise _unclear(np.asarray(image), name, kind)
     transparent = "A" in image.getbands() or image.info.get("transparency") is not None
     if image.mode not in ("LA", "RGBA") and (transparent or image.mode not in ("L", "RGB")):
-        image = image.convert("RGBA" if transparent else "RGB")
+        with refusing(f"{name}: its colours cannot be read"):  # a palette may be broken
+            image = image.convert("RGBA" if transparent else "RGB")
     values = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
     if bands is None and transparent:
         return _Raster(values[:-1], name, kind, values[-1] / 255, nodata)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from tests import mutate
 
-SIDE = 48  # px
+SIDE = 20  # px
 
 
 class Seeds(NamedTuple):
@@ -384,29 +384,26 @@ def model(folder: Path, names: Sequence[str]) -> Seeds:
 
 # How many changed files of each reader one run tries.
 READERS: dict[str, tuple[int, Callable[[Path], Seeds]]] = {
-    "png": (1500, png),
-    "jpeg": (1000, jpeg),
-    "tiff": (1000, tiff),
-    "geotiff": (1000, geotiff),
-    "scene": (700, scene),
     "captions": (1000, captions),
-    "predictions": (500, predictions),
-    "results": (500, results),
-    "shards": (500, shards),
-    "recipe": (300, recipe),
-    "ablations": (300, ablations),
-    "source": (400, source),
-    "footprints": (400, footprints),
-    "materials": (400, materials),
-    "archive": (500, archive),
-    "energy": (300, energy),
+    "predictions": (600, predictions),
+    "results": (600, results),
+    "materials": (600, materials),
+    "footprints": (600, footprints),
+    "source": (600, source),
+    "energy": (500, energy),
     "question": (300, question),
+    "archive": (600, archive),
     "report": (400, report),
-    "config": (300, partial(model, names=["config.json"])),
-    "processor": (
-        400,
-        partial(model, names=["processor_config.json", "chat_template.jinja", "generation_config.json"]),
-    ),
-    "tokenizer": (200, partial(model, names=["tokenizer.json", "tokenizer_config.json"])),
+    "png": (1200, png),
+    "jpeg": (700, jpeg),
+    "tiff": (700, tiff),
+    "geotiff": (700, geotiff),
+    "scene": (500, scene),
+    "shards": (500, shards),
+    "ablations": (200, ablations),
+    "recipe": (200, recipe),
+    "config": (200, partial(model, names=["config.json", "generation_config.json"])),
     "weights": (200, partial(model, names=["model.safetensors"])),
+    "processor": (150, partial(model, names=["processor_config.json", "chat_template.jinja"])),
+    "tokenizer": (150, partial(model, names=["tokenizer.json", "tokenizer_config.json"])),
 }

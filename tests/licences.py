@@ -19,7 +19,7 @@ What an environment with all extras holds, by what each package says of itself; 
 "extra": only some extras need it. kcfi itself is Apache-2.0.
 
 """
-LONGEST = 60  # characters of a cell; some packages put the whole text of their licence there
+LONGEST = 150  # characters of a cell; some packages put the whole text of their licence there
 
 
 def licence_of(metadata: Any) -> str:

@@ -1,4 +1,4 @@
-"""Damaged files: every reader reads or refuses them. `make fuzz` tries thousands, Hypothesis the smallest that fail."""
+"""Damaged files: every reader reads or refuses them. `make fuzz` tries thousands, Hypothesis here the smallest."""
 
 import signal
 from functools import cache
