@@ -306,6 +306,8 @@ def read_results(path: Path) -> dict[str, Any]:
     if missing:
         raise InputError(f"{path} is no results file of `kcfi evaluate`: it has no {', '.join(missing)}.")
     with refusing(f"{path} is no results file of `kcfi evaluate`"):  # what a card says of it can be said
+        if not all(isinstance(results[key], str) for key in ("model", "dataset", "split", "profile")):
+            raise ValueError("model, dataset, split and profile are names")
         eval_results(results, [])
         _results(results, [], sheet=False)
     return dict(results)
