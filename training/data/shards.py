@@ -57,6 +57,7 @@ FEATURES = datasets.Features(
 )
 _IMAGES = ("image_before", "image_after", "mask")
 
+MOST_BYTES = 2**32  # of a shard, unpacked
 PAIRS_PER_SHARD = 256  # LEVIR-CC's training split in 27 shards: enough to share out among ranks and loader workers
 
 
@@ -201,11 +202,18 @@ def open_shard(file: str, dataset: str, split: str, columns: Mapping[str, str]) 
         columns: As in `ShardDataset`.
 
     Raises:
-        InputError: If the file is no parquet or `select_columns` refuses its columns.
+        InputError: If the file is no parquet or larger than `MOST_BYTES`, or `select_columns` refuses its columns.
     """
     with refusing(f"{dataset}, split '{split}': {file} is not readable as parquet"), fsspec.open(file) as stream:
         footer = pyarrow.parquet.ParquetFile(stream)
         rows, features = footer.metadata.num_rows, datasets.Features.from_arrow_schema(footer.schema_arrow)
+        groups = [footer.metadata.row_group(number) for number in range(footer.metadata.num_row_groups)]
+    unpacked = sum(group.total_byte_size for group in groups)
+    if unpacked > MOST_BYTES:
+        raise InputError(
+            f"{dataset}, split '{split}': {file} says that it holds {unpacked / 2**30:.1f} GiB, but it is read as a "
+            f"whole: write more shards, of less than {MOST_BYTES >> 30} GiB each."
+        )
     return Shard(file, rows, select_columns(features, dataset, columns))
 
 
