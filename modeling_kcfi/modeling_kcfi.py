@@ -220,7 +220,7 @@ class KCFIPreTrainedModel(PreTrainedModel):
                 out cannot be put where it is to lie: on disk, or quantised.
         """
         source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        check_index(Path(source or "", kwargs.get("subfolder", "")))
+        check_index(Path(source or "", kwargs.get("subfolder") or ""))
         loaded: Any = super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
         if model.config.text_model:

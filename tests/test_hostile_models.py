@@ -25,15 +25,9 @@ CODE = {
 }
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}"
 
-# Loads each folder and asks it for its prompt, while a hook records what Python imports, opens and executes.
-WATCHED = """
+# A hook that records what Python imports, opens and executes.
+HOOK = """
 import json, sys
-import kcfi
-from kcfi.models import load
-from kcfi.processing import InputError
-
-trust, *folders = sys.argv[1:]
-load(folders[0], "cpu")[1].prompt()  # whatever is imported when a model is loaded for the first time
 EVENTS = ("pickle.find_class", "os.system", "os.exec", "subprocess.Popen", "socket.connect", "socket.getaddrinfo")
 seen = []
 
@@ -46,6 +40,14 @@ def watch(event, arguments):
         seen.append([event, arguments[0].co_filename])
     elif event in EVENTS:
         seen.append([event, str(arguments)])
+"""
+
+# Loads each folder and asks it for its prompt.
+WATCHED = (
+    HOOK
+    + """
+from kcfi.models import load
+from kcfi.processing import InputError
 
 def answer(folder):
     try:
@@ -54,6 +56,8 @@ def answer(folder):
         return str(error)
     return "loaded"
 
+first, *folders = sys.argv[1:]
+load(first, "cpu")[1].prompt()  # whatever is imported when a model is loaded for the first time
 sys.addaudithook(watch)
 found = {}
 for folder in folders:
@@ -62,6 +66,23 @@ for folder in folders:
     found[folder] = [said, list(seen)]
 print(json.dumps(found))
 """
+)
+
+
+# Loads a folder with its own code, where kcfi cannot be imported.
+TRUSTING = (
+    HOOK
+    + """
+sys.modules["kcfi"] = None
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+sys.addaudithook(watch)
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(json.dumps([type(model).__module__, seen]))
+"""
+)
 
 
 class Bomb:
@@ -156,6 +177,18 @@ FOLDERS = {
 }
 
 
+def watched(script, root, *folders):
+    """What a script prints of some folders, run in `root` with a cache of its own and nobody to answer a question."""
+    (root / "script.py").write_text(script)
+    environment = {**os.environ, "HF_HOME": str(root / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    command = [sys.executable, str(root / "script.py"), *map(str, folders)]
+    options = {"cwd": root, "env": environment, "stdin": subprocess.DEVNULL}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
 @pytest.fixture(scope="module")
 def answers(detector, tmp_path_factory):
     """What each folder answers, and what Python did meanwhile, in one process without `trust_remote_code`."""
@@ -167,16 +200,7 @@ def answers(detector, tmp_path_factory):
         (folder / "custom_generate").mkdir()
         (folder / "custom_generate" / "generate.py").write_text(EVIL)
         harm(folder)
-    (root / "watched.py").write_text(WATCHED)
-    folders = [str(detector), *(str(root / name / "model") for name in FOLDERS)]
-    environment = {**os.environ, "HF_HOME": str(root / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
-    command = [sys.executable, str(root / "watched.py"), "no", *folders]
-    run = subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = watched(WATCHED, root, detector, *(root / name / "model" for name in FOLDERS))
     return {name: (root / name / "model", *found[str(root / name / "model")]) for name in FOLDERS}
 
 
@@ -199,3 +223,22 @@ def test_nothing_of_a_folder_is_executed_and_nothing_outside_of_it_opened(answer
             assert not own and "transformers_modules" not in what and Path(what).stem != "evil", what
         else:
             pytest.fail(f"{event}: {what}")
+
+
+def test_with_trust_remote_code_only_the_files_of_the_folder_are_executed(detector, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(detector, folder)
+    (folder / "evil.py").symlink_to(tmp_path / "elsewhere.py")
+    (tmp_path / "elsewhere.py").write_text(EVIL)
+    for part in ("text_config", "vision_config"):
+        names = {name: "evil/other--evil.Model" for name in NAMES}
+        change(folder, "config.json", part, auto_map=names, trust_remote_code=True)
+    module, seen = watched(TRUSTING, tmp_path, folder)
+    assert module.startswith("transformers_modules.") and not list(tmp_path.rglob("executed"))
+    executed = {Path(what) for event, what in seen if event == "exec" and "transformers_modules" in what}
+    own = {path.name: path.read_bytes() for path in folder.glob("*.py") if path.name != "evil.py"}
+    copies = {path for path in executed if path.name != "__init__.py"}
+    assert {path.name for path in copies} >= {"modeling_kcfi.py", "processing_kcfi.py"}
+    assert all(path.read_bytes() == own[path.name] for path in copies)
+    assert all(path.read_bytes() == b"" for path in executed - copies)
+    assert not [what for event, what in seen if event not in ("open", "import", "exec")]

@@ -160,7 +160,7 @@ def read_footprints(path: Path) -> tuple[list[dict[str, Any]], NDArray[np.float6
             if not (_holds_rings(geometry["coordinates"], depth) and features.is_valid_geom(geometry)):
                 raise ValueError("its coordinates are not closed rings of numbers")
         polygons.append(geometry)
-    with refusing(f"{path}: leave its crs out for longitude, latitude; it is not understood"):
+    with refusing(f"{path}: its crs is not understood; leave it out for longitude, latitude"):
         name = content["crs"]["properties"]["name"] if content.get("crs") else ""
         if not re.fullmatch(r"[\w:.-]*", name):  # GDAL would fetch an address
             raise ValueError(f"{name!r} is no name as EPSG:32650")
