@@ -3,6 +3,7 @@
 ```
 make fuzz                                            # all readers, about half an hour on one core
 python tests/fuzz.py --readers png config            # some
+python tests/fuzz.py --share 0.1                     # the first tenth of the inputs of each
 python tests/fuzz.py --readers png --inputs 37 --keep found   # one input again, written into a folder
 ```
 
@@ -15,6 +16,7 @@ found a mistake stay in `tests/fuzz_inputs/`, which `tests/test_fuzz.py` reads i
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import resource
@@ -249,6 +251,7 @@ def main() -> int:
     """Run some readers or all; 1 if there was a crash, a hang or too much memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS), metavar="READER")
+    parser.add_argument("--share", type=float, default=1.0, help="of the inputs of each reader (%(default)s)")
     parser.add_argument("--inputs", nargs="+", type=int, help="numbers (default: all of a reader)")
     parser.add_argument("--keep", type=Path, help="folder for inputs that found something")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)  # tasks come on standard input
@@ -256,10 +259,14 @@ def main() -> int:
     if options.work:
         work(json.load(sys.stdin))
         return 0
-    tasks = [(reader, n) for reader in options.readers for n in options.inputs or range(READERS[reader][0])]
-    rows = {reader: Row() for reader in options.readers}
-    for answer in supervise(tasks):
-        rows[answer["reader"]].add(answer)
+    counts = {reader: math.ceil(options.share * READERS[reader][0]) for reader in options.readers}
+    tasks = [(reader, number) for reader in counts for number in options.inputs or range(counts[reader])]
+    rows: dict[str, Row] = {}
+    for reader, answers in groupby(supervise(tasks), key=lambda answer: answer["reader"]):
+        rows[reader] = Row()
+        for answer in answers:
+            rows[reader].add(answer)
+        print(table([rows[reader].cells(reader)]).splitlines()[2], flush=True)
     for reader, row in rows.items():
         if options.keep and row.found:
             keep_inputs(reader, options.inputs or row.found.values(), options.keep)
