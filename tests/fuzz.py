@@ -41,6 +41,7 @@ if __name__ == "__main__":
 from tests.fuzz_readers import READERS, Seeds  # noqa: E402
 
 SECONDS = 10  # of the processor, so that a busy machine makes no hang
+START = 3600  # s, in which the first answer must come: imports and valid files, on a machine that does much else
 PATIENCE = 300  # s without an answer, after which a process that waits or that no signal interrupts is killed
 ADDRESS_SPACE = 4 * 2**30  # bytes beyond those of the process with its valid files
 MIB = 100  # that an input may take beyond the most that a valid one takes
@@ -177,15 +178,16 @@ def supervise(tasks: list[Task]) -> Iterator[dict[str, Any]]:
 
 
 def _lines(process: Any) -> Iterator[dict[str, Any]]:
-    """Lines of JSON that a process prints, until it ends or is silent for `PATIENCE` s."""
-    text, pipe = b"", process.stdout.fileno()
-    while select.select([pipe], [], [], PATIENCE)[0]:
+    """Lines of JSON that a process prints, until it ends or is silent for `START` s and then `PATIENCE` s."""
+    text, pipe, patience = b"", process.stdout.fileno(), START
+    while select.select([pipe], [], [], patience)[0]:
         more = os.read(pipe, 2**16)
         if not more:
             process.wait()
             return
         *lines, text = (text + more).split(b"\n")
         yield from map(json.loads, lines)
+        patience = PATIENCE
 
 
 class Row:

@@ -166,7 +166,7 @@ FOLDERS = {
     ),
     "an index that leads out": (lambda folder: indexed(folder, "../outside.safetensors"), "own folder"),
     "an index of pickles": (binary_index, "own folder"),
-    "an adapter in a pickle": (adapter, "no file named model.safetensors"),
+    "an adapter in a pickle": (adapter, "adapter_model.safetensors"),
     "a tokenizer with code": (tokenizer_code, "custom code"),
     "a processor with code": (processor_code, ""),
     "generation with code": (lambda folder: change(folder, "generation_config.json", **CODE), "loaded"),
