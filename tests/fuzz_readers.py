@@ -344,7 +344,7 @@ def report(folder: Path) -> Seeds:
     files = {name: (folder / "report" / name).read_bytes() for name in ("summary.json", "changes.gpkg", "mask.tif")}
 
     def change(content: bytes, chance: Random) -> bytes:
-        return (mutate.json_text if content.startswith((b"{\"", b"{\n")) else mutate.raw)(content, chance)
+        return (mutate.json_text if content.startswith((b'{"', b"{\n")) else mutate.raw)(content, chance)
 
     def read(path: Path) -> None:
         place = folder / "report" / path.name
@@ -367,7 +367,7 @@ def model(folder: Path, names: Sequence[str]) -> Seeds:
     files = {name: (folder / "model" / name).read_bytes() for name in names}
 
     def change(content: bytes, chance: Random) -> bytes:
-        if content.startswith((b"{\"", b"{\n")):
+        if content.startswith((b'{"', b"{\n")):
             return mutate.json_text(content, chance)
         return (mutate.safetensors if content[8:9] == b"{" else mutate.raw)(content, chance)
 
