@@ -19,7 +19,7 @@ import pyarrow.parquet
 Mutator = Callable[[bytes, Random], bytes]
 
 NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
-DEEP = 5_000  # brackets
+DEEP = 2_000  # brackets: more than Python takes, and no more work than need be
 # What may stand in a file of settings where nobody expects it.
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 255, 2**31, 2**63, -(2**64), 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"),

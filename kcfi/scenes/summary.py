@@ -124,7 +124,7 @@ def read_summary(folder: Path) -> Findings:
     with refusing(f"{path} and {POLYGONS} beside it are not of one report: let `kcfi scene` write them anew"):
         polygons = _polygons(folder / POLYGONS)
         grid = content["grid"]
-        return Findings(
+        findings = Findings(
             caption=content["caption"],
             grid=Grid(
                 crs=_crs(grid["crs"]),
@@ -137,11 +137,13 @@ def read_summary(folder: Path) -> Findings:
             shifts=tuple(Shift(**shift) for shift in content["shifts"]),
             changes=tuple(_change(change, polygons.pop(change["id"])) for change in content["changes"]),
             seen_pixels=content["seen_pixels"],
-            labels={int(value): label for value, label in content["labels"].items()},
+            labels={int(value): str(label) for value, label in content["labels"].items()},
             settings=content["settings"],
             versions=content["versions"],
             warnings=tuple(content["warnings"]),
         )
+        to_json(findings)  # refuses what is no number where there must be one
+        return findings
 
 
 def _crs(text: str | None) -> CRS | None:
