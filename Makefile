@@ -9,7 +9,7 @@ EXAMPLE := kcfi/example
 LIBRARIES := kcfi/scenes/libraries/LICENSES.txt
 DOCKER ?= docker
 
-.PHONY: demo test test-all test-versions lint docs libraries wheel image bench bench-quality tiny clean
+.PHONY: demo test test-all test-versions fuzz licences lint docs libraries wheel image bench bench-quality tiny clean
 
 demo: $(VENV)/installed
 	$(BIN)/kcfi caption $(EXAMPLE)/before.png $(EXAMPLE)/after.png --heatmap --output demo-output
@@ -23,6 +23,14 @@ test-all: $(VENV)/installed-dev $(if $(shell command -v npm),libraries)
 # both ends of the declared versions, on every Python that is there: about a quarter of an hour each
 test-versions:
 	$(PYTHON) tests/versions.py --pythons $(PYTHONS) --ends $(ENDS)
+
+# thousands of damaged files for every reader; inputs that find a mistake are written into `fuzz-found`
+fuzz: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/fuzz.py --keep fuzz-found
+
+# docs/licences.md: what everything that is installed with kcfi says of its licence
+licences: $(VENV)/installed-dev
+	$(BIN)/python tests/licences.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check
@@ -80,5 +88,5 @@ $(VENV)/installed-docs: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-output
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-output fuzz-found
 	rm -rf libraries/node_modules $(dir $(LIBRARIES))

@@ -4,7 +4,6 @@ import difflib
 import gzip
 import json
 import os
-import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -12,7 +11,10 @@ from typing import Any
 
 import yaml
 
-from kcfi.processing import InputError
+from kcfi.processing import InputError, refusing
+
+MOST_VALUES = 100_000  # of a YAML text
+LARGEST = 2**26  # bytes that may come out of a .gz; LEVIR-CC's captions have 8 MB
 
 
 def read_json(path: Path) -> Any:
@@ -26,23 +28,33 @@ def read_json(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        InputError: If it is no JSON or an object repeats a key.
+        InputError: If it is no JSON, an object repeats a key, a text is no Unicode (half of a pair of surrogates), or
+            more than `LARGEST` bytes come out of a `.gz`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    try:
-        content = path.read_bytes()
-        text = gzip.decompress(content) if path.suffix == ".gz" else content
-        return json.loads(text, object_pairs_hook=_unique_keys)
-    except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from error
+    with refusing(f"{path}: not readable as JSON"):
+        content = _unpacked(path) if path.suffix == ".gz" else path.read_bytes()
+        value = json.loads(content, object_pairs_hook=_unique_keys)
+        if b"\\ud" in content or b"\\uD" in content:  # escapes of halves, which no file can be written with
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+
+
+def _unpacked(path: Path) -> bytes:
+    """The content of a gzip file, as far as it is no larger than anybody means."""
+    with gzip.open(path) as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise InputError(f"{path}: more than {LARGEST >> 20} MiB come out of it; if that is meant, unpack it first.")
+    return content
 
 
 def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a JSON object; plain `dict` would keep the last of two equal keys and say nothing."""
     counts = Counter(key for key, _ in items)
     if len(counts) < len(items):
-        raise InputError(f"{name_some(key for key in counts if counts[key] > 1)} occurs more than once")
+        raise ValueError(f"{name_some(key for key in counts if counts[key] > 1)} occurs more than once")
     return dict(items)
 
 
@@ -56,16 +68,30 @@ def read_yaml(path: Path, optional: Collection[str] | None = ()) -> dict[str, An
     Raises:
         InputError: it is not YAML, holds something else, or another field has no value.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a YAML file: {error}") from error
+    with refusing(f"{path} is not a YAML file"):
+        values = _load_yaml(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold `field: value` lines, but holds a {type(values).__name__}.")
+    for name in values:
+        if not isinstance(name, str):
+            raise InputError(f"{path}: {name!r} is no name of a field; quote it if it is meant as one.")
     empty = [name for name, value in values.items() if value is None and optional is not None and name not in optional]
     if empty:
         raise InputError(f"{path}: {', '.join(map(str, empty))} has no value; leave the line out to keep the default.")
     return values
+
+
+def _load_yaml(text: str) -> Any:
+    """The value of a YAML text; references (`*name`) to references may stand for more than memory holds."""
+    value = yaml.safe_load(text)
+    waiting, count = [value], 0
+    while waiting:
+        one = waiting.pop()
+        waiting += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+        count += 1
+        if count > MOST_VALUES:
+            raise ValueError(f"it stands for more than {MOST_VALUES:,} values")
+    return value
 
 
 def as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
@@ -86,10 +112,8 @@ def parse_yaml(text: str) -> Any:
     Raises:
         InputError: it is neither.
     """
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{text!r} is neither JSON nor YAML: {error}") from error
+    with refusing(f"{text!r} is neither JSON nor YAML"):
+        return _load_yaml(text)
 
 
 def check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:
@@ -99,7 +123,7 @@ def check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:
         InputError: the first unknown name.
     """
     known = list(known)
-    for name in names:
+    for name in map(str, names):
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f" did you mean {nearest[0]!r}?" if nearest else f" known: {', '.join(sorted(known))}."

@@ -11,8 +11,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from kcfi.files import read_yaml
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
-from kcfi.processing import INSTRUCTIONS, Describer, InputError
-from kcfi.towers import refusals
+from kcfi.processing import INSTRUCTIONS, Describer, InputError, refusing
+
+# Of models whose settings name code of their own: refused; transformers would ask on the terminal, and run it
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 
 
 def default_device() -> torch.device:
@@ -40,12 +42,12 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> tupl
         raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
     chosen: Any = dtype or ("auto" if place.type == "cuda" else "float32")
     source = model_source(name)
-    with refusals(f"Cannot load the model {name!r}: "):
-        kind = AutoConfig.from_pretrained(source).model_type
+    with refusing(f"Cannot load the model {name!r}"):
+        kind = AutoConfig.from_pretrained(source, **NO_CODE).model_type
         if kind != "kcfi":
             raise InputError(f"Cannot load the model {name!r}: it is a model of type {kind!r}, not 'kcfi'.")
-        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=chosen)
-        processor = AutoProcessor.from_pretrained(source)
+        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=chosen, **NO_CODE)
+        processor = AutoProcessor.from_pretrained(source, **NO_CODE)
     return model.to(place).eval(), processor
 
 
@@ -94,8 +96,8 @@ def weights_of(name: str) -> str:
     """
     source = model_source(name)
     if not Path(source).is_dir():
-        with refusals(f"Cannot load the model {name!r}: "):
-            return str(AutoConfig.from_pretrained(source)._commit_hash)
+        with refusing(f"Cannot load the model {name!r}"):
+            return str(AutoConfig.from_pretrained(source, **NO_CODE)._commit_hash)
     digest = hashlib.sha256()
     for path in sorted(Path(source).glob("*.safetensors")):
         with path.open("rb") as file:

@@ -25,23 +25,19 @@ from kcfi.processing import InputError, KCFIProcessor
 
 
 @contextmanager
-def refusals(what: str = "") -> Iterator[None]:
-    """Where settings or a folder of the user become a model: what is refused there is bad input, not a bug.
-
-    Args:
-        what: stands in front of the message.
+def refusals() -> Iterator[None]:
+    """Where settings of the user become a model: what is refused there is bad input, not a bug.
 
     Raises:
-        InputError: for whatever `KCFIConfig`, `from_pretrained` and safetensors raise of what they are given.
+        InputError: for whatever `KCFIConfig`, `from_pretrained` and safetensors refuse of what they are given.
+        OSError: what is not there, by its name.
     """
     try:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, StrictDataclassError, SafetensorError) as error:
-        if isinstance(error, OSError) and not what:
-            raise  # names what is not there
-        raise InputError(f"{what}{error}") from error
+    except (ValueError, StrictDataclassError, SafetensorError) as error:
+        raise InputError(str(error)) from error
 
 
 @refusals()
@@ -130,7 +126,7 @@ def join_towers(
 def _load(kind: Any, name: str, revision: str | None) -> Any:
     """`kind.from_pretrained(name)`, with the name in its error: without a connection transformers tells none."""
     try:
-        return kind.from_pretrained(name, revision=revision)
+        return kind.from_pretrained(name, revision=revision, trust_remote_code=False)
     except OSError as error:
         at = f" at revision {revision!r}" if revision else ""
         raise OSError(f"Cannot load {name!r}{at}: {error}") from error

@@ -82,7 +82,8 @@ def bug_note(arguments: Sequence[str]) -> str:
     from importlib.metadata import version
 
     return (
-        "This looks like a bug of kcfi, not like bad input. To report it, send this traceback with: kcfi "
+        "This looks like a bug of kcfi, not like bad input. Please report it as an issue of the repository that kcfi "
+        "came from (its CONTRIBUTING.md says how), with this traceback and: kcfi "
         f"{version('kcfi')}, Python {platform.python_version()}, transformers {version('transformers')}, "
         f"command line: {shlex.join(['kcfi', *arguments])}"
     )

@@ -253,6 +253,17 @@ class KCFIConfig(PreTrainedConfig):
                 "baseline) or switch the head on."
             )
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but a file does not choose how attention is computed: it might name code on the Hub."""
+
+        def without_code(value: Any) -> Any:
+            if not isinstance(value, dict):
+                return value
+            return {k: without_code(v) for k, v in value.items() if not str(k).endswith("_implementation")}
+
+        return super().from_dict(without_code(config_dict), **kwargs)
+
     @property
     def tower(self) -> TowerGeometry:
         """Geometry of the vision tower.

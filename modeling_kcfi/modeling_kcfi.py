@@ -5,8 +5,10 @@ model, T tokens, H x W pixels. Where shapes of image tokens say N, it is N / p^2
 """
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
@@ -99,13 +101,15 @@ class KCFICausalLMOutputWithPast(MultimodalCausalLMOutputWithPast):
 
 
 def load_tower(kind: Any, name: str, **options: Any) -> PreTrainedModel:
-    """`kind.from_pretrained(name)`, from safetensors alone: a pickle may run the code of whoever made it.
+    """`kind.from_pretrained(name)`, from safetensors alone and without code of its own.
+
+    A pickle may run the code of whoever made it, and so does a folder with Python files.
 
     Raises:
         OSError: the model is not there, or not as safetensors; with the way out.
     """
     try:
-        tower: PreTrainedModel = kind.from_pretrained(name, use_safetensors=True, **options)
+        tower: PreTrainedModel = kind.from_pretrained(name, use_safetensors=True, trust_remote_code=False, **options)
         return tower
     except OSError as error:
         if "safetensors" not in str(error):
@@ -115,6 +119,20 @@ def load_tower(kind: Any, name: str, **options: Any) -> PreTrainedModel:
             f"whoever made them. If you trust them, write them anew beside the other files of the model: "
             f"`{kind.__name__}.from_pretrained({name!r}).save_pretrained(FOLDER)`, and give FOLDER. ({error})"
         ) from error
+
+
+def check_index(folder: Path) -> None:
+    """Refuse an index of weights that names other files than safetensors beside it; transformers opens what it names.
+
+    Raises:
+        ValueError: names one of them.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"{index} names {name!r}: expected safetensors files of its own folder.")
 
 
 def trim_tower(tower: PreTrainedModel, last_block: int) -> PreTrainedModel:
@@ -198,8 +216,11 @@ class KCFIPreTrainedModel(PreTrainedModel):
         """As in transformers, but weights in a pickle are refused; a language model left out is fetched.
 
         Raises:
-            ValueError: it cannot be put where the language model is to lie: on disk, or quantised.
+            ValueError: an index names other files than safetensors of its folder; or the language model that was left
+                out cannot be put where it is to lie: on disk, or quantised.
         """
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        check_index(Path(source or "", kwargs.get("subfolder") or ""))
         loaded: Any = super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
         if model.config.text_model:

@@ -4,7 +4,7 @@ from .describer_kcfi import ChangeReport, Describer, Region
 from .image_processing_kcfi import NO_LABEL, KCFIImageProcessor, KCFIImageProcessorPil
 from .pipeline_kcfi import ChangeCaptioningPipeline
 from .processing_kcfi import INSTRUCTIONS, KCFIProcessor
-from .reading_kcfi import InputError
+from .reading_kcfi import InputError, refusing
 
 __all__ = [
     "INSTRUCTIONS",
@@ -17,4 +17,5 @@ __all__ = [
     "KCFIImageProcessorPil",
     "KCFIProcessor",
     "Region",
+    "refusing",
 ]

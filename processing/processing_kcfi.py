@@ -1,7 +1,9 @@
 """KCFIProcessor: a before/after pair and an instruction -> model inputs, and the model's outputs -> results."""
 
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -12,7 +14,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .calibration_kcfi import Calibration
 from .image_processing_kcfi import KCFIImageProcessor
-from .reading_kcfi import InputError, unstack
+from .reading_kcfi import InputError, refusing, unstack
 
 if TYPE_CHECKING:  # transformers saves the files named in such lines: the pipeline travels with the processor
     from .pipeline_kcfi import ChangeCaptioningPipeline  # noqa: F401
@@ -31,6 +33,8 @@ INSTRUCTIONS = (
     "Here are the change features of geographic targets pulled from remote sensing images. Do these features "
     "suggest any changes in the geographic targets? If they do, please describe the nature of those changes.",
 )
+
+TEMPLATE_STEPS = 100_000  # lines that a chat template may take; those of a dialogue are some hundred
 
 VisualInputs = Literal["change", "bitemporal", "bitemporal_change"]
 NUM_IMAGE_TOKENS = {"change": 1, "bitemporal": 2, "bitemporal_change": 3}  # Fig. 7
@@ -120,6 +124,33 @@ def group_pairs(images: Any) -> list[list[Any]]:
 
 def _flatten(images: Any) -> list[Any]:
     return [image for group in images for image in _flatten(group)] if isinstance(images, list) else [images]
+
+
+@contextmanager
+def _limited_template() -> Iterator[None]:
+    """Chat templates come with models from anywhere, and jinja's sandbox lets loops in loops run on: count lines.
+
+    Raises:
+        InputError: a template took more than `TEMPLATE_STEPS`.
+    """
+    steps, before = 0, sys.gettrace()
+
+    def count(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal steps
+        if frame.f_code.co_filename != "<template>":  # jinja's name of what it made of a text
+            return None
+        steps += event == "line"
+        if steps > TEMPLATE_STEPS:
+            raise InputError(
+                f"The chat template takes more than {TEMPLATE_STEPS:,} steps: it does not come to an end."
+            )
+        return count
+
+    sys.settrace(count)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 class KCFIProcessor(ProcessorMixin):
@@ -267,13 +298,23 @@ class KCFIProcessor(ProcessorMixin):
         ends = {self.tokenizer.convert_tokens_to_ids(self.end_token), self.tokenizer.eos_token_id} - {None}
         return {"eos_token_id": sorted(ends), "pad_token_id": self.tokenizer.pad_token_id}
 
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As in transformers; a template that does not come to an end is refused.
+
+        Raises:
+            InputError: it took more than `TEMPLATE_STEPS` lines.
+        """
+        with _limited_template():
+            return super().apply_chat_template(*args, **kwargs)
+
     def prompt(self, instruction: str = INSTRUCTIONS[0], caption: str | None = None) -> str:
         """The text for one pair: `<image>` tokens, instruction and, if given, the answer with its end token.
 
         Without `caption` the text ends where the answer begins, so it is a prefix of the text with `caption`.
         """
         content: Any = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": instruction}]
-        prompt = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        with refusing("The chat template saved with this model cannot be used"):
+            prompt = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         return prompt if caption is None else prompt + caption + self.end_token
 
     def encode_prompt(self, instruction: str = INSTRUCTIONS[0]) -> list[int]:

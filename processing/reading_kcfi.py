@@ -44,6 +44,30 @@ class InputError(ValueError):
     """Bad input: the message says what was found, where, and how to put it right; `kcfi` prints it as one line."""
 
 
+@contextmanager
+def refusing(message: str) -> Iterator[None]:
+    """Around what decodes a file or takes its content apart: whatever that raises is the file's fault, not a bug.
+
+    A file may hold anything, and what libraries raise then is in no documentation: a broken EXIF block of a PNG is a
+    `SyntaxError`, brackets nested too deep are a `RecursionError`. So only such code belongs into it.
+
+    Args:
+        message: what cannot be read, and as what; the reason is put behind it.
+
+    Raises:
+        InputError: for all but an `InputError`, and a `FileNotFoundError` that names its file, which pass.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if isinstance(error, FileNotFoundError) and error.filename:
+            raise
+        reason = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
+        raise InputError(f"{message} ({reason}).") from error
+
+
 def file_note(image: Any) -> str:
     """The file that a PIL image was read from, in brackets, for messages."""
     name = getattr(image, "filename", "")
@@ -98,34 +122,30 @@ def _check_pixels(width: int, height: int, max_image_pixels: int, name: str) -> 
 
 def _open_header(path: str | Path, max_image_pixels: int) -> Image.Image | None:
     """Open an image whose pixels are not read yet; None: a TIFF of a kind that PIL does not know."""
-    try:
-        with _without_pil_limit():
-            image = Image.open(path)
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError, KeyError) as error:  # KeyError: a compression of TIFF
-        if isinstance(error, UnidentifiedImageError | KeyError):
+    with refusing(f"{path}: cannot be read as an image"):
+        try:
+            with _without_pil_limit():
+                image = Image.open(path)
+        except (UnidentifiedImageError, KeyError):  # KeyError: a compression of TIFF
             with open(path, "rb") as file:
                 if file.read(4) in TIFF_STARTS:
                     return None
-        raise InputError(f"{path}: cannot be read as an image ({error}).") from error
+            raise
     _check_pixels(*image.size, max_image_pixels, str(path))
     return image
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
     """Decode an image that was opened, and turn it upright."""
-    try:
+    with refusing(f"{name}: cannot be read as an image"):
         if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 0):  # checked by whoever opened it
             with _without_pil_limit():
                 image.load()
         else:
             image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # the first three: broken PNGs
-        raise InputError(f"{name}: cannot be read as an image ({error}).") from error
-    if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-        image.filename = name  # type: ignore[attr-defined]  # for messages; the rotated copy has none
+        if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+            image.filename = name  # type: ignore[attr-defined]  # for messages; the rotated copy has none
     return image
 
 
@@ -143,7 +163,8 @@ def open_image(source: str | Path | Image.Image, max_image_pixels: int = MAX_IMA
     if isinstance(source, Image.Image):
         return _decode(source, getattr(source, "filename", "the image"))
     if is_url(source):
-        return load_image(str(source))
+        with refusing(f"{str(source)[:80]}: cannot be read as an image"):
+            return load_image(str(source))
     image = _open_header(source, max_image_pixels)
     if image is None:
         raise InputError(f"{source}: cannot be read as an image (a TIFF of a kind that PIL does not know).")
@@ -238,7 +259,8 @@ def _rgb(image: Image.Image) -> Image.Image:
     """An image of 8 bits in RGB, its transparency over white; the image itself if it is that already."""
     if type(image) is Image.Image and image.mode == "RGB" and image.info.get("transparency") is None:
         return image
-    return Image.fromarray(np.asarray(convert_to_rgb(image, return_numpy=True)))
+    with refusing(f"The colours of the image{file_note(image)} cannot be read"):  # a palette may be broken
+        return Image.fromarray(np.asarray(convert_to_rgb(image, return_numpy=True)))
 
 
 def _pil_reads_less(image: Image.Image) -> bool:
@@ -345,7 +367,8 @@ def _pil_raster(image: Image.Image, bands: Sequence[int] | None, name: str) -> _
         raise _unclear(np.asarray(image), name, kind)
     transparent = "A" in image.getbands() or image.info.get("transparency") is not None
     if image.mode not in ("LA", "RGBA") and (transparent or image.mode not in ("L", "RGB")):
-        image = image.convert("RGBA" if transparent else "RGB")
+        with refusing(f"{name}: its colours cannot be read"):  # a palette may be broken
+            image = image.convert("RGBA" if transparent else "RGB")
     values = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
     if bands is None and transparent:
         return _Raster(values[:-1], name, kind, values[-1] / 255, nodata)
@@ -357,12 +380,12 @@ def _gdal_raster(path: Path, driver: str, bands: Sequence[int] | None, max_image
     try:
         import rasterio
         from rasterio.enums import ColorInterp
-        from rasterio.errors import NotGeoreferencedWarning, RasterioError
+        from rasterio.errors import NotGeoreferencedWarning
     except ImportError as error:
         raise InputError(
             f'{path}: PIL does not read all of its bands and bits. rasterio does: pip install "kcfi[geo]"'
         ) from error
-    try:
+    with refusing(f"{path}: cannot be read as an image"):
         with _OPENING, warnings.catch_warnings(), rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):
             warnings.simplefilter("ignore", NotGeoreferencedWarning)  # the place on the ground is not asked for
             file = rasterio.open(path.absolute(), driver=driver)
@@ -379,8 +402,6 @@ def _gdal_raster(path: Path, driver: str, bands: Sequence[int] | None, max_image
                 alpha = file.read(band)
                 alpha = alpha / (np.iinfo(alpha.dtype).max if alpha.dtype.kind in "iu" else 1)
                 check_alpha(alpha, str(path))
-    except RasterioError as error:
-        raise InputError(f"{path}: cannot be read as an image ({error}).") from error
     return _Raster(values, str(path), f"dtype {values.dtype}", alpha, nodata)
 
 

@@ -69,3 +69,41 @@ def test_nothing_is_written_over(tmp_path):
     for taken in (output, output / "file"):
         with pytest.raises(FileExistsError, match="choose a new one"):
             check_new_folder(taken)
+
+
+def nested(levels):
+    return "[" * levels + "]" * levels
+
+
+def test_json_that_no_memory_or_stack_holds_is_refused(tmp_path):
+    (tmp_path / "deep.json").write_text(nested(100_000))
+    with pytest.raises(InputError, match=r"deep\.json: not readable as JSON .*RecursionError"):
+        read_json(tmp_path / "deep.json")
+    with gzip.open(tmp_path / "bomb.json.gz", "wb") as file:
+        for _ in range(65):
+            file.write(b" " * 2**20)
+    assert (tmp_path / "bomb.json.gz").stat().st_size < 2**17
+    with pytest.raises(InputError, match=r"bomb\.json\.gz: more than 64 MiB come out of it"):
+        read_json(tmp_path / "bomb.json.gz")
+
+
+def test_half_a_character_is_no_json_but_both_halves_are_one(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": "\\ud83c"}')
+    with pytest.raises(InputError, match=r"a\.json: not readable as JSON .*surrogates not allowed"):
+        read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('{"a": "\\ud83c\\udfe0"}')
+    assert read_json(tmp_path / "a.json") == {"a": "\N{HOUSE BUILDING}"}
+
+
+def test_yaml_may_refer_to_a_value_but_not_multiply_it_without_end(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("a: &one [1, 2]\nb: *one\n")
+    assert read_yaml(file) == {"a": [1, 2], "b": [1, 2]}
+    bomb = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9))]
+    for text in ("\n".join(bomb), "a: &a [*a]", f"a: {nested(5_000)}"):
+        file.write_text(text)
+        with pytest.raises(InputError, match="is not a YAML file"):
+            read_yaml(file)
+    file.write_text("1: 2\n")
+    with pytest.raises(InputError, match="1 is no name of a field"):
+        read_yaml(file)

@@ -2,7 +2,6 @@
 
 import csv
 import html
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -11,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from kcfi.files import check_names, read_yaml
+from kcfi.files import check_names, read_json, read_yaml
 from kcfi.pictures import Bar, bar_chart
-from kcfi.processing import InputError
+from kcfi.processing import InputError, refusing
 from kcfi.training.arguments import RECIPES, find_recipe
 from kcfi.training.scoring.evaluate import flat_scores
 
@@ -143,11 +142,13 @@ def read_set(name: str | Path) -> AblationSet:
             f"No set of recipes {name}: give a YAML file, or one of the packaged sets: ablations, synthetic_ablations."
         )
     plan = AblationSet(**_fields(read_yaml(path), AblationSet, str(path)))
-    plan.rows = [Row(**_fields(row, Row, f"a row of {path}")) for row in plan.rows]
     names: dict[str, Path] = {}
+    with refusing(f"{path} is no set of recipes"):
+        plan.rows = [Row(**_fields(row, Row, f"a row of {path}")) for row in plan.rows]
+        for row in plan.rows:
+            check_names(row.paper, METRICS, f"score in {path}")
+            row.recipe = find_recipe(row.recipe, path.parent)
     for row in plan.rows:
-        check_names(row.paper, METRICS, f"score in {path}")
-        row.recipe = find_recipe(row.recipe, path.parent)
         if names.setdefault(row.recipe.stem, row.recipe) != row.recipe:
             raise InputError(f"{path}: {names[row.recipe.stem]} and {row.recipe} need different file names.")
     return plan
@@ -167,7 +168,7 @@ def _fields(values: Any, kind: type, what: str) -> dict[str, Any]:
 
 def read_report(folder: Path) -> dict[str, Any]:
     """The results.json of a run."""
-    return json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    return dict(read_json(folder / RESULTS))
 
 
 def compare(ours: Mapping[int, float], first: Mapping[int, float]) -> Cell:

@@ -26,11 +26,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from kcfi.files import as_dict, write_whole
+from kcfi.files import as_dict, read_yaml, write_whole
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
-from kcfi.models import merge_lora, model_source
-from kcfi.processing import InputError, KCFIProcessor
-from kcfi.towers import join_towers, refusals
+from kcfi.models import NO_CODE, merge_lora, model_source
+from kcfi.processing import InputError, KCFIProcessor, refusing
+from kcfi.towers import join_towers
 from kcfi.training.arguments import ModelArguments, Recipe, field_defaults, field_help, parse_recipe
 from kcfi.training.checkpoints import check_writable, complete_checkpoints, flush, is_complete, mark, writing
 from kcfi.training.collator import KCFICollator
@@ -182,9 +182,10 @@ def build_model(args: ModelArguments) -> tuple[KCFIForConditionalGeneration, KCF
         if new:
             raise InputError(f"`model` is a finished model: leave out {', '.join(new)}.")
         source, revision = model_source(args.model), args.model_revision
-        with refusals(f"Cannot load the model {args.model!r}: "):
-            model: Any = AutoModelForImageTextToText.from_pretrained(source, revision=revision, dtype=torch.float32)
-            processor = AutoProcessor.from_pretrained(source, revision=revision)
+        with refusing(f"Cannot load the model {args.model!r}"):
+            options = {"revision": revision, **NO_CODE}
+            model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32, **options)
+            processor = AutoProcessor.from_pretrained(source, **options)
         return merge_lora(model), processor
     settings, vision_config = as_dict(args.model_settings), as_dict(args.vision_config)
     if args.text_model is None or bool(args.vision_model) == bool(vision_config):
@@ -260,7 +261,7 @@ def check_same_recipe(recipe: Recipe, output_dir: Path) -> None:
         InputError: names each setting that differs, with both values.
     """
     file = output_dir / "recipe.yaml"
-    saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+    saved = read_yaml(file, optional=None)
     began = {**field_defaults(), **saved}
     now = {**field_defaults(), **yaml.safe_load(yaml.safe_dump(recipe.values))}
     changed = [
@@ -279,7 +280,7 @@ def check_same_recipe(recipe: Recipe, output_dir: Path) -> None:
 
 def take_commits(recipe: Recipe, output_dir: Path) -> None:
     """Give a recipe to resume with the commits of the Hub that the run began with: newer ones may be there by now."""
-    saved = yaml.safe_load((output_dir / "recipe.yaml").read_text(encoding="utf-8"))
+    saved = read_yaml(output_dir / "recipe.yaml", optional=None)
     for name in REVISIONS:
         setattr(recipe.model, name, saved.get(name))
     recipe.data.dataset_revision = saved.get("dataset_revision")

@@ -15,7 +15,7 @@ from shapely import Point, box
 from shapely.affinity import affine_transform, scale
 from shapely.geometry.base import BaseGeometry
 
-from kcfi.processing import NO_LABEL, InputError
+from kcfi.processing import NO_LABEL, InputError, refusing
 from kcfi.scenes.findings import Change, Findings
 from kcfi.scenes.questions import FIELDS, Limit, Question, parse
 from kcfi.scenes.report import area_text
@@ -153,9 +153,9 @@ def _notes(mask: Path, findings: Findings, spot: BaseGeometry | None) -> list[st
 
 def _seen(mask: Path, spot: BaseGeometry) -> float:
     """The share of a point or a box, in pixels of the mask, that every date covers with data."""
-    with warnings.catch_warnings():
+    with refusing(f"{mask}: cannot be read as the mask of the report"), warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)  # of plain images
-        with rasterio.open(mask) as file:
+        with rasterio.open(mask, driver="GTiff") as file:
             left, top, right, bottom = spot.bounds
             x, y = min(max(int(left), 0), file.width - 1), min(max(int(top), 0), file.height - 1)
             width, height = (min(ceil(right), file.width) - x, min(ceil(bottom), file.height) - y)

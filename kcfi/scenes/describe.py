@@ -60,7 +60,7 @@ def describe_scene(
     files.
 
     Args:
-        dates: files of two dates or more, the earliest first: GeoTIFFs or whatever else GDAL reads, or plain images.
+        dates: files of two dates or more, the earliest first: GeoTIFFs, rasters of `reading.DRIVERS`, plain images.
         output: folder for the results.
         model: name of a model, or a `Describer` where more than the name matters (device, batch size, instruction).
         reproject: take dates of different CRS; all are brought to that of the first.

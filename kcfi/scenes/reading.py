@@ -11,11 +11,12 @@ from affine import Affine
 from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, Resampling
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import NotGeoreferencedWarning
+from rasterio.io import DatasetReader
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 
-from kcfi.processing import InputError
+from kcfi.processing import InputError, refusing
 from kcfi.processing.places_kcfi import Box
 from kcfi.processing.reading_kcfi import check_alpha, check_reading, choose_bands
 from kcfi.scenes.findings import Grid
@@ -26,6 +27,8 @@ SAMPLE = 1024  # px: longest side of the decimated copy that the stretch is meas
 ON_GRID = 0.01  # px: smaller offsets are none
 ERROR = 0.02  # px that the warping may be off by
 PIXELS = CRS.from_epsg(3857), Affine(1, 0, 1, 0, -1, -1)  # stand in for the coordinates of a plain image
+# No format whose files name other files, or addresses, that GDAL then reads (VRT, WMS, STAC, Zarr ...).
+DRIVERS = ["GTiff", "PNG", "JPEG", "JP2OpenJPEG", "WEBP", "BMP", "GIF", "HFA", "ENVI", "AAIGrid"]
 View = tuple[NDArray[np.uint8], NDArray[np.bool_]]  # RGB (H, W, 3), and where there is data (H, W)
 
 
@@ -39,12 +42,9 @@ def open_raster(path: str | Path) -> Any:
     name = str(path)
     if not name.startswith("/vsi") and "://" not in name:
         Path(path).stat()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            source = rasterio.open(path)
-    except RasterioError as error:
-        raise InputError(f"{path}: cannot be read as a raster ({error}).") from error
+    with refusing(f"{path}: cannot be read as a raster"), warnings.catch_warnings(), rasterio.Env():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        source = DatasetReader(path, driver=DRIVERS)  # `rasterio.open` takes one driver or all
     if source.tags().get("EXIF_Orientation", "1") != "1":
         raise InputError(f"{path}: its EXIF tag says that it lies on its side; save it upright first.")
     return source
@@ -99,7 +99,8 @@ class Layer:
         self._limits: NDArray[np.float64] | None = None
         self.notes = self._geometry_notes()
         if alpha and bands is None:
-            values = source.read(alpha[0], out_shape=_decimated(source.shape, SAMPLE))
+            with refusing(f"{source.name}: cannot be read"):
+                values = source.read(alpha[0], out_shape=_decimated(source.shape, SAMPLE))
             check_alpha(values / (np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1), source.name)
         if stretch is not None or any(source.dtypes[band - 1] != "uint8" for band in self.bands):
             low, high = stretch or STRETCH
@@ -114,11 +115,9 @@ class Layer:
         left, top, right, bottom = box
         x, y = self._first or (0, 0)
         window = Window(left + x, top + y, right - left, bottom - top)
-        try:
+        with refusing(f"{self.source.name}: cannot be read at {box}"):
             values = self._dataset.read(self.bands, window=window)
             return self._show(values, self._seen(values, self._dataset.dataset_mask(window=window)))
-        except RasterioError as error:
-            raise InputError(f"{self.source.name}: cannot be read at {box} ({error}).") from error
 
     def overview(self, longest: int) -> View:
         """The whole scene, reduced so that its longer side is at most `longest` px."""
@@ -140,15 +139,16 @@ class Layer:
     def _decimate(self, longest: int, how: Resampling) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Values of the bands and where there is data, of the whole grid, reduced."""
         height, width = _decimated((self.grid.height, self.grid.width), longest)
-        if self._first is not None:
-            whole = {"window": Window(*self._first, self.grid.width, self.grid.height)}
-            values = self.source.read(self.bands, out_shape=(len(self.bands), height, width), resampling=how, **whole)
-            mask = self.source.dataset_mask(out_shape=(height, width), **whole)
-        else:
-            scale = Affine.scale(self.grid.width / width, self.grid.height / height)
-            coarse = Grid(self.grid.crs, self.grid.transform @ scale, width, height, None)
-            with self._warped(coarse, how) as dataset:
-                values, mask = dataset.read(self.bands), dataset.dataset_mask()
+        with refusing(f"{self.source.name}: cannot be read"):
+            if self._first is not None:
+                at = {"window": Window(*self._first, self.grid.width, self.grid.height)}
+                values = self.source.read(self.bands, out_shape=(len(self.bands), height, width), resampling=how, **at)
+                mask = self.source.dataset_mask(out_shape=(height, width), **at)
+            else:
+                scale = Affine.scale(self.grid.width / width, self.grid.height / height)
+                coarse = Grid(self.grid.crs, self.grid.transform @ scale, width, height, None)
+                with self._warped(coarse, how) as dataset:
+                    values, mask = dataset.read(self.bands), dataset.dataset_mask()
         return values, self._seen(values, mask) & np.isfinite(values).all(0)
 
     def _seen(self, values: NDArray[Any], mask: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -176,7 +176,7 @@ class Layer:
         missing = (
             {"add_alpha": not masked} if self.nodata is None else dict.fromkeys(("src_nodata", "nodata"), self.nodata)
         )
-        try:
+        with refusing(f"{self.source.name}: cannot be brought onto the grid"):
             return WarpedVRT(
                 self.source,
                 src_crs=PIXELS[0] if plain else None,
@@ -189,8 +189,6 @@ class Layer:
                 tolerance=ERROR,
                 **missing,
             )
-        except RasterioError as error:
-            raise InputError(f"{self.source.name}: cannot be brought onto the grid ({error}).") from error
 
     def _geometry_notes(self) -> list[str]:
         """What was done to bring the source onto the grid."""

@@ -1,6 +1,7 @@
 """`summary.json`: all of a `Findings` but the polygons, which `changes.gpkg` holds, and what can be counted of it."""
 
 import json
+import re
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
@@ -12,11 +13,12 @@ from rasterio.crs import CRS
 from shapely import MultiPolygon
 
 from kcfi.files import read_json
-from kcfi.processing import InputError
+from kcfi.processing import InputError, refusing
 from kcfi.scenes.findings import Change, Date, Findings, Grid, Shift
 
 SUMMARY = "summary.json"
 POLYGONS = "changes.gpkg"
+GEOPACKAGE = b"SQLite format 3\0"  # its first bytes
 SQUARE_METRES_PER_HECTARE = 10_000
 
 
@@ -119,13 +121,13 @@ def read_summary(folder: Path) -> Findings:
     if not path.is_file():
         raise InputError(f"{folder}: no {SUMMARY}, so no report; `kcfi scene BEFORE AFTER -o {folder}` writes one.")
     content = read_json(path)
-    try:
+    with refusing(f"{path} and {POLYGONS} beside it are not of one report: let `kcfi scene` write them anew"):
         polygons = _polygons(folder / POLYGONS)
         grid = content["grid"]
-        return Findings(
+        findings = Findings(
             caption=content["caption"],
             grid=Grid(
-                crs=CRS.from_wkt(grid["crs"]) if grid["crs"] else None,
+                crs=_crs(grid["crs"]),
                 transform=Affine(*grid["transform"]),
                 width=grid["width"],
                 height=grid["height"],
@@ -135,21 +137,29 @@ def read_summary(folder: Path) -> Findings:
             shifts=tuple(Shift(**shift) for shift in content["shifts"]),
             changes=tuple(_change(change, polygons.pop(change["id"])) for change in content["changes"]),
             seen_pixels=content["seen_pixels"],
-            labels={int(value): label for value, label in content["labels"].items()},
+            labels={int(value): str(label) for value, label in content["labels"].items()},
             settings=content["settings"],
             versions=content["versions"],
             warnings=tuple(content["warnings"]),
         )
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} and {POLYGONS} beside it are not of one report ({error!r}); let `kcfi scene` write them anew."
-        ) from error
+        to_json(findings)  # refuses what is no number where there must be one
+        return findings
+
+
+def _crs(text: str | None) -> CRS | None:
+    """A CRS from its WKT. Of other texts GDAL would take some for a file or an address, and read there."""
+    if text and not re.match(r"[A-Z_]+\[", text):
+        raise ValueError(f"crs {text[:80]!r} is no WKT")
+    return CRS.from_wkt(text) if text else None
 
 
 def _polygons(path: Path) -> dict[int, Any]:
     """The polygons of a GeoPackage by the id of their change; a MultiPolygon of one part is that part."""
     if not path.is_file():
         raise InputError(f"{path}: no such file, which holds the polygons of the report.")
+    with path.open("rb") as file:
+        if file.read(len(GEOPACKAGE)) != GEOPACKAGE:  # GDAL would try all it knows, and some name addresses
+            raise InputError(f"{path}: is no GeoPackage; let `kcfi scene` write the report anew.")
     frame = geopandas.read_file(path)
     shapes = (one.geoms[0] if isinstance(one, MultiPolygon) and len(one.geoms) == 1 else one for one in frame.geometry)
     return dict(zip(frame["id"].tolist(), shapes, strict=True))

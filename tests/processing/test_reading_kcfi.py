@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor
 from transformers.dynamic_module_utils import get_imports
 
 from kcfi.processing import InputError, KCFIImageProcessor, KCFIImageProcessorPil, reading_kcfi
-from kcfi.processing.reading_kcfi import read_image, read_pair, stretched
+from kcfi.processing.reading_kcfi import read_image, read_pair, refusing, stretched
 
 BACKENDS = [KCFIImageProcessor, KCFIImageProcessorPil]
 UNNORMALISED = {"do_normalize": False, "do_resize": False}
@@ -461,3 +461,15 @@ def test_a_tiff_is_read_by_the_driver_of_tiffs_alone(tmp_path, write_tiff):
     )
     with pytest.raises(InputError, match=r"b\.tif: cannot be read as an image"):
         read_image(tmp_path / "b.tif")
+
+
+def test_what_a_decoder_raises_is_told_as_bad_input_and_what_is_not_there_stays_so(tmp_path):
+    with pytest.raises(InputError, match=r"x\.png: cannot be read as an image \(KeyError: 'a'\)\."):
+        with refusing("x.png: cannot be read as an image"):
+            {}["a"]
+    with pytest.raises(InputError, match=r"^mine$"), refusing("x"):
+        raise InputError("mine")
+    with pytest.raises(FileNotFoundError, match=r"none\.png"), refusing("x"):
+        (tmp_path / "none.png").read_bytes()
+    with pytest.raises(KeyboardInterrupt), refusing("x"):
+        raise KeyboardInterrupt

@@ -1,10 +1,8 @@
 """A data set as one archive, zip or tar, as LEVIR-CC and LEVIR-MCI are distributed."""
 
-import lzma
 import shutil
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -12,12 +10,11 @@ from tempfile import TemporaryDirectory
 
 from transformers.utils import logging
 
-from kcfi.processing import InputError
+from kcfi.processing import InputError, refusing
 from kcfi.training.data.levir_cc import CAPTIONS_FILES
 
 logger = logging.get_logger(__name__)
 
-DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, OSError)
 DEPTH = 2  # folders that may lie around that of the captions file
 
 
@@ -36,15 +33,13 @@ def unpacked(archive: Path, beside: Path) -> Iterator[Path]:
     """
     with TemporaryDirectory(prefix=".unpacked-", dir=beside) as temporary:
         folder = Path(temporary)
-        try:
+        with refusing(f"{archive}: cannot be unpacked"):
             if zipfile.is_zipfile(archive):
                 _unpack_zip(archive, folder)
             elif tarfile.is_tarfile(archive):
                 _unpack_tar(archive, folder)
             else:
                 raise InputError(f"{archive}: neither a folder nor a zip or tar archive")
-        except (*DAMAGED, EOFError, RuntimeError) as error:  # RuntimeError: a password, an unknown compression
-            raise InputError(f"{archive}: cannot be unpacked ({error})") from error
         levels = ["*/" * depth for depth in range(DEPTH + 1)]
         found = sorted(
             {path.parent for level in levels for name in CAPTIONS_FILES for path in folder.glob(level + name)}

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kcfi.pictures import MASK_BACKGROUND, MASK_BUILDING, MASK_ROAD
-from kcfi.processing import NO_LABEL, InputError
+from kcfi.processing import NO_LABEL, InputError, refusing
 from kcfi.processing.reading_kcfi import EIGHT_BIT_MODES, open_image, read_image
 
 MaskClasses = Literal["change", "building", "road_building"]
@@ -90,7 +90,8 @@ def grey_mask(mask: Image.Image, filename: str) -> Image.Image:
         raise InputError(f"{filename}: mask of mode {mask.mode}; expected 8-bit grey")
     if mask.mode in ("L", "1"):
         return mask.convert("L")
-    channels = np.asarray(mask.convert("RGB"))
+    with refusing(f"{filename}: cannot be read as a mask"):  # a palette may be broken
+        channels = np.asarray(mask.convert("RGB"))
     if (channels != channels[..., :1]).any():
         raise InputError(f"{filename}: a colour mask; expected grey as in `label` (not `label_rgb`)")
     return Image.fromarray(channels[..., 0])

@@ -13,7 +13,9 @@ The images are the bytes of the files they came from. They are decoded here rath
 reader serves files and shards, and an unreadable image is named.
 """
 
+import errno
 import io
+import os
 import re
 from bisect import bisect_right
 from collections import Counter
@@ -35,7 +37,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from kcfi.files import check_names, check_new_folder, move_into_place
-from kcfi.processing import InputError
+from kcfi.processing import InputError, refusing
 from kcfi.training.data.archive import unpacked
 from kcfi.training.data.levir_cc import LevirCCDataset, open_folder
 from kcfi.training.data.pairs import CaptionedPair, UnreadablePairError
@@ -55,6 +57,7 @@ FEATURES = datasets.Features(
 )
 _IMAGES = ("image_before", "image_after", "mask")
 
+MOST_BYTES = 2**32  # of a shard, unpacked
 PAIRS_PER_SHARD = 256  # LEVIR-CC's training split in 27 shards: enough to share out among ranks and loader workers
 
 
@@ -134,11 +137,8 @@ class Shard:
             ValueError: If the file is damaged; names it.
         """
         path = datasets.DownloadManager().download(self.file)
-        try:
-            with pyarrow.parquet.ParquetFile(path) as parquet:
-                table = parquet.read(list(self.columns))
-        except (OSError, pyarrow.ArrowException) as error:
-            raise InputError(f"{self.file}: not readable as parquet ({error})") from error
+        with refusing(f"{self.file}: not readable as parquet"), pyarrow.parquet.ParquetFile(path) as parquet:
+            table = parquet.read(list(self.columns))
         return table.select(list(self.columns)).rename_columns(list(self.columns.values()))
 
 
@@ -163,7 +163,7 @@ def data_files(dataset: str, revision: str | None = None) -> dict[str, list[str]
             f"{dataset}: neither a folder nor a data set on the Hub{at} ({error}). Without a network, give the folder "
             f"of a copy (`hf download {dataset} --repo-type dataset --local-dir FOLDER`)."
         ) from error
-    except (ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # of a builder or a card, which may be anybody's
         raise InputError(f"{dataset}: `datasets` cannot open it ({error})") from error
     return {str(name): [str(file) for file in splits[name]] for name in splits}
 
@@ -202,15 +202,19 @@ def open_shard(file: str, dataset: str, split: str, columns: Mapping[str, str]) 
         columns: As in `ShardDataset`.
 
     Raises:
-        InputError: If the file is no parquet or `select_columns` refuses its columns.
+        InputError: If the file is no parquet or larger than `MOST_BYTES`, or `select_columns` refuses its columns.
     """
-    try:
-        with fsspec.open(file) as stream:
-            footer = pyarrow.parquet.ParquetFile(stream)
-            rows, schema = footer.metadata.num_rows, footer.schema_arrow
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{dataset}, split '{split}': {file} is not readable as parquet ({error})") from error
-    return Shard(file, rows, select_columns(datasets.Features.from_arrow_schema(schema), dataset, columns))
+    with refusing(f"{dataset}, split '{split}': {file} is not readable as parquet"), fsspec.open(file) as stream:
+        footer = pyarrow.parquet.ParquetFile(stream)
+        rows, features = footer.metadata.num_rows, datasets.Features.from_arrow_schema(footer.schema_arrow)
+        groups = [footer.metadata.row_group(number) for number in range(footer.metadata.num_row_groups)]
+    unpacked = sum(group.total_byte_size for group in groups)
+    if unpacked > MOST_BYTES:
+        raise InputError(
+            f"{dataset}, split '{split}': {file} says that it holds {unpacked / 2**30:.1f} GiB, but it is read as a "
+            f"whole: write more shards, of less than {MOST_BYTES >> 30} GiB each."
+        )
+    return Shard(file, rows, select_columns(features, dataset, columns))
 
 
 def select_columns(features: Mapping[str, Any], dataset: str, columns: Mapping[str, str]) -> dict[str, str]:
@@ -319,9 +323,13 @@ def row_pair(row: Mapping[str, Any], name: str, split: str) -> CaptionedPair:
     """What a row says about its pair.
 
     Raises:
-        InputError: If `changed` is neither 0 nor 1 nor absent; begins with `name`.
+        InputError: If `changed` is neither 0 nor 1 nor absent, or the file name or a caption is no text; begins with
+            `name`.
     """
     changed = row.get("changed")
+    texts = [row["filename"], *(row.get("captions") or [])]
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{name}: expected texts for filename and captions, got {texts!r}")
     if changed not in (0, 1, None):
         raise InputError(f"{name}: changed is {changed!r}; expected true or false, or 1 or 0")
     flag = None if changed is None else bool(changed)
@@ -347,7 +355,7 @@ def open_cell(cell: dict[str, Any] | Image.Image | None, name: str) -> Image.Ima
             image = Image.open(io.BytesIO(read_file(cell["path"]) if cell["bytes"] is None else cell["bytes"]))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{name}: no such file ({cell['path']})") from error
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # whatever a decoder raises, as in `refusing`
             raise UnreadablePairError(f"{name}: cannot be read as an image ({error}).") from error
     image.filename = name
     return cast(Image.Image, image)
@@ -355,6 +363,8 @@ def open_cell(cell: dict[str, Any] | Image.Image | None, name: str) -> Image.Ima
 
 def read_file(path: str) -> bytes:
     """The bytes of a file, here or elsewhere: `hf://...`, or in an archive, `zip://A/1.png::hf://...`."""
+    if "://" not in path and not Path(path).is_file():  # a device has no end
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
     with fsspec.open(path) as stream:
         content: bytes = stream.read()
     return content

@@ -1,5 +1,7 @@
 """GeoTIFFs and footprints in GeoJSON as pictures for `sources.py`. Needs rasterio, the extra `geo`."""
 
+import math
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kcfi.files import read_json
-from kcfi.processing import InputError
+from kcfi.processing import InputError, refusing
 from kcfi.training.materials.sources import FINEST, SURFACES, Picture, Source
 
 try:
@@ -17,7 +19,7 @@ try:
     from rasterio import features, warp
     from rasterio.crs import CRS
     from rasterio.enums import Resampling
-    from rasterio.errors import CRSError, RasterioError
+    from rasterio.errors import RasterioError
 except ImportError as error:
     raise InputError(
         "rasterio is needed for footprints in GeoJSON, and for images whose description gives no metres_per_pixel: "
@@ -153,13 +155,25 @@ def read_footprints(path: Path) -> tuple[list[dict[str, Any]], NDArray[np.float6
         geometry = feature.get("geometry") if isinstance(feature, dict) else None
         if not isinstance(geometry, dict) or geometry.get("type") not in ("Polygon", "MultiPolygon"):
             continue
-        if not features.is_valid_geom(geometry):
-            raise InputError(f"{path}: features[{number}] is no valid {geometry['type']}")
+        with refusing(f"{path}: features[{number}] is no valid {geometry['type']}"):
+            depth = 1 if geometry["type"] == "Polygon" else 2
+            if not (_holds_rings(geometry["coordinates"], depth) and features.is_valid_geom(geometry)):
+                raise ValueError("its coordinates are not closed rings of numbers")
         polygons.append(geometry)
-    try:
-        system = CRS.from_user_input(content["crs"]["properties"]["name"]) if content.get("crs") else LON_LAT
-    except (CRSError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: its crs is not understood ({error!r}); leave it out for longitude, latitude"
-        ) from error
+    with refusing(f"{path}: its crs is not understood; leave it out for longitude, latitude"):
+        name = content["crs"]["properties"]["name"] if content.get("crs") else ""
+        if not re.fullmatch(r"[\w:.-]*", name):  # GDAL would fetch an address
+            raise ValueError(f"{name!r} is no name as EPSG:32650")
+        system = CRS.from_user_input(name) if name else LON_LAT
     return polygons, np.array([features.bounds(polygon) for polygon in polygons]).reshape(-1, 4), system
+
+
+def _holds_rings(value: Any, depth: int) -> bool:
+    """Whether lists, nested so deep, hold rings: four positions or more, of two finite numbers or more."""
+    if not isinstance(value, list) or not value:
+        return False
+    if depth:
+        return all(_holds_rings(one, depth - 1) for one in value)
+    if len(value) < 4 or not all(isinstance(place, list) and len(place) > 1 for place in value):
+        return False
+    return all(isinstance(number, int | float) and math.isfinite(number) for place in value for number in place)

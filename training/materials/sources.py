@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
-from kcfi.files import check_names, name_some
-from kcfi.processing import InputError
+from kcfi.files import check_names, name_some, read_yaml
+from kcfi.processing import InputError, refusing
 from kcfi.processing.reading_kcfi import read_image
 from kcfi.training.synthetic.textures import TextureKind
 
@@ -223,25 +222,24 @@ def read_source(root: Path, kinds: Sequence[TextureKind]) -> Source:
         raise FileNotFoundError(
             f"{root / 'source.yaml'} does not exist: describe the source there, for example: {lines}"
         )
+    values = read_yaml(file)
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return _checked(root, values, kinds)
-    except (ValueError, yaml.YAMLError) as error:
+        with refusing("not as it should be"):
+            return _checked(root, values, kinds)
+    except InputError as error:
         raise InputError(f"{file}: {error}") from error
 
 
 def _checked(root: Path, values: Any, kinds: Sequence[TextureKind]) -> Source:
     """A source by the values of its description."""
     known = [entry.name for entry in fields(Source) if entry.name != "root"]
-    if not isinstance(values, dict):
-        raise InputError(f"expected {', '.join(known)}")
     check_names(values, known, "entry")
-    for name, value in values.items():
-        if value is None:
-            raise InputError(f"{name} has no value; leave the line out")
     for name in ("name", "licence"):
         if not isinstance(values.get(name), str):
             raise InputError(f"{name} is missing: it is needed to credit the source")
+    for name in ("images", "labels", "regions"):
+        if not isinstance(values.get(name, ""), str):
+            raise InputError(f"{name} is {values[name]!r}; expected a text")
     metres = values.get("metres_per_pixel")
     if metres is not None and not (isinstance(metres, int | float) and metres > 0):
         raise InputError(f"metres_per_pixel is {metres!r}; expected a number above 0")
@@ -257,7 +255,7 @@ def _checked(root: Path, values: Any, kinds: Sequence[TextureKind]) -> Source:
         if not (isinstance(colour, list) and len(colour) == 3 and all(value in range(256) for value in colour)):
             raise InputError(f"legend: {surface} is {colour!r}; expected a colour, for example [255, 0, 0]")
     for scene, textures in values.setdefault("classes", {}).items():
-        if not isinstance(textures, list):
+        if not isinstance(scene, str) or not isinstance(textures, list):
             raise InputError(
                 f"classes: {scene} is {textures!r}; expected a list of kinds of texture, for example [woods]"
             )

@@ -27,8 +27,8 @@ from transformers.utils.hub import extract_commit_hash
 import kcfi  # noqa: F401 (registers the Auto classes)
 from kcfi.files import check_new_folder, move_into_place, read_json
 from kcfi.modeling_kcfi.modeling_kcfi import load_tower
-from kcfi.models import merge_lora
-from kcfi.processing import InputError
+from kcfi.models import NO_CODE, merge_lora
+from kcfi.processing import InputError, refusing
 from kcfi.towers import refusals
 from kcfi.training.sharing.model_card import (
     CARD_FILE,
@@ -62,8 +62,8 @@ def save(
         InputError: the weights are damaged, or the language model is not that of `text_model`.
         OSError: a file is missing.
     """
-    with refusals(f"The weights in {source} cannot be read: "):
-        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+    with refusing(f"The weights in {source} cannot be read"):
+        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **NO_CODE)
     model = merge_lora(model)
     weights = model.state_dict()
     if text_model:
@@ -71,7 +71,7 @@ def save(
         model.config.text_model, model.config.text_model_revision = text_model
         weights = {name: weight for name, weight in weights.items() if not name.startswith(LANGUAGE_MODEL)}
     model.save_pretrained(output, state_dict=weights)
-    AutoProcessor.from_pretrained(source).save_pretrained(output)
+    AutoProcessor.from_pretrained(source, **NO_CODE).save_pretrained(output)
 
 
 def check_language_model(model: Any, text_model: str, revision: str | None) -> None:
@@ -197,8 +197,8 @@ def push(
         check_new_folder(dry_run)
     check_run(folder)
     state = read_json(folder / TRAINER_STATE_NAME)
-    with refusals(f"{folder / CONFIG_NAME}: "):
-        config = AutoConfig.from_pretrained(folder)
+    with refusing(f"{folder / CONFIG_NAME} cannot be read"):
+        config = AutoConfig.from_pretrained(folder, **NO_CODE)
     check_license(folder, license)
     reference = None
     if text_model:

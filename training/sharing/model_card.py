@@ -17,9 +17,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from kcfi import embedded_model
-from kcfi.files import read_json
+from kcfi.files import read_json, read_yaml
 from kcfi.modeling_kcfi import KCFIConfig
-from kcfi.processing import InputError
+from kcfi.processing import InputError, refusing
 from kcfi.training.data.pairs import CLASS_NAMES
 
 RECIPE_FILE, RESULTS_FILE, CARD_FILE = "recipe.yaml", "results.json", "README.md"
@@ -219,10 +219,7 @@ def read_recipe(folder: Path) -> tuple[str, dict[str, Any]]:
     """
     file = folder / RECIPE_FILE
     recipe = file.read_text(encoding="utf-8") if file.is_file() else ""
-    try:
-        return recipe, yaml.safe_load(recipe) or {}
-    except yaml.YAMLError as error:
-        raise InputError(f"{file} is not a YAML file: {error}") from error
+    return recipe, read_yaml(file, optional=None) if recipe else {}
 
 
 def licenses_of_origins(settings: dict[str, Any]) -> dict[str, str | None]:
@@ -277,23 +274,21 @@ def read_energy(path: Path) -> Energy | None:
     """The sum over the starts of a run that came to their end, from CodeCarbon's file; None where there is none.
 
     Raises:
-        InputError: it is no such file; names the column that is missing.
+        InputError: it is no such file.
     """
     if not path.is_file():
         return None
-    with path.open(newline="", encoding="utf-8") as file:
-        starts = list(csv.DictReader(file))
-    if not starts:
-        return None
-    try:
+    with refusing(f"{path} is no file of CodeCarbon"):
+        with path.open(newline="", encoding="utf-8") as file:
+            starts = list(csv.DictReader(file))
+        if not starts:
+            return None
         hours, kwh, kilograms = (
             sum(float(start[column]) for start in starts) for column in ("duration", "energy_consumed", "emissions")
         )
         places = dict.fromkeys(", ".join(filter(None, (start["region"], start["country_name"]))) for start in starts)
         devices = dict.fromkeys(start["gpu_model"] or start["cpu_model"] for start in starts)
-    except KeyError as error:
-        raise InputError(f"{path} is no file of CodeCarbon: it has no column {error}.") from error
-    return Energy(hours / 3600, kwh, 1000 * kilograms, " and ".join(places), " and ".join(devices))
+        return Energy(hours / 3600, kwh, 1000 * kilograms, " and ".join(places), " and ".join(devices))
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -310,6 +305,11 @@ def read_results(path: Path) -> dict[str, Any]:
     missing = [key for key in keys if not isinstance(results, dict) or key not in results]
     if missing:
         raise InputError(f"{path} is no results file of `kcfi evaluate`: it has no {', '.join(missing)}.")
+    with refusing(f"{path} is no results file of `kcfi evaluate`"):  # what a card says of it can be said
+        if not all(isinstance(results[key], str) for key in ("model", "dataset", "split", "profile")):
+            raise ValueError("model, dataset, split and profile are names")
+        eval_results(results, [])
+        _results(results, [], sheet=False)
     return dict(results)
 
 

@@ -7,14 +7,15 @@ pairs. What a library holds and how it is cut stands in `materials.py`; nothing 
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from kcfi.files import read_json
-from kcfi.processing import InputError
+from kcfi.processing import InputError, refusing
+from kcfi.processing.reading_kcfi import open_image
 from kcfi.training.synthetic.painting import ROOFS
 from kcfi.training.synthetic.textures import Array, ProceduralMaterials, TextureKind
 
@@ -63,7 +64,7 @@ class LibraryMaterials(ProceduralMaterials):
 
     def __init__(self, root: str | Path, split: str = "train") -> None:
         self.root = Path(root)
-        entries = [Material(**entry) for entry in _read_library(self.root)["entries"]]
+        entries = _read_library(self.root)[1]
         self.entries = [entry for entry in entries if entry.split == split]
         if not self.entries:
             splits = ", ".join(sorted({entry.split for entry in entries})) or "nothing"
@@ -142,23 +143,27 @@ class LibraryMaterials(ProceduralMaterials):
 
 def attributions(root: str | Path) -> list[str]:
     """The sources of a library with their licences, to be named beside weights that were trained with it."""
-    return [f"{source['name']} ({source['licence']})" for source in _read_library(Path(root))["sources"]]
+    return _read_library(Path(root))[0]
 
 
-def _read_library(root: Path) -> Any:
-    """The content of materials.json."""
+def _read_library(root: Path) -> tuple[list[str], list[Material]]:
+    """The content of materials.json: its sources with their licences, and the materials."""
     file = root / "materials.json"
     if not file.is_file():
         raise FileNotFoundError(
             f"{file} does not exist: make a library with `kcfi data materials --source DIR --output {root}`"
         )
-    return read_json(file)
+    content = read_json(file)
+    with refusing(f"{file} is not as `kcfi data materials` writes it"):
+        entries = [Material(**entry) for entry in content["entries"]]
+        if not all(isinstance(value, str) for entry in content["entries"] for value in entry.values()):
+            raise InputError(f"{file}: expected texts alone in its entries")
+        return [f"{source['name']} ({source['licence']})" for source in content["sources"]], entries
 
 
 def _read(path: str) -> Image.Image:
-    with Image.open(path) as image:
-        image.load()
-        return image if image.mode in ("L", "RGBA") else image.convert("RGB")
+    image = open_image(path)
+    return image if image.mode in ("L", "RGBA") else image.convert("RGB")
 
 
 @lru_cache(maxsize=4096)

@@ -265,3 +265,16 @@ def test_a_file_that_names_its_own_nodata_keeps_it(tmp_path, write_raster, textu
     [layer] = layers(write_raster(tmp_path / "a.tif", values, nodata=255), offset=offset, nodata=0)
     _, seen = whole(layer)
     assert not seen[2:-2, 42:].any() and seen[2:-2, 2:38].all()
+
+
+def test_a_format_that_names_other_files_is_not_opened(tmp_path, write_raster, texture):
+    """A VRT may name sources anywhere, also on the network."""
+    write_raster(tmp_path / "a.tif", texture(40, 60))
+    (tmp_path / "b.vrt").write_text(
+        '<VRTDataset rasterXSize="8" rasterYSize="6"><VRTRasterBand dataType="Byte" band="1"><SimpleSource>'
+        f"<SourceFilename>{tmp_path / 'a.tif'}</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>"
+    )
+    with rasterio.open(tmp_path / "b.vrt") as file:
+        assert file.driver == "VRT"  # GDAL itself would
+    with pytest.raises(InputError, match=r"b\.vrt: cannot be read as a raster"):
+        open_raster(tmp_path / "b.vrt")

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from kcfi.processing import InputError
 from kcfi.training import train
 from kcfi.training.data import shards
 from kcfi.training.data.shards import FEATURES, ShardDataset, write_shards
@@ -316,3 +317,23 @@ def test_columns_are_refused_where_there_are_none(root):
     for dataset in ("synthetic", str(root)):
         with pytest.raises(ValueError, match="columns are for parquet shards and Hub ids"):
             load_pairs(dataset, "train", columns={"image_before": "A"})
+
+
+def test_a_shard_that_promises_more_than_memory_holds_is_refused_from_its_footer(converted, monkeypatch):
+    monkeypatch.setattr(shards, "MOST_BYTES", 500)
+    with pytest.raises(InputError, match=r"0\.0 GiB, but it is read as a whole"):
+        ShardDataset(str(converted), "train")
+
+
+@pytest.mark.parametrize(("key", "value"), [("filename", None), ("captions", ["a", None])])
+def test_a_pair_without_a_name_or_with_a_caption_that_is_none_is_refused(write, key, value):
+    def change(rows):
+        return rows.map(lambda row: {key: value})
+
+    with pytest.raises(InputError, match="expected texts for filename and captions"):
+        ShardDataset(write(change), "train")[0]
+
+
+def test_a_device_is_no_image():
+    with pytest.raises(FileNotFoundError, match=r"no such file \(/dev/zero\)"):
+        shards.open_cell({"bytes": None, "path": "/dev/zero"}, "a.png")

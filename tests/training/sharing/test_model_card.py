@@ -31,6 +31,7 @@ from kcfi.training.sharing.model_card import (
     find_data_set,
     license_of,
     model_card,
+    read_results,
 )
 from kcfi.training.train import save_recipe
 from kcfi.training.trainer import KCFITrainer
@@ -179,7 +180,7 @@ def test_the_energy_of_all_starts_of_a_run_is_told(run, model):
     emissions = card.data.to_dict()["co2_eq_emissions"]
     assert emissions["emissions"] == pytest.approx(75) and emissions["source"] == "codecarbon"
     (run / "emissions.csv").write_text("run_id,duration\na,1")
-    with pytest.raises(ValueError, match=r"emissions.csv is no file of CodeCarbon: it has no column 'energy"):
+    with pytest.raises(ValueError, match=r"emissions.csv is no file of CodeCarbon .KeyError: 'energy"):
         card_of_run(run, "me/kcfi-levir", model.config, STATE)
 
 
@@ -389,3 +390,12 @@ def test_the_trainer_writes_the_card_of_kcfi_push(tmp_path, run, model, processo
     card = ModelCard.load(run / "README.md")
     assert card.data.license == "mit" and card.data.tags[-1] == "levir"
     assert "the run has no recipe" in card.text and "12 optimizer steps" in card.text
+
+
+@pytest.mark.parametrize(
+    "change", [{"profile": {}}, {"captions": {"all": 5}}, {"captions": {}}, {"mask": {"f1": {"change": "x"}}}]
+)
+def test_a_results_file_of_which_a_card_cannot_tell_is_refused(tmp_path, scores, change):
+    (tmp_path / "results.json").write_text(json.dumps({**scores, **change}))
+    with pytest.raises(InputError, match=r"results\.json is no results file of `kcfi evaluate` \("):
+        read_results(tmp_path / "results.json")
