@@ -23,9 +23,10 @@ RUN apt-get update \
     && useradd --create-home --uid 1000 kcfi
 WORKDIR /project
 COPY constraints.txt ./
-# An index of builds without CUDA, as PyTorch's installation page names it, saves gigabytes (docs/containers.md)
+# An index of builds without CUDA, as PyTorch's installation page names it, saves gigabytes (docs/containers.md): of
+# equal versions pip takes the one with a local suffix (+cpu)
 ARG TORCH_INDEX=
-RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} -c constraints.txt torch torchvision
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -c constraints.txt torch torchvision
 COPY setup.cfg ./
 RUN python -c "from configparser import ConfigParser; setup = ConfigParser(); setup.read('setup.cfg'); \
     extras = setup['options.extras_require']; \

@@ -8,16 +8,20 @@ BIN := $(VENV)/bin
 EXAMPLE := kcfi/example
 LIBRARIES := kcfi/scenes/libraries/LICENSES.txt
 DOCKER ?= docker
+# tests of the site are skipped without npm, or without a network
+OPTIONAL_LIBRARIES = -$(if $(shell command -v npm),$(MAKE) libraries)
 
 .PHONY: demo test test-all test-versions fuzz licences lint docs libraries wheel image bench bench-quality tiny clean
 
 demo: $(VENV)/installed
 	$(BIN)/kcfi caption $(EXAMPLE)/before.png $(EXAMPLE)/after.png --heatmap --output demo-output
 
-test: $(VENV)/installed-dev $(if $(shell command -v npm),libraries)
+test: $(VENV)/installed-dev
+	$(OPTIONAL_LIBRARIES)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
 
-test-all: $(VENV)/installed-dev $(if $(shell command -v npm),libraries)
+test-all: $(VENV)/installed-dev
+	$(OPTIONAL_LIBRARIES)
 	$(BIN)/python -m pytest
 
 # both ends of the declared versions, on every Python that is there: about a quarter of an hour each

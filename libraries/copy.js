@@ -14,8 +14,11 @@ const files = {  // named .js: not every web server knows what .mjs is
 
 const packages = Object.entries(JSON.parse(readFileSync(join(here, "package-lock.json"), "utf8")).packages);
 const licences = packages.filter(([path]) => path).map(([path, { version, license }]) => {
-  const folder = join(here, path), name = readdirSync(folder).find(file => /^licen[cs]e/i.test(file));
-  const text = name ? readFileSync(join(folder, name), "utf8") : "(the package brings no text of its licence)\n";
+  const folder = join(here, path), files = readdirSync(folder);
+  const [own, readme] = [/^licen[cs]e/i, /^readme\.md$/i].map(name => files.find(file => name.test(file)));
+  const read = name => readFileSync(join(folder, name), "utf8");
+  const text = own ? read(own) : readme && /^#+ *licen[cs]/im.test(read(readme)) && read(readme).slice(read(readme).search(/^#+ *licen[cs]/im));
+  if (!text) throw new Error(`${path} brings no text of its licence`);
   return `==== ${path.replace(/^.*node_modules\//, "")} ${version}, ${license} ====\n\n${text}`;
 });
 

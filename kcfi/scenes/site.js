@@ -28,7 +28,8 @@ async function open(name) {  // as a whole, if the server does not give parts of
 async function drawTile({ url }, { signal }) {  // of cog://NAME/ZOOM/COLUMN/ROW
   const [, name, zoom, x, y] = /^cog:\/\/(.+)\/(\d+)\/(\d+)\/(\d+)$/.exec(url);
   const span = WORLD / 2 ** zoom;
-  const levels = await (opened[name] ??= open(name));
+  opened[name] ??= open(name).catch(error => { delete opened[name]; throw error; });  // the next tile tries again
+  const levels = await opened[name];
   const { image, left, top, pixel } = levels.findLast(level => level.pixel < 1.01 * span / SIDE) ?? levels[0];
   const [column, row, side] = [x * span - WORLD / 2 - left, y * span - WORLD / 2 + top, span].map(m => Math.round(m / pixel));
   const window = [column, row, column + side, row + side];
@@ -139,7 +140,7 @@ async function start() {
   one("whole").addEventListener("click", () => right.fitBounds(settings.bounds, fit));
   document.addEventListener("keydown", event => { if (event.key === "Escape") choose(null); });
   document.querySelectorAll(".change").forEach(row => row.addEventListener("click", () => choose(row)));
-  const linked = location.hash && one(location.hash.slice(1));
+  const linked = /^#change-\d+$/.test(location.hash) && one(location.hash.slice(1));
   if (linked) choose(linked);
 }
 

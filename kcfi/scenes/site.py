@@ -146,6 +146,7 @@ def render(findings: Findings, bounds: Sequence[float], zoom: int, credits: Sequ
         settings=settings,
         places=[polygon.bounds for polygon in polygons],
         credits=credits,
+        warnings=[_without_folders(warning, findings) for warning in findings.warnings],
         colours={label: "#" + bytes(colour(findings, label)).hex() for label in findings.labels.values()},
         whole=size(findings, findings.changes),
         coverage=coverage(findings),
@@ -153,6 +154,13 @@ def render(findings: Findings, bounds: Sequence[float], zoom: int, credits: Sequ
         crs=crs_name(findings.grid.crs),
         area_text=area_text,
     )
+
+
+def _without_folders(text: str, findings: Findings) -> str:
+    """A text with the names of the images in place of their paths: what is shared tells of no folders."""
+    for date in findings.dates:
+        text = text.replace(date.path, Path(date.path).name)
+    return text
 
 
 def outline(grid: Grid, name: str | Path) -> Polygon:

@@ -166,12 +166,15 @@ def test_every_text_is_escaped_and_the_page_asks_for_nothing_from_elsewhere(tmp_
     dates = tuple(replace(date, name=evil, path=evil) for date in five().dates)
     change = make_change(1, make_grid(), (10, 10, 90, 90), caption=evil, place=evil)
     settings = {"model": "/home/somebody/runs/paper"}
-    findings = make_findings(changes=[change], caption=evil, warnings=(evil,), dates=dates, settings=settings)
+    dates = (replace(dates[0], path="/home/somebody/2019.tif"), *dates[1:])
+    warnings = (evil, "/home/somebody/2019.tif: its pixels are larger")
+    findings = make_findings(changes=[change], caption=evil, warnings=warnings, dates=dates, settings=settings)
     write_site(*make_report(findings, tmp_path), tmp_path / "site")
     page = (tmp_path / "site/index.html").read_text(encoding="utf-8")
     assert evil not in page and page.count("<script") == 3
     assert page.count("&lt;/script&gt;&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;") >= 8
-    assert "Found by a model, paper, which" in page and "somebody" not in page  # what is shared tells of no folders
+    assert "Found by a model, paper, which" in page and "<li>2019.tif: its pixels" in page
+    assert "somebody" not in page  # what is shared tells of no folders
     assert "Imagery: Nobody in particular, CC0 &amp; &lt;more&gt;</p>" in page
     addresses = re.findall(r"""(?:href|src)="([^"]*)\"""", page)
     assert not [address for address in addresses if "//" in address and not address.startswith("data:")]
