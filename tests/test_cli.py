@@ -508,7 +508,7 @@ def test_a_model_to_train_on_that_is_damaged_is_one_line(capsys, tmp_path, make_
     assert main(["train", "debug", *map(str, options)]) == 2
     printed = capsys.readouterr()
     last = printed.err.splitlines()[-1]  # behind the progress bar of loading
-    assert last.startswith(f"kcfi: error: Cannot load the model '{model}': ")
+    assert last.startswith(f"kcfi: error: Cannot load the model '{model}' (")
 
 
 def test_train_refuses_a_data_set_that_is_missing(capsys, tmp_path):

@@ -294,11 +294,12 @@ def test_command_evaluation_validation_and_pipeline_say_the_same(make_detector, 
     (tmp_path / "set" / "LevirCCcaptions.json").write_text(json.dumps({"images": entries}))
 
     arguments = ["caption", str(folders["A"]), str(folders["B"]), "--model", str(model), "--json"]
+    capsys.readouterr()  # what imports have said
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
     rows = {f"{row['name']}.png": row for row in map(json.loads, capsys.readouterr().out.splitlines())}
     assert len({row["caption"] for row in rows.values()}) == 3
     for name, row in rows.items():  # the command's masks become the truth
-        shutil.copy(row["mask"], folders["label"] / name)
+        shutil.copy(tmp_path / "out" / row["mask"], folders["label"] / name)
 
     results = tmp_path / "results.json"
     evaluate_model(str(model), str(tmp_path / "set"), "test", results, meteor=False, batch_size=2)
@@ -320,7 +321,7 @@ def test_command_evaluation_validation_and_pipeline_say_the_same(make_detector, 
         assert result["changed_fraction"] == pytest.approx(row["changed_fraction"]) and row["changed_fraction"] > 0
         ids, seen = np.asarray(result["mask"]), np.asarray(result["mask"]) != 255
         assert np.array_equal(ids, validation[name].mask) and seen.all() == (geometry != "released")
-        assert np.array_equal((ids > 0) & seen, np.asarray(Image.open(row["mask"])) > 0)
+        assert np.array_equal((ids > 0) & seen, np.asarray(Image.open(tmp_path / "out" / row["mask"])) > 0)
 
 
 def test_tiles_of_a_cropping_model_are_what_it_sees_of_a_training_image(make_detector, make_pair, tmp_path):

@@ -64,5 +64,5 @@ def test_the_weights_of_a_line_are_those_of_its_last_step_and_a_restored_balance
     assert again.weights == balance.weights
 
 
-def test_without_dynamic_weights_there_is_nothing_to_save():
-    assert LossBalance().state_dict() == {}
+def test_without_dynamic_weights_the_losses_since_the_last_log_are_all_there_is_to_save():
+    assert LossBalance().state_dict() == {"logged": {"caption": [], "mask": []}}
