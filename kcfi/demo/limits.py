@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from PIL import Image, UnidentifiedImageError
 
 from kcfi.processing.reading_kcfi import TIFF_STARTS
 
-FORMATS = ("PNG", "JPEG", "WEBP", "TIFF")  # no others of PIL's decoders, and of GDAL's drivers, ever see an upload
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF")  # no others of PIL's decoders ever see an upload; GDAL reads TIFFs alone
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,35 @@ def check_upload(folder: Path, path: object, limits: Limits) -> None:
         ) from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, KeyError) as error:
         with open(path, "rb") as file:
-            if file.read(4) not in TIFF_STARTS:  # of kinds that PIL does not know: whoever opens it decides
+            if file.read(4) not in TIFF_STARTS:
                 raise Refused(415, "Not an image that is read here: give PNG, JPEG, WebP or TIFF.") from error
+        check_tiff(path, limits)  # of a kind that PIL does not know
+
+
+def check_tiff(path: str, limits: Limits) -> None:
+    """Refuse what is no TIFF, too large, or names other files; no driver of GDAL but its own sees the file.
+
+    Raises:
+        Refused: 415 or 413.
+    """
+    try:
+        import rasterio
+        from rasterio.errors import NotGeoreferencedWarning, RasterioError
+    except ImportError as error:
+        raise Refused(415, 'A TIFF of this kind is read where "kcfi[geo]" is installed: give a PNG.') from error
+    with open(path, "rb") as file:
+        if file.read(4) not in TIFF_STARTS:  # whose zero byte also ends GDAL's search for other formats inside
+            raise Refused(415, "A scene is two GeoTIFFs: convert the files (`gdal_translate -of GTiff`).")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            with rasterio.open(path, driver="GTiff") as source:
+                size, elsewhere = source.shape, source.tags(ns="OVERVIEWS")
+    except (RasterioError, ValueError) as error:
+        raise Refused(415, "The file cannot be read as a TIFF: give another, or a PNG.") from error
+    if elsewhere:  # a file or an address, which GDAL would open to read the image reduced
+        raise Refused(415, "The TIFF names other files as its overviews: write it anew with `gdal_translate -nomd`.")
+    check_pixels(size[1], size[0], limits, "An image")
 
 
 def check_pixels(width: int, height: int, limits: Limits, what: str) -> None:

@@ -41,7 +41,7 @@ def build_app(describer: Describer, model: str, limits: Limits, folder: Path) ->
         folder: for uploads, pictures and reports; whoever owns it deletes it.
 
     Raises:
-        InputError: a model without a head, or with an alarm rate.
+        InputError: a model without a head.
     """
     if describer.model.model.change_detection_head is None:
         raise InputError("This model has no change detection head: the page has no mask to show.")
@@ -106,7 +106,7 @@ def serve(describer: Describer, model: str, host: str, port: int, limits: Limits
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the folder is deleted then, too
     with TemporaryDirectory(prefix="kcfi-demo-") as folder:
-        app = build_app(describer, model, limits, Path(folder))
+        app = build_app(describer, answers.public_name(model), limits, Path(folder))
         try:
             listening = socket.create_server((host, port))
         except (OSError, OverflowError) as error:

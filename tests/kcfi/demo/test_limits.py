@@ -5,6 +5,7 @@ import struct
 import zlib
 
 import pytest
+import rasterio
 from PIL import Image
 
 from kcfi.demo.limits import Limits, Refused, check_pixels, check_upload, inside, sweep
@@ -51,10 +52,24 @@ def test_images_of_four_kinds_are_taken(tmp_path, kind):
     assert check_upload(tmp_path, str(path), LIMITS) is None
 
 
-def test_a_tiff_that_pil_does_not_know_is_left_to_whoever_opens_it(tmp_path):
+@pytest.mark.parametrize(("side", "status"), [(900, None), (20_000, 413)])
+def test_a_tiff_that_pil_does_not_know_is_refused_by_its_size(tmp_path, side, status):
+    path = tmp_path / "a.tif"
+    settings = {"compress": "LERC", "tiled": True, "sparse_ok": True}
+    with rasterio.open(path, "w", driver="GTiff", count=1, width=side, height=side, dtype="uint8", **settings):
+        pass
+    with pytest.raises(Image.UnidentifiedImageError), Image.open(path):
+        pass
+    if status is None:
+        assert check_upload(tmp_path, str(path), LIMITS) is None
+    else:
+        assert path.stat().st_size < 200_000 and refused(tmp_path, str(path)) == status
+
+
+def test_what_begins_as_a_tiff_and_is_none_is_refused(tmp_path):
     path = tmp_path / "a.tif"
     path.write_bytes(b"II+\0" + bytes(60))
-    assert check_upload(tmp_path, str(path), LIMITS) is None
+    assert refused(tmp_path, str(path)) == 415
 
 
 @pytest.mark.parametrize(
