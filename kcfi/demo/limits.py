@@ -3,6 +3,7 @@
 import os
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from PIL import Image, UnidentifiedImageError
 
 from kcfi.processing.reading_kcfi import TIFF_STARTS
 
+RECEIVED = 300  # seconds within which a request must have come, and after which files of broken ones are deleted
+BLOCK = 4096  # bytes that a small file takes, too
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF")  # no others of PIL's decoders ever see an upload; GDAL reads TIFFs alone
 
 
@@ -38,7 +41,7 @@ class Refused(Exception):
     """A request that is refused; the message is for whoever sent it.
 
     Args:
-        status: of HTTP: 400, 403, 404, 413, 415, 429 or 504.
+        status: of HTTP: 400, 403, 404, 408, 413, 415, 429 or 504.
         message: what was found, and what to do instead.
     """
 
@@ -119,19 +122,21 @@ def check_pixels(width: int, height: int, limits: Limits, what: str) -> None:
 
 
 def sweep(folder: Path, limits: Limits) -> None:
-    """Delete files that are too old, and the oldest until the rest is small enough; then the folders left empty."""
+    """Delete files that are too old, and the oldest until the rest is small enough; and folders that stay empty."""
     found = []
-    for path in folder.rglob("*"):
-        try:
-            status = path.stat()
-        except FileNotFoundError:  # deleted meanwhile
-            continue
-        if path.is_file():
-            found.append((status.st_mtime, status.st_size, path))
+    now = time.time()
+    for place, _, names in os.walk(folder, topdown=False):
+        with suppress(OSError):  # not empty, or deleted meanwhile
+            if Path(place) != folder and not names and os.stat(place).st_mtime < now - RECEIVED:
+                os.rmdir(place)
+        for name in names:
+            path = Path(place, name)
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                found.append((status.st_mtime, max(status.st_size, BLOCK), path))
     total = sum(size for _, size, _ in found)
     for changed, size, path in sorted(found):
-        if total > limits.stored_megabytes * 1e6 or changed < time.time() - limits.stored_seconds:
+        kept = RECEIVED if path.parent == folder else limits.stored_seconds  # loose: came in part, or is being sent
+        if total > limits.stored_megabytes * 1e6 or changed < now - kept:
             path.unlink(missing_ok=True)
             total -= size
-            if path.parent != folder and not os.listdir(path.parent):
-                path.parent.rmdir()

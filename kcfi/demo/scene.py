@@ -5,7 +5,7 @@ import zipfile
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryDirectory
 from typing import IO
 
 from kcfi.demo.answers import public_name, without_folders
@@ -87,11 +87,8 @@ def scene_html(link: str) -> str:
     )
 
 
-def as_zip(scene: Scene) -> IO[bytes]:
-    """The files of the report, as an open file on disk."""
-    file = TemporaryFile()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+def write_zip(scene: Scene, to: IO[bytes]) -> None:
+    """The files of the report."""
+    with zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(scene.folder.iterdir()):
             archive.write(path, path.name)
-    file.seek(0)
-    return file

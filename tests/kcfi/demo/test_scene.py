@@ -13,7 +13,7 @@ from affine import Affine
 from PIL import Image
 
 from kcfi.demo.limits import Limits, Refused
-from kcfi.demo.scene import as_zip, describe_files
+from kcfi.demo.scene import describe_files, write_zip
 from kcfi.models import load
 from kcfi.processing import Describer, InputError
 from kcfi.scenes import describe_scene
@@ -55,7 +55,7 @@ def test_no_file_leads_gdal_to_another(describer, dates, tmp_path, kind):
         server.settimeout(0.3)
         address = f"/vsicurl/http://127.0.0.1:{server.getsockname()[1]}/a.tif"
         inside = {
-            "VRT": f'<VRTDataset rasterXSize="96" rasterYSize="96"><VRTRasterBand dataType="Byte" band="1"><SimpleSource>'
+            "VRT": '<VRTDataset rasterXSize="9" rasterYSize="9"><VRTRasterBand dataType="Byte" band="1"><SimpleSource>'
             f"<SourceFilename>{address}</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>",
             "GTI": f"<GDALTileIndexDataset><IndexDataset>{address}</IndexDataset></GDALTileIndexDataset>",
         }
@@ -95,7 +95,9 @@ def test_the_report_is_that_of_kcfi_scene_without_folders(describer, dates, tmp_
 
 def test_the_zip_holds_the_report_and_closing_deletes_it(describer, dates, tmp_path):
     scene = describe_files(describer, *dates, Limits(), tmp_path)
-    with as_zip(scene) as file, zipfile.ZipFile(file) as archive:
+    content = io.BytesIO()
+    write_zip(scene, content)
+    with zipfile.ZipFile(content) as archive:
         assert sorted(archive.namelist()) == files(scene.folder) and archive.testzip() is None
     assert scene.size == sum(path.stat().st_size for path in scene.folder.iterdir()) > 0
     scene.close()
