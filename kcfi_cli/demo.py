@@ -1,6 +1,7 @@
 """`kcfi demo`: a page in the browser."""
 
 import argparse
+import math
 
 from kcfi_cli.lists import describer_settings
 from kcfi_cli.options import Commands, UsageError, add_model_options
@@ -43,8 +44,8 @@ def run(options: argparse.Namespace) -> None:
     """`kcfi demo`."""
     given = {name: getattr(options, f"max_{name}") for name in ("megabytes", "megapixels", "waiting", "seconds")}
     for name, value in given.items():
-        if not value > 0:
-            raise UsageError(f"--max_{name} {value:g} must be above 0.")
+        if not 0 < value < math.inf:
+            raise UsageError(f"--max_{name} {value:g} must be above 0 and finite.")
     from transformers.utils.logging import disable_progress_bar
 
     from kcfi.demo.limits import Limits
@@ -52,4 +53,5 @@ def run(options: argparse.Namespace) -> None:
     from kcfi.models import build_describer
 
     disable_progress_bar()  # of loading weights, which is over before it can be read
-    serve(build_describer(**describer_settings(options)), options.model, options.host, options.port, Limits(**given))
+    limits = Limits(**given, stored_megabytes=max(Limits.stored_megabytes, 8 * options.max_megabytes))
+    serve(build_describer(**describer_settings(options)), options.model, options.host, options.port, limits)

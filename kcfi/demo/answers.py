@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,7 +141,12 @@ def without_folders(text: str, *paths: str) -> str:
     return text
 
 
-def as_zip(answer: Answer, threshold: float) -> bytes:
+def public_name(model: str) -> str:
+    """A model's name for the page: of a folder its last part, where it lies is nobody's business."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def write_zip(answer: Answer, threshold: float, to: IO[bytes]) -> None:
     """Both images, mask, overlay and probabilities (PNG, 255 = certain), and the answer as JSON."""
     report = answer.report
     assert report.probabilities is not None
@@ -161,11 +167,9 @@ def as_zip(answer: Answer, threshold: float) -> bytes:
         "model": answer.model,
         "kcfi": version("kcfi"),
     }
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:  # PNGs are compressed already
+    with zipfile.ZipFile(to, "w") as archive:  # PNGs are compressed already
         for name, picture in pictures.items():
             file = io.BytesIO()
             picture.save(file, "PNG")
             archive.writestr(f"{name}.png", file.getvalue())
         archive.writestr("answer.json", json.dumps(told, indent=2) + "\n")
-    return content.getvalue()

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
+from anyio import current_time, fail_after, move_on_after
 from anyio.to_thread import run_sync
+from starlette.formparsers import MultiPartException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kcfi.demo.limits import Limits, Refused, check_upload, inside, sweep
+from kcfi.demo.limits import RECEIVED, Limits, Refused, check_upload, inside
 from kcfi.demo.runs import Runs
 
 API = "/gradio_api"
@@ -30,6 +32,7 @@ ASKED = {
 }
 EVENT_BYTES = 100_000  # of a request without files
 ENVELOPE_BYTES = 10_000  # around the files of one with files
+DRAINED = 2  # seconds for which the rest of a request that is too large is dropped
 HERE_ALONE = (  # Gradio's own scripts are inline, and its templates are compiled in the browser
     b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     b"img-src 'self' data: blob:; connect-src 'self'; object-src 'none'; base-uri 'self'; form-action 'none'; "
@@ -73,6 +76,8 @@ class Guard:
             told = {"detail": str(refusal), "error": str(refusal)}  # Gradio's own page and its client read either
             headers = {"connection": "close"} if refusal.status == 413 else {}  # the rest of the body is not read
             exchange.refusal = None
+            if refusal.status == 413:
+                await exchange.drain()
             await JSONResponse(told, refusal.status, headers)(scope, receive, exchange.send)
 
     async def _admit(self, scope: Scope, exchange: "_Exchange", stack: ExitStack) -> None:
@@ -83,10 +88,12 @@ class Guard:
         if path.startswith(FILE) and not inside(self.folder, path.removeprefix(FILE)):
             raise Refused(403, "Only files that were uploaded to this page, or made by it, are sent.")
         if path == STREAM:
-            [session] = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[:1]
-            stack.enter_context(self.runs.listen(session))
+            query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+            sessions = query.get("session_hash", [])
+            if len(sessions) != 1:
+                raise Refused(400, "A request for answers names one session.")
+            stack.enter_context(self.runs.listen(sessions[0]))
         if scope["method"] == "POST":
-            await run_sync(sweep, self.folder, self.limits)
             exchange.most = EVENT_BYTES
             if path.startswith(UPLOAD):
                 exchange.most = int(self.limits.megabytes * 1e6) + ENVELOPE_BYTES
@@ -134,7 +141,8 @@ class _Exchange:
 
     def __init__(self, receive: Receive, send: Send) -> None:
         self._receive, self._send = receive, send
-        self.most, self.came, self.started = 0, 0, False
+        self.most, self.came, self.started, self.whole = 0, 0, False, False
+        self.until = current_time() + RECEIVED
         self.read_before: Message | None = None
         self.refusal: Refused | None = None
 
@@ -147,11 +155,30 @@ class _Exchange:
     async def receive(self) -> Message:
         """The next part of the request."""
         message, self.read_before = self.read_before, None
+        if message is None and self.whole:
+            return await self._receive()  # that the client leaves
         if message is None:
-            message = await self._receive()
-            self.came += len(message.get("body", b""))
-            self.check(self.came)
+            try:
+                with fail_after(self.until - current_time()):
+                    message = await self._receive()
+                self.whole = not message.get("more_body", False)
+                self.came += len(message.get("body", b""))
+                self.check(self.came)
+            except TimeoutError:
+                self.refusal = Refused(408, f"The request did not come within {RECEIVED} s: give smaller files.")
+            except Refused:
+                pass  # told instead of whatever the app answers
+            if self.refusal or message is None or message["type"] == "http.disconnect":
+                raise MultiPartException("The request ended early.")  # at which Gradio deletes what came
         return message
+
+    async def drain(self) -> None:
+        """Drop some of what still comes: a connection that is closed before loses the answer."""
+        with move_on_after(DRAINED):
+            while not self.whole and self.came < 4 * self.most:
+                message = await self._receive()
+                self.came += len(message.get("body", b""))
+                self.whole = not message.get("more_body", False)
 
     async def read(self) -> bytes:
         """The whole body, which `receive` then gives again."""

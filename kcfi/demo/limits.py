@@ -2,6 +2,8 @@
 
 import os
 import time
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +11,9 @@ from PIL import Image, UnidentifiedImageError
 
 from kcfi.processing.reading_kcfi import TIFF_STARTS
 
-FORMATS = ("PNG", "JPEG", "WEBP", "TIFF")  # no others of PIL's decoders, and of GDAL's drivers, ever see an upload
+RECEIVED = 300  # seconds within which a request must have come, and after which files of broken ones are deleted
+BLOCK = 4096  # bytes that a small file takes, too
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF")  # no others of PIL's decoders ever see an upload; GDAL reads TIFFs alone
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Refused(Exception):
     """A request that is refused; the message is for whoever sent it.
 
     Args:
-        status: of HTTP: 400, 403, 404, 413, 415, 429 or 504.
+        status: of HTTP: 400, 403, 404, 408, 413, 415, 429 or 504.
         message: what was found, and what to do instead.
     """
 
@@ -72,8 +76,35 @@ def check_upload(folder: Path, path: object, limits: Limits) -> None:
         ) from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, KeyError) as error:
         with open(path, "rb") as file:
-            if file.read(4) not in TIFF_STARTS:  # of kinds that PIL does not know: whoever opens it decides
+            if file.read(4) not in TIFF_STARTS:
                 raise Refused(415, "Not an image that is read here: give PNG, JPEG, WebP or TIFF.") from error
+        check_tiff(path, limits)  # of a kind that PIL does not know
+
+
+def check_tiff(path: str, limits: Limits) -> None:
+    """Refuse what is no TIFF, too large, or names other files; no driver of GDAL but its own sees the file.
+
+    Raises:
+        Refused: 415 or 413.
+    """
+    try:
+        import rasterio
+        from rasterio.errors import NotGeoreferencedWarning, RasterioError
+    except ImportError as error:
+        raise Refused(415, 'A TIFF of this kind is read where "kcfi[geo]" is installed: give a PNG.') from error
+    with open(path, "rb") as file:
+        if file.read(4) not in TIFF_STARTS:  # whose zero byte also ends GDAL's search for other formats inside
+            raise Refused(415, "A scene is two GeoTIFFs: convert the files (`gdal_translate -of GTiff`).")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            with rasterio.open(path, driver="GTiff") as source:
+                size, elsewhere = source.shape, source.tags(ns="OVERVIEWS")
+    except (RasterioError, ValueError) as error:
+        raise Refused(415, "The file cannot be read as a TIFF: give another, or a PNG.") from error
+    if elsewhere:  # a file or an address, which GDAL would open to read the image reduced
+        raise Refused(415, "The TIFF names other files as its overviews: write it anew with `gdal_translate -nomd`.")
+    check_pixels(size[1], size[0], limits, "An image")
 
 
 def check_pixels(width: int, height: int, limits: Limits, what: str) -> None:
@@ -91,19 +122,21 @@ def check_pixels(width: int, height: int, limits: Limits, what: str) -> None:
 
 
 def sweep(folder: Path, limits: Limits) -> None:
-    """Delete files that are too old, and the oldest until the rest is small enough; then the folders left empty."""
+    """Delete files that are too old, and the oldest until the rest is small enough; and folders that stay empty."""
     found = []
-    for path in folder.rglob("*"):
-        try:
-            status = path.stat()
-        except FileNotFoundError:  # deleted meanwhile
-            continue
-        if path.is_file():
-            found.append((status.st_mtime, status.st_size, path))
+    now = time.time()
+    for place, _, names in os.walk(folder, topdown=False):
+        with suppress(OSError):  # not empty, or deleted meanwhile
+            if Path(place) != folder and not names and os.stat(place).st_mtime < now - RECEIVED:
+                os.rmdir(place)
+        for name in names:
+            path = Path(place, name)
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                found.append((status.st_mtime, max(status.st_size, BLOCK), path))
     total = sum(size for _, size, _ in found)
     for changed, size, path in sorted(found):
-        if total > limits.stored_megabytes * 1e6 or changed < time.time() - limits.stored_seconds:
+        kept = RECEIVED if path.parent == folder else limits.stored_seconds  # loose: came in part, or is being sent
+        if total > limits.stored_megabytes * 1e6 or changed < now - kept:
             path.unlink(missing_ok=True)
             total -= size
-            if path.parent != folder and not os.listdir(path.parent):
-                path.parent.rmdir()

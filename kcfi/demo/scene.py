@@ -5,11 +5,11 @@ import zipfile
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryDirectory
 from typing import IO
 
-from kcfi.demo.answers import without_folders
-from kcfi.demo.limits import Limits, check_pixels
+from kcfi.demo.answers import public_name, without_folders
+from kcfi.demo.limits import Limits, check_pixels, check_tiff
 from kcfi.processing import Describer
 from kcfi.scenes import WORK, describe_scene
 from kcfi.scenes.describe import RESOLUTION
@@ -52,8 +52,10 @@ def describe_files(describer: Describer, before: str, after: str, limits: Limits
 
     Raises:
         InputError: dates that cannot be compared.
-        Refused: a grid that is too large.
+        Refused: a raster that is no GeoTIFF, or one or a grid that is too large.
     """
+    for path in (before, after):
+        check_tiff(path, limits)
     resolution = describer.processor.ground_sampling_distance or RESOLUTION
     with ExitStack() as stack:
         sources = [stack.enter_context(open_raster(path)) for path in (before, after)]
@@ -66,7 +68,9 @@ def describe_files(describer: Describer, before: str, after: str, limits: Limits
         # written again with the files' names alone: where they lay on the server is nobody's business
         dates = tuple(replace(date, path=Path(date.path).name) for date in found.dates)
         warnings = tuple(without_folders(text, before, after) for text in found.warnings)
-        write_findings(replace(found, dates=dates, warnings=warnings), output / WORK, output)
+        settings = {**found.settings, "model": public_name(found.settings["model"])}
+        told = replace(found, dates=dates, warnings=warnings, settings=settings)
+        write_findings(told, output / WORK, output)
         shutil.rmtree(output / WORK)
     except BaseException:
         owner.cleanup()
@@ -83,11 +87,8 @@ def scene_html(link: str) -> str:
     )
 
 
-def as_zip(scene: Scene) -> IO[bytes]:
-    """The files of the report, as an open file on disk."""
-    file = TemporaryFile()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+def write_zip(scene: Scene, to: IO[bytes]) -> None:
+    """The files of the report."""
+    with zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(scene.folder.iterdir()):
             archive.write(path, path.name)
-    file.seek(0)
-    return file

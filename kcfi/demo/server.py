@@ -3,31 +3,40 @@
 import os
 import signal
 import socket
+import threading
+from collections.abc import Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from tempfile import NamedTemporaryFile, TemporaryDirectory
+from typing import IO, Annotated, Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported: nothing is told to anybody
 os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"  # nor kept: its list of past events grows otherwise
 
 import gradio as gr
 import uvicorn
-from fastapi import FastAPI, HTTPException, Response
-from fastapi.responses import FileResponse, StreamingResponse
+from anyio import create_task_group, sleep
+from anyio.to_thread import run_sync
+from fastapi import FastAPI, HTTPException, Query, Response
+from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.background import BackgroundTask
 
 from kcfi.demo import answers
 from kcfi.demo.guard import Guard
-from kcfi.demo.limits import Limits
+from kcfi.demo.limits import Limits, sweep
 from kcfi.demo.page import EXAMPLES, GONE, THRESHOLD, Page
 from kcfi.demo.runs import Runs
+from kcfi.demo.shelf import Shelf
 from kcfi.processing import Describer, InputError
 
 SANDBOX = (  # of a report: it may draw itself, and nothing else
     "sandbox allow-scripts; default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "frame-ancestors 'self'"
 )
+TIDIED = 3  # seconds between two looks at what is too old, or too much
+ZIPS = 2  # that are made at once
+CONNECTIONS = 200  # at once; more get 503
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none are fetched
 
 
@@ -41,7 +50,7 @@ def build_app(describer: Describer, model: str, limits: Limits, folder: Path) ->
         folder: for uploads, pictures and reports; whoever owns it deletes it.
 
     Raises:
-        InputError: a model without a head, or with an alarm rate.
+        InputError: a model without a head.
     """
     if describer.model.model.change_detection_head is None:
         raise InputError("This model has no change detection head: the page has no mask to show.")
@@ -52,31 +61,64 @@ def build_app(describer: Describer, model: str, limits: Limits, folder: Path) ->
     runs = Runs(describer.model, limits)
     page = Page(describer, model, limits, runs, scenes)
 
+    def delete_old() -> None:
+        sweep(uploads, limits)
+        page.answers.clear(limits.stored_seconds)
+        page.scenes.clear(limits.stored_seconds)
+
+    async def tidy() -> None:
+        while True:
+            await run_sync(delete_old)
+            await sleep(TIDIED)
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> Any:
-        yield
+        async with create_task_group() as tasks:
+            tasks.start_soon(tidy)
+            yield
+            tasks.cancel_scope.cancel()
         page.answers.clear()
         page.scenes.clear()
 
     app = FastAPI(openapi_url=None, lifespan=lifespan)
     app.mount("/examples", StaticFiles(directory=EXAMPLES))
 
+    packing = threading.BoundedSemaphore(ZIPS)
+
+    def pack(shelf: Shelf[Any], name: str, write: Callable[[Any, IO[bytes]], None], saved_as: str) -> FileResponse:
+        """A zip of what is kept, in a file that is deleted when it was sent, or with those of broken uploads."""
+        kept = _found(shelf.get(name))
+        if not packing.acquire(blocking=False):
+            raise HTTPException(429, "Others are downloading. Try again in a few seconds.")
+        try:
+            with NamedTemporaryFile(dir=uploads, delete=False) as file:
+                write(kept, file)
+        except FileNotFoundError:  # of a report that is being deleted
+            raise HTTPException(404, GONE) from None
+        finally:
+            packing.release()
+        _found(shelf.get(name))  # it may have gone while it was read
+        after = BackgroundTask(Path(file.name).unlink, missing_ok=True)
+        return FileResponse(file.name, media_type="application/zip", filename=saved_as, background=after)
+
     @app.get("/answers/{name}.zip")
-    def answer_zip(name: str, threshold: float = THRESHOLD) -> Response:
-        content = answers.as_zip(_found(page.answers.get(name)), threshold)
-        return Response(content, media_type="application/zip", headers=_named("kcfi-answer.zip"))
+    def answer_zip(name: str, threshold: Annotated[float, Query(ge=0, le=1)] = THRESHOLD) -> Response:
+        return pack(page.answers, name, lambda kept, file: answers.write_zip(kept, threshold, file), "kcfi-answer.zip")
 
     @app.get("/scenes/{name}.zip")
     def scene_zip(name: str) -> Response:
-        from kcfi.demo.scene import as_zip
+        from kcfi.demo.scene import write_zip
 
-        file = as_zip(_found(page.scenes.get(name)))
-        return StreamingResponse(file, media_type="application/zip", headers=_named("kcfi-scene.zip"))
+        return pack(page.scenes, name, write_zip, "kcfi-scene.zip")
 
     @app.get("/scenes/{name}/report.html")
     def scene_report(name: str) -> Response:
         folder = _found(page.scenes.get(name)).folder
-        return FileResponse(folder / "report.html", headers={"content-security-policy": SANDBOX})
+        try:
+            content = (folder / "report.html").read_bytes()
+        except FileNotFoundError:
+            raise HTTPException(404, GONE) from None
+        return Response(content, media_type="text/html", headers={"content-security-policy": SANDBOX})
 
     here = Path(__file__).parent
     gr.mount_gradio_app(
@@ -106,15 +148,23 @@ def serve(describer: Describer, model: str, host: str, port: int, limits: Limits
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the folder is deleted then, too
     with TemporaryDirectory(prefix="kcfi-demo-") as folder:
-        app = build_app(describer, model, limits, Path(folder))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        app = build_app(describer, answers.public_name(model), limits, Path(folder))
         try:
-            listening = socket.create_server((host, port))
+            listening = socket.create_server((host, port), family=family)
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"Cannot serve on {host}, port {port} ({reason}): choose another --port.") from error
         with listening:
-            print(f"http://{host}:{listening.getsockname()[1]} (Ctrl-C ends it)", flush=True)
-            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, server_header=False)
+            shown = f"[{host}]" if ":" in host else host
+            print(f"http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends it)", flush=True)
+            config = uvicorn.Config(
+                app,
+                log_level="warning",
+                server_header=False,
+                timeout_graceful_shutdown=1,
+                limit_concurrency=CONNECTIONS,
+            )
             uvicorn.Server(config).run(sockets=[listening])
 
 
@@ -123,8 +173,3 @@ def _found(kept: Any) -> Any:
     if kept is None:
         raise HTTPException(404, GONE)
     return kept
-
-
-def _named(name: str) -> dict[str, str]:
-    """The header that makes a browser save an answer by this name."""
-    return {"content-disposition": f'attachment; filename="{name}"'}

@@ -2,6 +2,7 @@
 
 import secrets
 import threading
+import time
 from collections import OrderedDict
 from typing import Generic, Protocol, TypeVar
 
@@ -30,6 +31,7 @@ class Shelf(Generic[Item]):
     def __init__(self, megabytes: float) -> None:
         self.most = megabytes * 1e6
         self.items: OrderedDict[str, Item] = OrderedDict()
+        self.put_at: dict[str, float] = {}  # seconds of the monotonic clock, by name
         self.lock = threading.Lock()
 
     def put(self, item: Item) -> str:
@@ -38,11 +40,17 @@ class Shelf(Generic[Item]):
         Returns:
             Its name.
         """
-        name = secrets.token_urlsafe(16)
+        name, left = secrets.token_urlsafe(16), []
         with self.lock:
-            self.items[name] = item
-            while len(self.items) > 1 and sum(kept.size for kept in self.items.values()) > self.most:
-                self.items.popitem(last=False)[1].close()
+            self.items[name], self.put_at[name] = item, time.monotonic()
+            sizes = [kept.size for kept in self.items.values()]
+            total = sum(sizes)
+            for old, size in zip(list(self.items)[:-1], sizes, strict=False):
+                if total > self.most:
+                    left.append(self._take(old))
+                    total -= size
+        for each in left:  # outside of the lock: deleting a report takes a while
+            each.close()
         return name
 
     def get(self, name: str) -> Item | None:
@@ -52,8 +60,15 @@ class Shelf(Generic[Item]):
                 self.items.move_to_end(name)
             return self.items.get(name)
 
-    def clear(self) -> None:
-        """Close everything."""
+    def clear(self, age: float = 0) -> None:
+        """Close what has been there for so many seconds."""
         with self.lock:
-            while self.items:
-                self.items.popitem()[1].close()
+            old = [name for name, since in self.put_at.items() if time.monotonic() - since >= age]
+            left = [self._take(name) for name in old]
+        for each in left:
+            each.close()
+
+    def _take(self, name: str) -> Item:
+        """Take something off the shelf."""
+        del self.put_at[name]
+        return self.items.pop(name)

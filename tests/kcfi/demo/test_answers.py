@@ -14,13 +14,13 @@ from kcfi.demo.answers import (
     SHOWN,
     areas,
     areas_html,
-    as_zip,
     describe_pair,
     mask_at,
     overlay_at,
     sentence_html,
     views,
     without_folders,
+    write_zip,
 )
 from kcfi.models import load
 from kcfi.pictures import overlay
@@ -113,7 +113,9 @@ def test_the_sentence_says_how_sure_it_is_and_of_which_part_it_tells(answer):
 
 
 def test_the_zip_holds_what_is_shown(answer):
-    with zipfile.ZipFile(io.BytesIO(as_zip(answer, 0.3))) as archive:
+    content = io.BytesIO()
+    write_zip(answer, 0.3, content)
+    with zipfile.ZipFile(content) as archive:
         assert archive.testzip() is None
         files = {name: archive.read(name) for name in archive.namelist()}
     pictures = {name: Image.open(io.BytesIO(files[f"{name}.png"])) for name in ("before", "after", "overlay", "mask")}

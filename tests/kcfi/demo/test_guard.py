@@ -193,3 +193,49 @@ def test_the_page_names_no_other_host(client):
     page, config = client.http.get("/").text, json.dumps(client.http.get("/config").json())
     assert "googleapis" not in page + config and "cdn" not in page.lower()
     assert '"analytics_enabled": true' not in config
+
+
+def loose(client):
+    """Files that lie in the folder of uploads and belong to nobody."""
+    return [path for path in (client.folder / "uploads").iterdir() if path.is_file()]
+
+
+def until(true):
+    """Wait for something that happens behind an answer."""
+    start = time.monotonic()
+    while not true():
+        assert time.monotonic() - start < 10
+        time.sleep(0.05)
+
+
+def test_nothing_is_left_of_uploads_that_are_refused_or_break_off(serving):
+    start = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + bytes(70_000)
+    head = b"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    with serving(megabytes=0.1) as client:
+        refused = client.http.post(
+            "/gradio_api/upload",
+            content=iter([start, bytes(70_000)]),
+            headers={"content-type": "multipart/form-data; boundary=x"},
+        )
+        assert refused.status_code == 413 and "larger than" in sentence(refused) and loose(client) == []
+        url = client.http.base_url
+        with socket.create_connection((url.host, url.port)) as connection:
+            connection.sendall(head + b"Content-Length: 90000\r\n\r\n" + start)
+            until(lambda: loose(client))
+        until(lambda: not loose(client))
+
+
+def test_a_request_that_comes_too_slowly_is_refused(serving, monkeypatch):
+    monkeypatch.setattr("kcfi.demo.guard.RECEIVED", 0.5)
+    with serving() as client:
+        url = client.http.base_url
+        with socket.create_connection((url.host, url.port)) as connection:
+            connection.settimeout(10)
+            connection.sendall(b"POST /gradio_api/queue/join HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+            assert b"408" in connection.recv(1000)
+
+
+@pytest.mark.parametrize("query", ["", "session_hash=a&session_hash=b", "session_hash=&session_hash=b"])
+def test_a_stream_is_of_one_session(client, query):
+    answer = client.http.get(f"/gradio_api/queue/data?{query}")
+    assert answer.status_code == 400 and "one session" in sentence(answer)

@@ -3,11 +3,13 @@
 import os
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import rasterio
 from PIL import Image
 
-from kcfi.demo.limits import Limits, Refused, check_pixels, check_upload, inside, sweep
+from kcfi.demo.limits import RECEIVED, Limits, Refused, check_pixels, check_upload, inside, sweep
 
 LIMITS = Limits(megapixels=1)
 
@@ -51,10 +53,24 @@ def test_images_of_four_kinds_are_taken(tmp_path, kind):
     assert check_upload(tmp_path, str(path), LIMITS) is None
 
 
-def test_a_tiff_that_pil_does_not_know_is_left_to_whoever_opens_it(tmp_path):
+@pytest.mark.parametrize(("side", "status"), [(900, None), (20_000, 413)])
+def test_a_tiff_that_pil_does_not_know_is_refused_by_its_size(tmp_path, side, status):
+    path = tmp_path / "a.tif"
+    settings = {"compress": "LERC", "tiled": True, "sparse_ok": True}
+    with rasterio.open(path, "w", driver="GTiff", count=1, width=side, height=side, dtype="uint8", **settings):
+        pass
+    with pytest.raises(Image.UnidentifiedImageError), Image.open(path):
+        pass
+    if status is None:
+        assert check_upload(tmp_path, str(path), LIMITS) is None
+    else:
+        assert path.stat().st_size < 200_000 and refused(tmp_path, str(path)) == status
+
+
+def test_what_begins_as_a_tiff_and_is_none_is_refused(tmp_path):
     path = tmp_path / "a.tif"
     path.write_bytes(b"II+\0" + bytes(60))
-    assert check_upload(tmp_path, str(path), LIMITS) is None
+    assert refused(tmp_path, str(path)) == 415
 
 
 @pytest.mark.parametrize(
@@ -102,6 +118,37 @@ def test_old_files_are_deleted_and_then_the_oldest_until_the_rest_fits(tmp_path)
         os.utime(path, (path.stat().st_atime, path.stat().st_mtime - age))
     (tmp_path / "loose").write_bytes(b"")
     sweep(tmp_path, Limits(stored_megabytes=1, stored_seconds=3600))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["f3", "f4", "loose"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"f{n}" for n in range(5)] + ["loose"]
+    assert sorted(path.parent.name for path in tmp_path.glob("*/*")) == ["f3", "f4"]
+    for path in [*tmp_path.glob("*"), *tmp_path.glob("f4/*")]:  # an upload that broke off, and folders left empty
+        os.utime(path, (0, path.stat().st_mtime - RECEIVED))
+    sweep(tmp_path, Limits(stored_megabytes=1, stored_seconds=600))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f3", "f4"]
     sweep(tmp_path, Limits(stored_megabytes=1, stored_seconds=150))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["f4", "loose"]
+    assert list(tmp_path.glob("*/*")) == []
+
+
+def test_small_files_count_as_what_they_take_on_a_disk(tmp_path):
+    for number in range(20):
+        (tmp_path / str(number)).write_bytes(b"x")
+    sweep(tmp_path, Limits(stored_megabytes=0.05))
+    assert len(list(tmp_path.iterdir())) == 12
+
+
+def test_sweeping_at_once_with_others_and_with_uploads_fails_nobody(tmp_path):
+    def upload(number):
+        for turn in range(40):
+            path = tmp_path / f"{number}-{turn}" / "image.png"
+            path.parent.mkdir()
+            path.write_bytes(b"x")
+
+    def sweeping(_):
+        for _ in range(40):
+            sweep(tmp_path, Limits(stored_megabytes=0.02))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(upload, range(4)))
+        done = [pool.submit(work, number) for number in range(4, 8) for work in (upload, sweeping)]
+    assert [each.exception() for each in done] == [None] * 8
+    sweep(tmp_path, Limits(stored_megabytes=0.02))
+    assert len(list(tmp_path.glob("*/*"))) == 4

@@ -2,15 +2,18 @@
 
 import io
 import re
+import socket
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
 from affine import Affine
+from PIL import Image
 
 from kcfi.demo.limits import Limits, Refused
-from kcfi.demo.scene import as_zip, describe_files
+from kcfi.demo.scene import describe_files, write_zip
 from kcfi.models import load
 from kcfi.processing import Describer, InputError
 from kcfi.scenes import describe_scene
@@ -45,7 +48,38 @@ def files(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_report_is_that_of_kcfi_scene_without_folders(describer, dates, tmp_path):
+@pytest.mark.parametrize("kind", ["VRT", "GTI", "overviews", "PNG"])
+def test_no_file_leads_gdal_to_another(describer, dates, tmp_path, kind):
+    evil = tmp_path / "secret_a" / "evil.tif"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.3)
+        address = f"/vsicurl/http://127.0.0.1:{server.getsockname()[1]}/a.tif"
+        inside = {
+            "VRT": '<VRTDataset rasterXSize="9" rasterYSize="9"><VRTRasterBand dataType="Byte" band="1"><SimpleSource>'
+            f"<SourceFilename>{address}</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>",
+            "GTI": f"<GDALTileIndexDataset><IndexDataset>{address}</IndexDataset></GDALTileIndexDataset>",
+        }
+        if kind == "overviews":
+            evil = Path(dates[0])
+            with rasterio.open(evil, "r+") as file:
+                file.update_tags(ns="OVERVIEWS", OVERVIEW_FILE=address)
+        else:
+            picture = Image.new("RGB", (SIDE, SIDE))
+            picture.save(evil, "PNG" if kind == "PNG" else "JPEG", comment=inside.get(kind, "").encode())
+        with pytest.raises(Refused) as caught:
+            describe_files(describer, str(evil), dates[1], Limits(), tmp_path)
+        assert caught.value.status == 415 and str(tmp_path) not in str(caught.value)
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+def test_a_raster_that_is_too_large_is_refused_though_the_grid_is_small(describer, dates, tmp_path):
+    with pytest.raises(Refused, match="96 x 96 px") as caught:
+        describe_files(describer, *dates, Limits(megapixels=0.009), tmp_path)
+    assert caught.value.status == 413
+
+
+def test_the_report_is_that_of_kcfi_scene_without_folders(describer, dates, tmp_path, detector):
     plain = describe_scene(dates, tmp_path / "plain", describer)
     scene = describe_files(describer, *dates, Limits(), tmp_path)
     assert len(plain.changes) == 1
@@ -55,12 +89,15 @@ def test_the_report_is_that_of_kcfi_scene_without_folders(describer, dates, tmp_
     assert (scene.folder / "mask.tif").read_bytes() == (tmp_path / "plain" / "mask.tif").read_bytes()
     for path in scene.folder.iterdir():
         assert b"secret_" not in path.read_bytes(), path.name
+        assert str(detector.parent).encode() not in path.read_bytes(), path.name
     assert "2019.tif" in page.read_text(encoding="utf-8")
 
 
 def test_the_zip_holds_the_report_and_closing_deletes_it(describer, dates, tmp_path):
     scene = describe_files(describer, *dates, Limits(), tmp_path)
-    with as_zip(scene) as file, zipfile.ZipFile(file) as archive:
+    content = io.BytesIO()
+    write_zip(scene, content)
+    with zipfile.ZipFile(content) as archive:
         assert sorted(archive.namelist()) == files(scene.folder) and archive.testzip() is None
     assert scene.size == sum(path.stat().st_size for path in scene.folder.iterdir()) > 0
     scene.close()

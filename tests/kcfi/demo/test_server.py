@@ -7,14 +7,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from kcfi.demo import answers
 from kcfi.demo.limits import Limits
-from kcfi.demo.server import build_app, serve
+from kcfi.demo.server import TIDIED, ZIPS, build_app, serve
 from kcfi.models import load
 from kcfi.processing import Describer, InputError
 from kcfi_cli import build_parser, main
@@ -41,6 +45,43 @@ def test_the_zip_of_an_answer_has_the_threshold_of_its_link(client, make_pair):
     )
     with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
         assert b'"threshold": 0.35' in archive.read("answer.json")
+
+
+@pytest.mark.parametrize("threshold", ["nan", "-0.1", "1.1", "inf"])
+def test_a_threshold_is_a_probability(client, threshold):
+    assert client.http.get(f"/answers/x.zip?threshold={threshold}").status_code == 422
+
+
+def test_zips_are_made_a_few_at_a_time_and_nothing_is_left_of_them(client, make_pair, monkeypatch):
+    link = re.search(r'href="([^"]+)"', client.describe(*make_pair(40, 40))[2])[1]
+    going, write = threading.Event(), answers.write_zip
+
+    def slowly(*given):
+        assert going.wait(30)
+        write(*given)
+
+    monkeypatch.setattr(answers, "write_zip", slowly)
+    with ThreadPoolExecutor(ZIPS + 1) as pool:
+        asked = [pool.submit(client.http.get, link) for _ in range(ZIPS + 1)]
+        first = next(as_completed(asked)).result()
+        assert first.status_code == 429 and "Try again" in first.json()["detail"]
+        going.set()
+        assert sorted(each.result().status_code for each in asked) == [200] * ZIPS + [429]
+    start = time.monotonic()
+    while any(path.is_file() for path in (client.folder / "uploads").iterdir()):
+        assert time.monotonic() - start < 10
+        time.sleep(0.05)
+
+
+def test_what_is_too_old_is_deleted_though_nobody_asks(serving, make_pair):
+    with serving(stored_seconds=2) as client:
+        link = re.search(r'href="([^"]+)"', client.describe(*make_pair(40, 40))[2])[1]
+        start = time.monotonic()
+        while list((client.folder / "uploads").glob("*/*")):
+            assert time.monotonic() - start < 20
+            time.sleep(0.2)
+        time.sleep(TIDIED)
+        assert client.http.get(link).status_code == 404
 
 
 @pytest.mark.parametrize("path", ["/answers/none.zip", "/scenes/none.zip", "/scenes/none/report.html"])
@@ -81,6 +122,11 @@ def test_the_command_has_the_limits_of_the_page():
 def test_a_limit_of_nothing_is_refused(option, capsys):
     assert main(["demo", f"--max_{option}", "0"]) == 2
     assert f"--max_{option} 0 must be above 0" in capsys.readouterr().err
+
+
+def test_a_limit_without_end_is_refused(capsys):
+    assert main(["demo", "--max_megabytes", "inf"]) == 2
+    assert "--max_megabytes inf must be above 0 and finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])

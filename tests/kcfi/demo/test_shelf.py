@@ -45,3 +45,16 @@ def test_names_cannot_be_guessed_and_nothing_stays_after_clear():
     assert len(names) == 50 and min(map(len, names)) >= 22 and shelf.get("") is None
     shelf.clear()
     assert len(thing.closed) == 50 and not any(shelf.get(name) for name in names)
+
+
+def test_what_has_been_there_too_long_is_closed(monkeypatch):
+    shelf, now = Shelf(megabytes=1), [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    old, young = Thing(1), Thing(1)
+    names = [shelf.put(old)]
+    now[0] = 50
+    names.append(shelf.put(young))
+    shelf.get(names[0])  # looking at it does not make it younger
+    now[0] = 60
+    shelf.clear(age=60)
+    assert [shelf.get(name) for name in names] == [None, young] and old.closed == [True] and not young.closed
