@@ -45,8 +45,9 @@ class Worker:
             self._write(number, describe_scenes(rows, self.describer, self.job, self.output))
 
     def give_up(self, number: int, reason: str) -> None:
-        """Write a block of rows with an error."""
-        self._write(number, ({"error": reason} for _ in self.todo.rows(number)))
+        """Write a block of rows with an error; nothing if it is there."""
+        if not self.todo.path(number).exists():
+            self._write(number, ({"error": reason} for _ in self.todo.rows(number)))
 
     def _write(self, number: int, results: Iterable[dict[str, Any]]) -> None:
         """Write the results of the pairs of a block, in their order, as rows of the table."""
