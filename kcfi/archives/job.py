@@ -17,13 +17,14 @@ import pyarrow.compute as pc
 from filelock import FileLock, Timeout
 
 from kcfi.archives.blocks import IMAGES, SCENES, TABLE, block_name, blocks, finished, take_out_errors, texts
-from kcfi.files import read_json
+from kcfi.files import read_json, write_whole
 from kcfi.processing import InputError
 
 RECORD = "archive.json"
 WORK = ".work"
 TODO = "todo.arrow"
 LOCK = "lock"
+REFUSED = "refused"
 FREE = ("device", "batch_size", "compiled")  # settings of a describer that a later call may change
 
 
@@ -104,7 +105,9 @@ def only_call(output: Path) -> Iterator[None]:
         with suppress(NotImplementedError):  # a file system without locks
             lock.acquire(timeout=0)
     except Timeout as error:
-        raise InputError(f"{output}: another call is at work there; wait for it, or choose another --output.") from error
+        raise InputError(
+            f"{output}: another call is at work there; wait for it, or choose another --output."
+        ) from error
     try:
         yield
     finally:
@@ -149,7 +152,19 @@ def prepare(output: Path, pairs: pa.Table, job: Job, weights: str, block: int, r
             writer.write_table(todo.slice(start, block).combine_chunks())
     part.replace(output / WORK / TODO)
     shutil.rmtree(output / WORK / "tries", ignore_errors=True)
+    (output / WORK / REFUSED).unlink(missing_ok=True)
     return len(pairs) - len(todo)
+
+
+def refuse(output: Path, error: InputError) -> None:
+    """Note why a worker refuses the job, for the process that started the engine."""
+    write_whole(output / WORK / REFUSED, str(error))
+
+
+def refused(output: Path) -> str | None:
+    """Why a worker refused the job, if one did."""
+    path = output / WORK / REFUSED
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def read_job(output: Path) -> Job:

@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 
 from kcfi.archives import local
 from kcfi.archives.blocks import finished, read_rows, texts, write_csv
-from kcfi.archives.job import WORK, Job, Todo, only_call, prepare
+from kcfi.archives.job import WORK, Job, Todo, only_call, prepare, refused
 from kcfi.models import weights_of
+from kcfi.processing import InputError
 
 COVERAGE = "coverage.json"
 
@@ -75,10 +76,11 @@ def describe_archive(
         The rows of each block once it is written, in any order.
 
     Raises:
-        InputError: the folder holds something else or another call writes into it, the model cannot do what the job asks for, or an engine is not
-            installed.
+        InputError: the folder holds something else, another call writes into it, the model cannot do what the job asks
+            for, or an engine is not installed.
         ChildProcessError: a process of accelerate died.
     """
+    _check_workers(workers, engine, job.describer.get("device"))
     start = time.monotonic()
     weights = weights_of(job.describer["model"])
     output = output.absolute()
@@ -97,7 +99,25 @@ def describe_archive(
         shutil.rmtree(output / WORK, ignore_errors=True)  # it holds nothing that is needed again
 
 
+def _check_workers(workers: int | None, engine: Engine, device: str | None) -> None:
+    """Refuse numbers of workers that cannot be."""
+    if workers is not None and workers < 1:
+        raise InputError(f"workers={workers} must be at least 1.")
+    if engine != "local" and workers != 1 and ":" in (device or ""):
+        raise InputError(f"device={device} is one device: give workers=1, or a device without a number.")
+
+
 def _run(engine: Engine, output: Path, workers: int | None, address: str | None) -> Iterator[int]:
+    """The numbers of blocks that an engine finishes; what a worker refuses is raised here for all of them."""
+    try:
+        yield from _start(engine, output, workers, address)
+    except Exception:
+        if message := refused(output):
+            raise InputError(message) from None
+        raise
+
+
+def _start(engine: Engine, output: Path, workers: int | None, address: str | None) -> Iterator[int]:
     """The numbers of blocks that an engine finishes."""
     if engine == "local":
         return local.run(output)

@@ -6,8 +6,10 @@ import pyarrow as pa
 import pytest
 
 from kcfi.archives.blocks import IMAGES, finished, texts, write_block
-from kcfi.archives.job import WORK, Job, Todo, only_call, prepare, read_job
+from kcfi.archives.job import WORK, Job, Todo, only_call, prepare, read_job, refuse, refused
 from kcfi.archives.pairs import PAIRS
+from kcfi.models import weights_of
+from kcfi.processing import InputError
 
 JOB = Job({"model": "tiny", "dtype": None, "device": "cpu", "batch_size": 8}, {"stretch": [2, 98]})
 
@@ -158,3 +160,22 @@ def test_what_is_to_do_can_be_let_go_of(tmp_path):
     todo = Todo(tmp_path)
     todo.close()
     assert todo.map.closed
+
+
+def test_why_a_job_was_refused_is_forgotten_by_the_next_call(tmp_path):
+    prepare(tmp_path, pairs("a"), JOB, "w", block=1)
+    assert refused(tmp_path) is None
+    refuse(tmp_path, InputError("no head"))
+    assert refused(tmp_path) == "no head"
+    prepare(tmp_path, pairs("a"), JOB, "w", block=1)
+    assert refused(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "processor_config.json", "chat_template.jinja"])
+def test_a_model_with_other_weights_or_settings_is_another(tmp_path, name):
+    (tmp_path / name).write_text("1")
+    before = weights_of(str(tmp_path))
+    (tmp_path / "README.md").write_text("of no matter")
+    assert weights_of(str(tmp_path)) == before
+    (tmp_path / name).write_text("2")
+    assert weights_of(str(tmp_path)) != before
