@@ -18,6 +18,7 @@ divided fairly where they share it (PSS; Linux).
 import argparse
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -103,13 +104,15 @@ def caption(manifest: Path, output: Path, case: Case, model: str, block: int) ->
                 continue
         peak = max(peak, held)
         time.sleep(SAMPLE)
+    if process.returncode not in (0, 1):  # 1: some rows are errors, which are counted
+        sys.exit(f"{case.name} ended with exit code {process.returncode}")
     coverage = json.loads((output / "coverage.json").read_text(encoding="utf-8"))
     written = sorted(path.stat().st_mtime for path in blocks(output))
     return {
         "case": case.name,
         "rows": coverage["pairs"],
         "seconds": coverage["seconds"],
-        "rows_per_s": (coverage["pairs"] - block) / (written[-1] - written[0]),
+        "rows_per_s": (coverage["pairs"] - block) / (written[-1] - written[0]) if written[1:] else math.nan,
         "cpu_ms_per_row": 1000 * sum(seconds.values()) / coverage["pairs"],
         "peak_mib": peak / 2**20,
         "failed": coverage["failed"],

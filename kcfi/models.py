@@ -89,7 +89,7 @@ def weights_of(name: str) -> str:
         name: folder, Hub id or "kcfi-tiny".
 
     Returns:
-        A digest of the files of a folder; of a Hub id the commit.
+        A digest of the weights and settings in a folder; of a Hub id the commit.
 
     Raises:
         InputError: there is no such model.
@@ -99,8 +99,10 @@ def weights_of(name: str) -> str:
         with refusing(f"Cannot load the model {name!r}"):
             return str(AutoConfig.from_pretrained(source, **NO_CODE)._commit_hash)
     digest = hashlib.sha256()
-    for path in sorted(Path(source).glob("*.safetensors")):
+    kinds = (".safetensors", ".json", ".jinja")  # weights; settings, calibration, tokens; the prompt
+    for path in sorted(path for path in Path(source).iterdir() if path.suffix in kinds):
         with path.open("rb") as file:
+            digest.update(path.name.encode())
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 

@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from kcfi.processing import InputError
+
 TABLE = "captions.csv"
 PATTERN = "rows-*.parquet"
 DIGITS = 6  # behind the point, of every number in a row
@@ -65,10 +67,23 @@ def blocks(output: Path) -> list[Path]:
 
 
 def finished(output: Path) -> pa.Table:
-    """Name, before, after and error of every row that is there."""
+    """Name, before, after and error of every row that is there.
+
+    Raises:
+        InputError: two rows are of one name.
+    """
     columns = ["name", "before", "after", "error"]
     empty = pa.schema([(name, TEXT) for name in columns]).empty_table()
-    return pa.concat_tables([empty, *(_read(path, columns) for path in blocks(output))])
+    rows = pa.concat_tables([empty, *(_read(path, columns) for path in blocks(output))])
+    twice = len(rows) - pc.count_distinct(rows["name"]).as_py()
+    if twice:
+        raise InputError(f"{output} has {twice} rows twice, as two calls at a time write them: take another --output.")
+    return rows
+
+
+def texts(rows: pa.Table, name: str) -> pa.ChunkedArray:
+    """A column of texts to look others up in: with offsets of 64 bits, as those of 32 end at 2 GiB."""
+    return rows[name].cast(pa.large_string())
 
 
 def take_out_errors(output: Path) -> None:

@@ -6,20 +6,25 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from filelock import FileLock, Timeout
 
-from kcfi.archives.blocks import IMAGES, SCENES, TABLE, block_name, blocks, finished, take_out_errors
-from kcfi.files import read_json
+from kcfi.archives.blocks import IMAGES, SCENES, TABLE, block_name, blocks, finished, take_out_errors, texts
+from kcfi.files import read_json, write_whole
 from kcfi.processing import InputError
 
 RECORD = "archive.json"
 WORK = ".work"
 TODO = "todo.arrow"
+LOCK = "lock"
+REFUSED = "refused"
 FREE = ("device", "batch_size", "compiled")  # settings of a describer that a later call may change
 
 
@@ -65,7 +70,13 @@ class Todo:
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        self.file = pa.ipc.open_file(pa.memory_map(str(output / WORK / TODO)))
+        self.map = pa.memory_map(str(output / WORK / TODO))
+        self.file = pa.ipc.open_file(self.map)
+
+    def close(self) -> None:
+        """Let go of the file; the blocks are then out of reach."""
+        del self.file
+        self.map.close()
 
     def __len__(self) -> int:
         return int(self.file.num_record_batches)
@@ -78,6 +89,32 @@ class Todo:
     def path(self, number: int) -> Path:
         """The file of a block when it is done."""
         return self.output / block_name(self.rows(number))
+
+
+@contextmanager
+def only_call(output: Path) -> Iterator[None]:
+    """Around a call that writes into a folder: no other one does it at the same time, on a file system that locks.
+
+    Raises:
+        InputError: another call does.
+    """
+    work = output / WORK
+    work.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(work / LOCK)
+    try:
+        with suppress(NotImplementedError):  # a file system without locks
+            lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(
+            f"{output}: another call is at work there; wait for it, or choose another --output."
+        ) from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):  # it holds what is to do
+            work.rmdir()
 
 
 def prepare(output: Path, pairs: pa.Table, job: Job, weights: str, block: int, retry: bool = False) -> int:
@@ -108,14 +145,26 @@ def prepare(output: Path, pairs: pa.Table, job: Job, weights: str, block: int, r
     if retry:
         take_out_errors(output)
     pairs = pairs.append_column("position", pa.array(range(len(pairs)), pa.int64()))
-    todo = pairs.filter(pc.invert(pc.is_in(pairs["name"], finished(output)["name"].combine_chunks())))
+    todo = pairs.filter(pc.invert(pc.is_in(texts(pairs, "name"), texts(finished(output), "name"))))
     part = output / WORK / f"{TODO}.part"
     with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, todo.schema) as writer:
         for start in range(0, len(todo), block):
             writer.write_table(todo.slice(start, block).combine_chunks())
     part.replace(output / WORK / TODO)
     shutil.rmtree(output / WORK / "tries", ignore_errors=True)
+    (output / WORK / REFUSED).unlink(missing_ok=True)
     return len(pairs) - len(todo)
+
+
+def refuse(output: Path, error: InputError) -> None:
+    """Note why a worker refuses the job, for the process that started the engine."""
+    write_whole(output / WORK / REFUSED, str(error))
+
+
+def refused(output: Path) -> str | None:
+    """Why a worker refused the job, if one did."""
+    path = output / WORK / REFUSED
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def read_job(output: Path) -> Job:
@@ -155,12 +204,16 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 def _check_images(output: Path, pairs: pa.Table) -> None:
     """Refuse names that the table has with other images."""
     there = finished(output)
+    if not len(there):
+        return
     known, keys = (
-        pc.binary_join_element_wise(*(table[name] for name in ("name", "before", "after")), "\n")
+        pc.binary_join_element_wise(
+            *(texts(table, name) for name in ("name", "before", "after")), pa.scalar("\n", pa.large_string())
+        )
         for table in (there, pairs)
     )
-    named = pc.is_in(there["name"], pairs["name"].combine_chunks())
-    other = there.filter(pc.and_(named, pc.invert(pc.is_in(known, keys.combine_chunks()))))
+    named = pc.is_in(texts(there, "name"), texts(pairs, "name"))
+    other = there.filter(pc.and_(named, pc.invert(pc.is_in(known, keys))))
     if len(other):
         name = other["name"][0].as_py()
         raise InputError(f"{output} describes other images as {name!r}: choose another --output.")

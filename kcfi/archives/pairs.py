@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kcfi.archives.fetch import check_protocol, is_remote
-from kcfi.processing import InputError
+from kcfi.processing import InputError, refusing
 
 PAIRS = pa.schema([(name, pa.string()) for name in ("name", "before", "after")])
 IMAGES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2"}
@@ -37,8 +37,8 @@ def find_pairs(before: str | Path, after: str | Path | None = None) -> pa.Table:
 
     Raises:
         FileNotFoundError: no such file or folder.
-        InputError: images without a partner, no pairs, missing columns, two pairs of one name, or URLs of a kind that
-            nothing installed reads.
+        InputError: images without a partner, no pairs, missing columns, a name that is none of a file, two pairs of
+            one name, URLs of a kind that nothing installed reads, or a manifest that cannot be read.
     """
     before = Path(before)
     rows = _manifest_pairs(before) if after is None else _folder_pairs(before, Path(after))
@@ -57,16 +57,35 @@ def find_pairs(before: str | Path, after: str | Path | None = None) -> pa.Table:
 
 def _manifest_pairs(manifest: Path) -> Iterator[Row]:
     """The rows of a manifest, checked one by one."""
-    readers = {".csv": _csv_rows, ".parquet": _parquet_rows, ".json": _stac_rows}
     protocols: set[str] = set()
-    for where, row in readers[manifest.suffix.lower()](manifest):
+    for where, row in _manifest_rows(manifest):
         before, after = row["before"], row["after"]
         name = row.get("name") or Path(urlsplit(after).path if is_remote(after or "") else after or "").stem
-        if not (before and after) or Path(name).name != name:
-            raise InputError(f"{manifest}, {where}: needs before and after, and a name without a slash.")
+        if not (before and after):
+            raise InputError(f"{manifest}, {where}: needs before and after.")
+        _check_name(name, f"{manifest}, {where}")
         for source in filter(is_remote, (before, after)):
             check_protocol(source, protocols)
         yield name, _absolute(before, manifest), _absolute(after, manifest)
+
+
+def _check_name(name: str, where: str) -> None:
+    """Refuse a name that as one of a file may lie elsewhere than in the output, or on what an archive keeps there."""
+    if not name or name.startswith(".") or set(name) & set("/\\\0"):
+        raise InputError(
+            f"{where}: {name!r} cannot name a pair: give a name that has no slash and does not begin with a dot."
+        )
+
+
+def _manifest_rows(manifest: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row stands, and its columns; a manifest may hold anything."""
+    kind, read = {
+        ".csv": ("CSV in UTF-8", _csv_rows),
+        ".parquet": ("parquet", _parquet_rows),
+        ".json": ("a STAC collection", _stac_rows),
+    }[manifest.suffix.lower()]
+    with refusing(f"{manifest}: not readable as {kind}"):
+        yield from read(manifest)
 
 
 def _absolute(source: str, manifest: Path) -> str:
@@ -82,11 +101,7 @@ def _csv_rows(manifest: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _parquet_rows(manifest: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        file = pq.ParquetFile(manifest)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{manifest}: not readable as parquet ({error}).") from error
-    with file:
+    with pq.ParquetFile(manifest) as file:
         _check_columns(manifest, file.schema_arrow.names)
         columns = [name for name in PAIRS.names if name in file.schema_arrow.names]
         number = 0
@@ -106,10 +121,7 @@ def _stac_rows(manifest: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         import pystac
     except ImportError as error:
         raise InputError(f'{manifest}: to read STAC collections, pip install "kcfi[geo]"') from error
-    try:
-        catalog = pystac.read_file(str(manifest.absolute()))
-    except (pystac.STACError, pystac.STACTypeError, ValueError, KeyError) as error:
-        raise InputError(f"{manifest}: not readable as a STAC collection ({error}).") from error
+    catalog = pystac.read_file(str(manifest.absolute()))
     if not isinstance(catalog, pystac.Catalog):  # a collection is one too
         raise InputError(f"{manifest}: not readable as a STAC collection (it is of type {type(catalog).__name__}).")
     for item in catalog.get_items(recursive=True):
@@ -120,7 +132,7 @@ def _stac_rows(manifest: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 f"and after. It has {', '.join(item.assets) or 'none'}."
             )
         hrefs = {date: item.assets[date].get_absolute_href() for date in ("before", "after")}
-        yield f"item {item.id}", {"name": item.id, **hrefs}
+        yield f"item {item.id}", {"name": str(item.id), **hrefs}
 
 
 def _folder_pairs(before: Path, after: Path) -> Iterator[Row]:
@@ -132,4 +144,5 @@ def _folder_pairs(before: Path, after: Path) -> Iterator[Row]:
         more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
         raise InputError(f"Images without a partner of the same name: {', '.join(alone[:3])}{more}.")
     for name, path in sorted(first.items()):
+        _check_name(path.stem, str(path))
         yield path.stem, os.path.abspath(path), os.path.abspath(second[name])

@@ -8,13 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 
-from kcfi.archives.blocks import blocks
 from kcfi.archives.job import Todo, read_job
 from kcfi.archives.work import Worker
 
@@ -37,7 +37,8 @@ def run(output: Path, workers: int | None = None) -> Iterator[int]:
         ChildProcessError: a process died.
     """
     todo, count = Todo(output), workers or max(1, torch.cuda.device_count())
-    waiting = {todo.path(number).name: number for number in range(len(todo))}
+    paths = [todo.path(number) for number in range(len(todo))]
+    waiting = [deque(range(first, len(todo), count)) for first in range(count)]  # of each process, as it does them
     command = [*LAUNCH, "--num_processes", str(count), *["--multi_gpu"] * (count > 1)]
     command += ["-m", "kcfi.archives.processes", str(output)]
     threads = max(1, (os.cpu_count() or 1) // count)
@@ -47,15 +48,16 @@ def run(output: Path, workers: int | None = None) -> Iterator[int]:
         ended = False
         while not ended:
             ended = launcher.poll() is not None
-            for name in waiting.keys() & {path.name for path in blocks(output)}:
-                yield waiting.pop(name)
+            for numbers in waiting:
+                while numbers and paths[numbers[0]].exists():
+                    yield numbers.popleft()
             time.sleep(0 if ended else POLL)
     finally:
         launcher.terminate()
         launcher.wait()
-    if waiting:
+    if left := sum(map(len, waiting)):
         raise ChildProcessError(
-            f"A process of {count} ended (exit code {launcher.returncode}) with {len(waiting)} blocks to do; what is "
+            f"A process of {count} ended (exit code {launcher.returncode}) with {left} blocks to do; what is "
             "finished is kept: start the same command again."
         )
 

@@ -37,6 +37,7 @@ def run(output: Path, workers: int | None = None, address: str | None = None) ->
         The number of each block once it is written.
     """
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)  # tracebacks of what is raised here anyway
     own = not ray.is_initialized()
     if own:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)

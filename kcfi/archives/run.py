@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kcfi.archives import local
-from kcfi.archives.blocks import finished, read_rows, write_csv
-from kcfi.archives.job import WORK, Job, Todo, prepare
+from kcfi.archives.blocks import finished, read_rows, texts, write_csv
+from kcfi.archives.job import WORK, Job, Todo, only_call, prepare, refused
 from kcfi.models import weights_of
+from kcfi.processing import InputError
 
 COVERAGE = "coverage.json"
 
@@ -59,7 +60,7 @@ def describe_archive(
 ) -> Iterator[list[dict[str, Any]]]:
     """Describe pairs into parquet files in a folder, a file per block; at the end, captions.csv and coverage.json.
 
-    What an earlier call did is not done again. Calls that write into one folder must come one after the other.
+    What an earlier call did is not done again.
 
     Args:
         pairs: of `find_pairs`.
@@ -75,27 +76,48 @@ def describe_archive(
         The rows of each block once it is written, in any order.
 
     Raises:
-        InputError: the folder holds something else, the model cannot do what the job asks for, or an engine is not
-            installed.
+        InputError: the folder holds something else, another call writes into it, the model cannot do what the job asks
+            for, or an engine is not installed.
         ChildProcessError: a process of accelerate died.
     """
+    _check_workers(workers, engine, job.describer.get("device"))
     start = time.monotonic()
     weights = weights_of(job.describer["model"])
     output = output.absolute()
-    skipped = prepare(output, pairs, job, weights, block, retry)
-    todo = Todo(output)
-    try:
-        if len(todo):
-            for number in _run(engine, output, workers, address):
-                yield read_rows(todo.path(number))
-    finally:
-        write_csv(output, job.schema)
-        covered = _coverage(output, pairs, skipped, time.monotonic() - start)
-        (output / COVERAGE).write_text(json.dumps(asdict(covered), indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(output / WORK)
+    with only_call(output):
+        skipped = prepare(output, pairs, job, weights, block, retry)
+        todo = Todo(output)
+        try:
+            if len(todo):
+                for number in _run(engine, output, workers, address):
+                    yield read_rows(todo.path(number))
+        finally:
+            todo.close()
+            write_csv(output, job.schema)
+            covered = _coverage(output, pairs, skipped, time.monotonic() - start)
+            (output / COVERAGE).write_text(json.dumps(asdict(covered), indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(output / WORK, ignore_errors=True)  # it holds nothing that is needed again
+
+
+def _check_workers(workers: int | None, engine: Engine, device: str | None) -> None:
+    """Refuse numbers of workers that cannot be."""
+    if workers is not None and workers < 1:
+        raise InputError(f"workers={workers} must be at least 1.")
+    if engine != "local" and workers != 1 and ":" in (device or ""):
+        raise InputError(f"device={device} is one device: give workers=1, or a device without a number.")
 
 
 def _run(engine: Engine, output: Path, workers: int | None, address: str | None) -> Iterator[int]:
+    """The numbers of blocks that an engine finishes; what a worker refuses is raised here for all of them."""
+    try:
+        yield from _start(engine, output, workers, address)
+    except Exception:
+        if message := refused(output):
+            raise InputError(message) from None
+        raise
+
+
+def _start(engine: Engine, output: Path, workers: int | None, address: str | None) -> Iterator[int]:
     """The numbers of blocks that an engine finishes."""
     if engine == "local":
         return local.run(output)
@@ -111,7 +133,7 @@ def _run(engine: Engine, output: Path, workers: int | None, address: str | None)
 def _coverage(output: Path, pairs: pa.Table, skipped: int, seconds: float) -> Coverage:
     """What the table has of the pairs of a list."""
     rows = finished(output)
-    rows = rows.filter(pc.is_in(rows["name"], pairs["name"].combine_chunks()))
+    rows = rows.filter(pc.is_in(texts(rows, "name"), texts(pairs, "name")))
     errors = rows.filter(pc.is_valid(rows["error"]))
     reasons: Counter[str] = Counter()
     for batch in errors.to_batches():

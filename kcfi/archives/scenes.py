@@ -12,6 +12,7 @@ from kcfi.scenes.describe import describe_scene
 from kcfi.scenes.summary import coverage, size
 
 REPORT = "report.html"
+MOST_BYTES = 1 << 36  # of a date that is fetched: 64 GiB
 
 
 def describe_scenes(
@@ -33,7 +34,7 @@ def describe_scenes(
         fetched = output / WORK / "fetched" / name
         copies = {fetched / date: row[date] for date in ("before", "after")}
         try:
-            dates = [fetch(source, place) for place, source in copies.items()]
+            dates = [fetch(source, place, MOST_BYTES) for place, source in copies.items()]
             found = describe_scene(dates, output / name, describer, **(job.scene or {}))
         except (OSError, InputError) as error:
             yield {"error": reason(error, copies)}

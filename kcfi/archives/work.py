@@ -8,8 +8,9 @@ import pyarrow as pa
 
 from kcfi.archives.blocks import rounded, write_block
 from kcfi.archives.images import describe_images
-from kcfi.archives.job import Todo, read_job
+from kcfi.archives.job import Todo, read_job, refuse
 from kcfi.models import build_describer
+from kcfi.processing import InputError
 
 
 class Worker:
@@ -25,12 +26,16 @@ class Worker:
 
     def __init__(self, output: Path, device: str | None = None) -> None:
         self.output, self.job, self.todo = output, read_job(output), Todo(output)
-        self.describer = build_describer(**(self.job.describer | ({"device": device} if device else {})))
+        try:
+            self.describer = build_describer(**(self.job.describer | ({"device": device} if device else {})))
+            # refuses a model without a head now, and not in every row
+            self.describer.describe_pairs([], regions=self.job.regions or self.job.scene is not None)
+        except InputError as error:
+            refuse(output, error)
+            raise
         for weights in [*self.describer.model.parameters(), *self.describer.model.buffers()]:
             # sums depend on where in memory numbers lie: as in their file here, and elsewhere for another device
             weights.data = weights.data.clone()
-        # refuses a model without a head now, and not in every row
-        self.describer.describe_pairs([], regions=self.job.regions or self.job.scene is not None)
 
     def __call__(self, number: int) -> None:
         """Describe the pairs of a block, and write it; nothing if it is there."""
@@ -45,8 +50,9 @@ class Worker:
             self._write(number, describe_scenes(rows, self.describer, self.job, self.output))
 
     def give_up(self, number: int, reason: str) -> None:
-        """Write a block of rows with an error."""
-        self._write(number, ({"error": reason} for _ in self.todo.rows(number)))
+        """Write a block of rows with an error; nothing if it is there."""
+        if not self.todo.path(number).exists():
+            self._write(number, ({"error": reason} for _ in self.todo.rows(number)))
 
     def _write(self, number: int, results: Iterable[dict[str, Any]]) -> None:
         """Write the results of the pairs of a block, in their order, as rows of the table."""

@@ -1,5 +1,6 @@
 """Files by URL."""
 
+import errno
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -9,6 +10,7 @@ import fsspec
 import pytest
 
 from kcfi.archives.fetch import check_protocol, fetch, reason
+from kcfi.processing import InputError
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -29,6 +31,24 @@ class Endless(Quiet):
                 return
 
     do_HEAD = do_GET
+
+
+class Failing(Quiet):
+    """Fails at first."""
+
+    failures = 2
+
+    def do_GET(self):
+        if Failing.failures:
+            Failing.failures -= 1
+            self.send_error(503)
+        else:
+            super().do_GET()
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr("kcfi.archives.fetch.PAUSE", 0)
 
 
 @pytest.fixture
@@ -74,7 +94,7 @@ def test_a_file_that_says_that_it_is_too_large_is_not_fetched(serve, tmp_path):
     (tmp_path / "a.bin").write_bytes(bytes(1001))
     with pytest.raises(ValueError, match=r"a.bin: more than 1000 bytes.*--max_image_pixels"):
         fetch(f"{serve()}/a.bin", tmp_path / "copies", limit=1000)
-    assert (tmp_path / "copies" / "a.bin").stat().st_size == 0
+    assert not (tmp_path / "copies" / "a.bin").exists()
     assert fetch(f"{serve()}/a.bin", tmp_path / "copies", limit=1001).stat().st_size == 1001
 
 
@@ -98,3 +118,32 @@ def test_protocols_are_known_or_say_which_package_is_missing():
     assert known == {"https", "memory"}
     with pytest.raises(ValueError, match="Protocol not known: nowhere"):
         check_protocol("nowhere://a.png", known)
+
+
+def test_a_server_that_gives_out_no_parts_of_files_gives_large_ones(serve, tmp_path):
+    (tmp_path / "a.bin").write_bytes(bytes(range(256)) * 50_000)  # 12.8 MB
+    copy = fetch(f"{serve()}/a.bin", tmp_path / "copies")
+    assert copy.read_bytes() == (tmp_path / "a.bin").read_bytes() and copy.stat().st_mtime == 0
+
+
+def test_a_server_that_fails_is_asked_again(serve, tmp_path, monkeypatch):
+    (tmp_path / "a.bin").write_bytes(b"a")
+    assert fetch(f"{serve(Failing)}/a.bin", tmp_path / "copies").read_bytes() == b"a"
+    monkeypatch.setattr(Failing, "failures", 3)
+    with pytest.raises(ValueError, match=r"cannot be fetched .*503"):
+        fetch(f"{serve(Failing)}/a.bin", tmp_path / "copies")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(errno.ESTALE, "stale"), MemoryError()])
+def test_a_machine_at_its_end_is_no_bad_pair(error, tmp_path, monkeypatch):
+    refused = InputError("cannot be read")
+    refused.__cause__ = error
+    with pytest.raises(type(error)):
+        reason(refused, {})
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(fsspec, "url_to_fs", fail)
+    with pytest.raises(type(error)):
+        fetch("memory://a.png", tmp_path)

@@ -5,9 +5,11 @@ import json
 import pyarrow as pa
 import pytest
 
-from kcfi.archives.blocks import IMAGES, write_block
-from kcfi.archives.job import WORK, Job, Todo, prepare, read_job
+from kcfi.archives.blocks import IMAGES, finished, texts, write_block
+from kcfi.archives.job import WORK, Job, Todo, only_call, prepare, read_job, refuse, refused
 from kcfi.archives.pairs import PAIRS
+from kcfi.models import weights_of
+from kcfi.processing import InputError
 
 JOB = Job({"model": "tiny", "dtype": None, "device": "cpu", "batch_size": 8}, {"stretch": [2, 98]})
 
@@ -124,3 +126,56 @@ def test_the_record_says_in_json_what_the_table_was_made_with(tmp_path):
     settings = json.loads((tmp_path / "archive.json").read_text())["settings"]
     assert settings["describer"] == {"model": "tiny", "dtype": None} and settings["weights"] == "w"
     assert settings["reading"] == {"stretch": [2, 98]} and (tmp_path / WORK).is_dir()
+
+
+def test_names_are_looked_up_in_columns_that_do_not_end_at_two_gib(tmp_path):
+    assert texts(pairs(*"ab"), "name").type == texts(finished(tmp_path), "name").type == pa.large_string()
+    many = pa.concat_tables([pairs(name) for name in "abc"])  # in chunks
+    prepare(tmp_path, many, JOB, "w", block=2)
+    do(tmp_path, 0)
+    assert prepare(tmp_path, many, JOB, "w", block=2) == 2 and names(tmp_path) == [["c"]]
+
+
+def test_a_second_call_at_the_same_time_is_refused_and_leaves_the_first_alone(tmp_path):
+    with only_call(tmp_path):
+        prepare(tmp_path, pairs("a"), JOB, "w", block=1)
+        with pytest.raises(ValueError, match="another call is at work there"), only_call(tmp_path):
+            raise AssertionError
+        assert names(tmp_path) == [["a"]]
+    with only_call(tmp_path):
+        assert names(tmp_path) == [["a"]]
+
+
+def test_a_folder_with_rows_twice_is_refused(tmp_path):
+    prepare(tmp_path, pairs(*"ab"), JOB, "w", block=2)
+    do(tmp_path, 0)
+    [rows] = tmp_path.glob("rows-*")
+    (tmp_path / "rows-000000001-x.parquet").write_bytes(rows.read_bytes())
+    with pytest.raises(ValueError, match="has 2 rows twice"):
+        prepare(tmp_path, pairs(*"ab"), JOB, "w", block=2)
+
+
+def test_what_is_to_do_can_be_let_go_of(tmp_path):
+    prepare(tmp_path, pairs("a"), JOB, "w", block=1)
+    todo = Todo(tmp_path)
+    todo.close()
+    assert todo.map.closed
+
+
+def test_why_a_job_was_refused_is_forgotten_by_the_next_call(tmp_path):
+    prepare(tmp_path, pairs("a"), JOB, "w", block=1)
+    assert refused(tmp_path) is None
+    refuse(tmp_path, InputError("no head"))
+    assert refused(tmp_path) == "no head"
+    prepare(tmp_path, pairs("a"), JOB, "w", block=1)
+    assert refused(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "processor_config.json", "chat_template.jinja"])
+def test_a_model_with_other_weights_or_settings_is_another(tmp_path, name):
+    (tmp_path / name).write_text("1")
+    before = weights_of(str(tmp_path))
+    (tmp_path / "README.md").write_text("of no matter")
+    assert weights_of(str(tmp_path)) == before
+    (tmp_path / name).write_text("2")
+    assert weights_of(str(tmp_path)) != before

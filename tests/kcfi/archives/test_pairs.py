@@ -89,9 +89,10 @@ def test_an_item_of_a_stac_collection_with_two_assets_is_a_pair(collection, tmp_
 def test_an_item_without_both_dates_and_other_json_are_refused(collection, tmp_path):
     with pytest.raises(ValueError, match=r"item place-1: has no asset 'after'.* It has before, mask"):
         find_pairs(collection("before", "mask"))
-    (tmp_path / "other.json").write_text(json.dumps({"type": "FeatureCollection"}))
-    with pytest.raises(ValueError, match=r"other.json: not readable as a STAC collection"):
-        find_pairs(tmp_path / "other.json")
+    for other in ({"type": "FeatureCollection"}, ["no", "object"], None):
+        (tmp_path / "other.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=r"other.json: not readable as a STAC collection"):
+            find_pairs(tmp_path / "other.json")
     with pytest.raises(ValueError, match=r"place-1.json: not readable as a STAC collection \(it is of type Item\)"):
         find_pairs(tmp_path / "stac/place-1/place-1.json")
 
@@ -103,7 +104,13 @@ def test_an_item_without_both_dates_and_other_json_are_refused(collection, tmp_p
         ("", "it has none"),
         ("before,after\n", "no pairs in it"),
         ("before,after\na.png,\n", "line 2: needs before and after"),
-        ("before,after,name\na.png,b.png,x/y\n", "line 2: .*a name without a slash"),
+        ("before,after,name\na.png,b.png,x/y\n", "line 2: 'x/y' cannot name a pair: .* no slash"),
+        ("before,after,name\na.png,b.png,..\n", "line 2: '..' cannot name a pair"),
+        ("before,after,name\na.png,b.png,.work\n", "line 2: '.work' cannot name a pair"),
+        ("before,after,name\na.png,b.png,x\\y\n", "cannot name a pair"),
+        ("before,after,name\na.png,b.png,x\0\n", "cannot name a pair"),
+        ("before,after\na.png,https://host/\n", "line 2: '' cannot name a pair"),
+        ("before,after\n" + 200_000 * "a" + ",b.png\n", "pairs.csv: not readable as CSV in UTF-8 .*field larger"),
         ("before,after\na/1.png,b/1.png\nc/1.png,d/1.png\n", "two pairs are called '1'"),
         ("before,after\nnowhere://a.png,b.png\n", "nowhere://a.png: cannot be read by URL: Protocol not known"),
     ],
@@ -114,6 +121,24 @@ def test_a_bad_manifest_is_refused(tmp_path, text, message):
         find_pairs(tmp_path / "pairs.csv")
 
 
+def test_names_that_lead_out_of_the_output_are_refused_wherever_they_come_from(collection, folders):
+    path = collection("before", "after")
+    item = path.parent / "place-1" / "place-1.json"
+    item.write_text(item.read_text().replace('"id": "place-1"', '"id": ".."'))
+    with pytest.raises(ValueError, match=r"item ..: '..' cannot name a pair"):
+        find_pairs(path)
+    for folder in "AB":
+        (folders / folder / "pair_0.png").rename(folders / folder / ".work.png")
+    with pytest.raises(ValueError, match=r"A/.work.png: '.work' cannot name a pair"):
+        find_pairs(folders / "A", folders / "B")
+
+
+def test_a_csv_in_another_encoding_is_refused(tmp_path):
+    (tmp_path / "pairs.csv").write_text("before,after\nä.png,b.png\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"pairs.csv: not readable as CSV in UTF-8"):
+        find_pairs(tmp_path / "pairs.csv")
+
+
 def test_parquet_that_is_none_or_lacks_columns_is_refused(tmp_path):
     path = tmp_path / "pairs.parquet"
     path.write_bytes(b"PAR1 but no more")
@@ -121,6 +146,9 @@ def test_parquet_that_is_none_or_lacks_columns_is_refused(tmp_path):
         find_pairs(path)
     pq.write_table(pa.table({"before": ["a"]}), path)
     with pytest.raises(ValueError, match="needs the columns before and after; it has before"):
+        find_pairs(path)
+    pq.write_table(pa.table({"before": ["a"], "after": [["a", "b"]]}), path)
+    with pytest.raises(ValueError, match=r"pairs.parquet: not readable as parquet"):
         find_pairs(path)
     pq.write_table(pa.table({"before": ["a", "b"], "after": ["a", None]}), path)
     with pytest.raises(ValueError, match="row 2: needs before and after"):

@@ -136,3 +136,19 @@ def test_killed_at_any_moment_and_started_again_the_table_is_the_same(large, com
     assert digest(output) == digest(tmp_path / "whole") and len(table(output)) == 5
     pictures = [sorted(path.name for path in where.glob("*.png")) for where in (output, tmp_path / "whole")]
     assert pictures[0] == pictures[1] and len(pictures[0]) == 10 and not (output / ".work").exists()
+
+
+@pytest.mark.parametrize("options", [["--workers", "0"], ["--engine", "ray", "--workers", "2", "--device", "cuda:1"]])
+def test_workers_that_cannot_be_are_refused_before_anything_is_written(caption, folders, capsys, options):
+    assert caption(*options) == 2 and not (folders / "out" / "archive.json").exists()
+    assert "must be at least 1" in (said := capsys.readouterr().err) or "cuda:1 is one device" in said
+
+
+@pytest.mark.parametrize("engine", ["local", pytest.param("accelerate", marks=pytest.mark.slow), "ray"])
+def test_a_bad_setting_ends_in_the_same_line_from_every_engine(caption, capfd, engine):
+    if engine == "ray":
+        pytest.importorskip("ray")
+    assert caption("--engine", engine, "--workers", "1", "--alarm_rate", "5") == 2
+    said = capfd.readouterr().err
+    assert said.strip().splitlines()[-1].startswith("kcfi: error: alarm_rate=5.0")
+    assert engine == "accelerate" or "Traceback" not in said  # accelerate's own processes print theirs

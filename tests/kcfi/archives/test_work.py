@@ -33,7 +33,9 @@ def test_weights_lie_in_memory_as_they_do_in_every_process(output):
 
 
 def test_a_block_that_is_given_up_is_rows_with_the_reason(output):
-    Worker(output).give_up(0, "it ended")
+    worker = Worker(output)
+    worker.give_up(0, "it ended")
+    worker.give_up(0, "what is written stays")
     rows = table(output)
     assert [row["name"] for row in rows] == [f"pair_{number}" for number in range(4)]
     assert all(row["error"] == "it ended" and row["caption"] is None and row["after"] for row in rows)
