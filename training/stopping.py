@@ -1,11 +1,14 @@
 """SIGTERM, by which schedulers announce the end of a job, stops a training behind the step that it is in."""
 
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 
@@ -54,3 +57,24 @@ class StopCallback(TrainerCallback):
 
 def _ends_epoch(state: Any) -> bool:
     return float(state.epoch).is_integer()
+
+
+def outliving(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Have the workers of a loader outlive SIGTERM, which often goes to all processes of a job: the step needs them."""
+    if hasattr(signal, "sigwaitinfo"):  # Linux
+        loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+    return loader
+
+
+def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_by_parent, daemon=True).start()
+    if start is not None:
+        start(worker)
+
+
+def _end_by_parent() -> None:
+    """A parent that exits sends SIGTERM to its workers and waits for them."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

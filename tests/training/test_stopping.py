@@ -8,12 +8,14 @@ import sys
 import threading
 import time
 
+import datasets
 import pytest
+from torch.utils.data import DataLoader, get_worker_info
 from transformers import TrainerCallback
 
 from kcfi.training import train
 from kcfi.training.checkpoints import MARKER, complete_checkpoints, is_complete, step_of
-from kcfi.training.stopping import StopCallback
+from kcfi.training.stopping import StopCallback, _start_worker, outliving
 from kcfi_cli import main
 
 TIMES = ("runtime", "per_second", "peak_memory")
@@ -90,6 +92,32 @@ def test_a_training_in_another_thread_listens_to_nothing():
     thread.start()
     thread.join()
     assert seen == [signal.getsignal(signal.SIGTERM)]
+
+
+def start(worker):
+    get_worker_info().dataset.append(worker)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="not on this system")
+def test_loader_workers_outlive_the_sigterm_of_others_and_end_by_that_of_their_parent():
+    loader = iter(outliving(DataLoader([7, 8, 9], batch_size=None, num_workers=1, worker_init_fn=start)))
+    assert next(loader) == 7  # the worker is up
+    [worker] = loader._workers
+    subprocess.run([sys.executable, "-c", f"import os; os.kill({worker.pid}, {int(signal.SIGTERM)})"], check=True)
+    assert [next(loader), next(loader)] == [8, 9]
+    time.sleep(0.1)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(5)
+    assert worker.exitcode == 0
+
+
+def test_the_loaders_of_training_and_evaluation_are_shielded(make_trainer, make_pairs):
+    rows = datasets.Dataset.from_list([make_pairs(4)[index] for index in range(4)])
+    for pairs in (make_pairs(4), rows.to_iterable_dataset()):
+        trainer = make_trainer(pairs, eval_dataset=make_pairs(2), max_steps=1)
+        loaders = trainer.get_train_dataloader(), trainer.get_eval_dataloader(), trainer.get_test_dataloader(make_pairs(2))
+        assert {loader.worker_init_fn.func for loader in loaders} == {_start_worker}
 
 
 @pytest.mark.slow
