@@ -1,9 +1,9 @@
 """Checkpoints are complete or invisible, whenever their run is stopped: by a kill, a full disk, a power failure.
 
-A checkpoint is written into the hidden folder `.unfinished` of its run, gets its marker, `complete.json` (the step, and
-the size of every file), is flushed to the disk and renamed to `checkpoint-N`. Who looks for checkpoints reads the
-markers in folders of such names. One that is no longer needed goes the same way back: renamed, then deleted. What a
-stop leaves in `.unfinished` is deleted by whoever saves next.
+A checkpoint is written into the hidden folder `.unfinished` of its run and gets its marker, `complete.json`: the step,
+and the size of every file. All is flushed to the disk; then the folder is renamed to `checkpoint-N`. Who looks for
+checkpoints reads the markers in folders of such names. One that is no longer needed goes the same way back: renamed,
+then deleted. What a stop leaves in `.unfinished` is deleted by whoever saves next.
 
 A finished run has a marker too, in its own folder, about its weights.
 """
@@ -83,7 +83,7 @@ def mark(folder: Path, step: int, files: Iterable[Path]) -> None:
 
 
 def step_of(folder: Path) -> int | None:
-    """The optimizer step of a complete folder; None if it has no marker of ours, or a file is missing or of another size."""
+    """The optimizer step of a complete folder; None if it has no marker, or a file is missing or of another size."""
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         if all((folder / name).stat().st_size == size for name, size in marker["files"].items()):

@@ -38,8 +38,8 @@ from kcfi.training.checkpoints import (
     flush,
     is_complete,
     mark,
-    written_since,
     writing,
+    written_since,
 )
 from kcfi.training.collator import KCFICollator
 from kcfi.training.data.rows import RowDataset, RowStream

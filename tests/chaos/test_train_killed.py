@@ -17,7 +17,8 @@ def stopped(*options):
     assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-4000:]}"
     found = re.search(
         r"(\d+) stops.*?(\d+) of (\d+) newest checkpoints load; (\d+) stops came before the first.*?"
-        r"steps lost per stop: (\d+) at most, save interval (\d+).*?(\d+) runs finished; of (\d+) visits of pairs lost (\d+), repeated (\d+)",
+        r"steps lost per stop: (\d+) at most, save interval (\d+).*?(\d+) runs finished; "
+        r"of (\d+) visits of pairs lost (\d+), repeated (\d+)",
         done.stdout,
         re.DOTALL,
     )

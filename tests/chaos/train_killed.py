@@ -264,11 +264,11 @@ class Chaos:
         self.early += not found
         newest = step_of(found[-1]) if found else 0
         self.lost.append(done - newest)
-        most = 0 if by == signal.SIGTERM else SAVE_STEPS
-        assert self.lost[-1] <= most, f"{run}: {done} steps were done, the checkpoint is of {newest}"
         if by == signal.SIGTERM:
             allowed = [{0}] if listened(journals, born) and done < STEPS else [{0}, {-by}]
             assert set(codes) in allowed, f"{codes}: {(run / 'log0.txt').read_text()[-3000:]}"
+        most = 0 if by == signal.SIGTERM else SAVE_STEPS
+        assert self.lost[-1] <= most, f"{run}: {done} steps were done, the checkpoint is of {newest}"
         if found:
             self.load(found[-1], run)
 

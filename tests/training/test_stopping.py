@@ -9,13 +9,14 @@ import threading
 import time
 
 import datasets
+import psutil
 import pytest
 from torch.utils.data import DataLoader, get_worker_info
 from transformers import TrainerCallback
 
 from kcfi.training import train
 from kcfi.training.checkpoints import MARKER, complete_checkpoints, is_complete, step_of
-from kcfi.training.stopping import StopCallback, _start_worker, outliving
+from kcfi.training.stopping import StopCallback, outliving
 from kcfi_cli import main
 
 TIMES = ("runtime", "per_second", "peak_memory")
@@ -98,12 +99,19 @@ def start(worker):
     get_worker_info().dataset.append(worker)
 
 
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="not on this system")
+outlives = pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system does not say who sent a signal")
+
+
+def terminated_by_another(pid):
+    subprocess.run([sys.executable, "-c", f"import os; os.kill({pid}, {int(signal.SIGTERM)})"], check=True)
+
+
+@outlives
 def test_loader_workers_outlive_the_sigterm_of_others_and_end_by_that_of_their_parent():
     loader = iter(outliving(DataLoader([7, 8, 9], batch_size=None, num_workers=1, worker_init_fn=start)))
     assert next(loader) == 7  # the worker is up
     [worker] = loader._workers
-    subprocess.run([sys.executable, "-c", f"import os; os.kill({worker.pid}, {int(signal.SIGTERM)})"], check=True)
+    terminated_by_another(worker.pid)
     assert [next(loader), next(loader)] == [8, 9]
     time.sleep(0.1)
     assert worker.is_alive()
@@ -112,12 +120,20 @@ def test_loader_workers_outlive_the_sigterm_of_others_and_end_by_that_of_their_p
     assert worker.exitcode == 0
 
 
-def test_the_loaders_of_training_and_evaluation_are_shielded(make_trainer, make_pairs):
-    rows = datasets.Dataset.from_list([make_pairs(4)[index] for index in range(4)])
-    for pairs in (make_pairs(4), rows.to_iterable_dataset()):
-        trainer = make_trainer(pairs, eval_dataset=make_pairs(2), max_steps=1)
-        loaders = trainer.get_train_dataloader(), trainer.get_eval_dataloader(), trainer.get_test_dataloader(make_pairs(2))
-        assert {loader.worker_init_fn.func for loader in loaders} == {_start_worker}
+@outlives
+def test_the_loaders_of_training_and_evaluation_have_such_workers(make_trainer, make_pairs):
+    rows = datasets.Dataset.from_list([make_pairs()[index] for index in range(8)])
+    sizes = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "dataloader_num_workers": 1}
+    for pairs in (make_pairs(), rows.to_iterable_dataset()):
+        trainer = make_trainer(pairs, eval_dataset=make_pairs(), max_steps=1, **sizes)
+        for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):
+            before = psutil.Process().children()
+            batches = iter(loader)
+            assert next(batches)["filenames"]
+            [worker] = [child for child in psutil.Process().children() if child not in before]
+            terminated_by_another(worker.pid)
+            time.sleep(0.1)
+            assert worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.slow
