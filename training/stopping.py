@@ -66,7 +66,7 @@ def outliving(loader: DataLoader[Any]) -> DataLoader[Any]:
     """
     if not hasattr(signal, "sigwaitinfo"):  # only Linux says who sent a signal
         return loader
-    inner = getattr(loader, "base_dataloader", loader)  # where accelerate has wrapped it
+    inner: Any = getattr(loader, "base_dataloader", loader)  # where accelerate has wrapped it
     begin: Any = inner._get_iterator
 
     def begin_blocked() -> Any:
