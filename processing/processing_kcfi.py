@@ -1,9 +1,7 @@
 """KCFIProcessor: a before/after pair and an instruction -> model inputs, and the model's outputs -> results."""
 
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -33,8 +31,6 @@ INSTRUCTIONS = (
     "Here are the change features of geographic targets pulled from remote sensing images. Do these features "
     "suggest any changes in the geographic targets? If they do, please describe the nature of those changes.",
 )
-
-TEMPLATE_STEPS = 100_000  # lines that a chat template may take; those of a dialogue are some hundred
 
 VisualInputs = Literal["change", "bitemporal", "bitemporal_change"]
 NUM_IMAGE_TOKENS = {"change": 1, "bitemporal": 2, "bitemporal_change": 3}  # Fig. 7
@@ -124,33 +120,6 @@ def group_pairs(images: Any) -> list[list[Any]]:
 
 def _flatten(images: Any) -> list[Any]:
     return [image for group in images for image in _flatten(group)] if isinstance(images, list) else [images]
-
-
-@contextmanager
-def _limited_template() -> Iterator[None]:
-    """Chat templates come with models from anywhere, and jinja's sandbox lets loops in loops run on: count lines.
-
-    Raises:
-        InputError: a template took more than `TEMPLATE_STEPS`.
-    """
-    steps, before = 0, sys.gettrace()
-
-    def count(frame: Any, event: str, argument: Any) -> Any:
-        nonlocal steps
-        if frame.f_code.co_filename != "<template>":  # jinja's name of what it made of a text
-            return None
-        steps += event == "line"
-        if steps > TEMPLATE_STEPS:
-            raise InputError(
-                f"The chat template takes more than {TEMPLATE_STEPS:,} steps: it does not come to an end."
-            )
-        return count
-
-    sys.settrace(count)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
 
 
 class KCFIProcessor(ProcessorMixin):
@@ -297,15 +266,6 @@ class KCFIProcessor(ProcessorMixin):
         """Arguments of `generate()`: the tokens that end a caption, and the padding behind it."""
         ends = {self.tokenizer.convert_tokens_to_ids(self.end_token), self.tokenizer.eos_token_id} - {None}
         return {"eos_token_id": sorted(ends), "pad_token_id": self.tokenizer.pad_token_id}
-
-    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As in transformers; a template that does not come to an end is refused.
-
-        Raises:
-            InputError: it took more than `TEMPLATE_STEPS` lines.
-        """
-        with _limited_template():
-            return super().apply_chat_template(*args, **kwargs)
 
     def prompt(self, instruction: str = INSTRUCTIONS[0], caption: str | None = None) -> str:
         """The text for one pair: `<image>` tokens, instruction and, if given, the answer with its end token.

@@ -55,17 +55,30 @@ def refusing(message: str) -> Iterator[None]:
         message: what cannot be read, and as what; the reason is put behind it.
 
     Raises:
-        InputError: for all but an `InputError`, and a `FileNotFoundError` that names its file, which pass.
+        InputError: for all but what passes: an `InputError`, a `FileNotFoundError` that names its file, a
+            `MemoryError`, and a `NameError` or an `AttributeError` in a line of this project, which is a bug.
     """
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError):
         raise
+    except (NameError, AttributeError) as error:
+        if _is_ours(error):
+            raise
+        raise InputError(f"{message} ({type(error).__name__}: {error}).") from error
     except Exception as error:
         if isinstance(error, FileNotFoundError) and error.filename:
             raise
         reason = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
         raise InputError(f"{message} ({reason}).") from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the line that raised an error is one of this package; of a copy beside a model: of its folder."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").split(".")[0] == __name__.split(".")[0]
 
 
 def file_note(image: Any) -> str:

@@ -23,7 +23,6 @@ CODE = {
     "custom_generate": "evil",
     "_attn_implementation": "evil/kernel",
 }
-LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}"
 
 # A hook that records what Python imports, opens and executes.
 HOOK = """
@@ -170,10 +169,6 @@ FOLDERS = {
     "a tokenizer with code": (tokenizer_code, "custom code"),
     "a processor with code": (processor_code, ""),
     "generation with code": (lambda folder: change(folder, "generation_config.json", **CODE), "loaded"),
-    "a template that loops": (
-        lambda folder: (folder / "chat_template.jinja").write_text(LOOPS),
-        "does not come to an end",
-    ),
 }
 
 

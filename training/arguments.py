@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn, get_args, get_type_hints
 from transformers import HfArgumentParser, TrainingArguments
 
 from kcfi.files import as_dict, check_names, parse_yaml, read_yaml
-from kcfi.processing import InputError, refusing
+from kcfi.processing import InputError
 from kcfi.training.zero import find_settings, require_deepspeed
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -320,8 +320,12 @@ def parse_recipe(recipe: str | Path, overrides: Sequence[str] = (), starts: bool
     deepspeed = None if starts else values.pop("deepspeed", None)
     parser = _Parser(GROUPS, allow_abbrev=False)
     parser.set_defaults(**{name: None for name, value in values.items() if value is None})
-    with refusing(f"{recipe}: settings that are not understood, or do not go together"):
+    try:
         model, data, training = parser.parse_args_into_dataclasses(_argv(values), look_for_args_file=False)
+    except InputError:
+        raise
+    except (ValueError, TypeError) as error:  # all else is no matter of the settings
+        raise InputError(f"{recipe}: settings that are not understood, or do not go together ({error}).") from error
     training.deepspeed = training.deepspeed or deepspeed
     model.vision_config, model.model_settings = as_dict(model.vision_config), as_dict(model.model_settings)
     model.lora = as_dict(model.lora)

@@ -1,9 +1,9 @@
 """Checkpoints are complete or invisible, whenever their run is stopped: by a kill, a full disk, a power failure.
 
-A checkpoint is written into the hidden folder `.unfinished` of its run, flushed to the disk and renamed to
-`checkpoint-N`; last it gets its marker, `complete.json`: the step, and the size of every file. Who looks for
-checkpoints reads markers, never names. One that is no longer needed goes the same way back: renamed, then deleted.
-What a stop leaves in `.unfinished` is deleted by whoever saves next.
+A checkpoint is written into the hidden folder `.unfinished` of its run and gets its marker, `complete.json`: the step,
+and the size of every file. All is flushed to the disk; then the folder is renamed to `checkpoint-N`. Who looks for
+checkpoints reads the markers in folders of such names. One that is no longer needed goes the same way back: renamed,
+then deleted. What a stop leaves in `.unfinished` is deleted by whoever saves next.
 
 A finished run has a marker too, in its own folder, about its weights.
 """
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kcfi.files import write_whole
 
@@ -39,18 +40,29 @@ def discard(run: Path) -> None:
 
 def publish(run: Path, checkpoint: Path, step: int) -> None:
     """Make what was written since `begin`, and flushed, the checkpoint of a step; an incomplete one gives way."""
+    mark(run / UNFINISHED, step, (file for file in (run / UNFINISHED).rglob("*") if file.is_file()))
     if checkpoint.exists():
         shutil.rmtree(checkpoint)
     (run / UNFINISHED).rename(checkpoint)
     _flush(run)
-    mark(checkpoint, step, (file for file in checkpoint.rglob("*") if file.is_file()))
 
 
-def flush(folder: Path) -> None:
-    """Return when all files in a folder, at any depth, are on the disk."""
-    for path in folder.rglob("*"):
-        _flush(path)
+def flush(folder: Path, files: Iterable[Path] | None = None) -> None:
+    """Return when files in a folder are on the disk; None: all of them, and folders, at any depth.
+
+    Links and pipes, which no training writes, are left alone.
+    """
+    for path in folder.rglob("*") if files is None else files:
+        if not path.is_symlink() and (path.is_file() or path.is_dir()):
+            _flush(path)
     _flush(folder)
+
+
+def written_since(file: Path) -> list[Path]:
+    """The files beside a file that were last written with it or after it."""
+    begin = file.stat().st_mtime_ns
+    others = [path for path in file.parent.iterdir() if path.is_file() and not path.is_symlink()]
+    return [path for path in others if path.stat().st_mtime_ns >= begin]
 
 
 def _flush(path: Path) -> None:
@@ -76,8 +88,8 @@ def step_of(folder: Path) -> int | None:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         if all((folder / name).stat().st_size == size for name, size in marker["files"].items()):
             return int(marker["step"])
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        pass
+    except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
+        pass  # also any other JSON of that name
     return None
 
 
@@ -88,7 +100,7 @@ def is_complete(folder: Path) -> bool:
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, by their steps from the oldest to the newest."""
-    folders = [marker.parent for marker in run.glob(f"[!.]*/{MARKER}")]
+    folders = [marker.parent for marker in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{MARKER}")]
     found = [(step, folder) for folder in folders if (step := step_of(folder)) is not None]
     return [folder for _, folder in sorted(found)]
 

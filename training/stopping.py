@@ -1,11 +1,14 @@
 """SIGTERM, by which schedulers announce the end of a job, stops a training behind the step that it is in."""
 
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 
@@ -54,3 +57,38 @@ class StopCallback(TrainerCallback):
 
 def _ends_epoch(state: Any) -> bool:
     return float(state.epoch).is_integer()
+
+
+def outliving(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Have the workers of a loader outlive SIGTERM, which often goes to all processes of a job: the step needs them.
+
+    It is blocked before they are forked: torch gives them a handler that ends them.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # only Linux says who sent a signal
+        return loader
+    inner: Any = getattr(loader, "base_dataloader", loader)  # where accelerate has wrapped it
+    begin: Any = inner._get_iterator
+
+    def begin_blocked() -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return begin()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    inner.worker_init_fn = partial(_start_worker, inner.worker_init_fn)
+    inner._get_iterator = begin_blocked
+    return loader
+
+
+def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
+    threading.Thread(target=_end_by_parent, daemon=True).start()
+    if start is not None:
+        start(worker)
+
+
+def _end_by_parent() -> None:
+    """A parent that exits sends SIGTERM to its workers, and waits for them."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

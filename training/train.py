@@ -32,7 +32,15 @@ from kcfi.models import NO_CODE, merge_lora, model_source
 from kcfi.processing import InputError, KCFIProcessor, refusing
 from kcfi.towers import join_towers
 from kcfi.training.arguments import ModelArguments, Recipe, field_defaults, field_help, parse_recipe
-from kcfi.training.checkpoints import check_writable, complete_checkpoints, flush, is_complete, mark, writing
+from kcfi.training.checkpoints import (
+    check_writable,
+    complete_checkpoints,
+    flush,
+    is_complete,
+    mark,
+    writing,
+    written_since,
+)
 from kcfi.training.collator import KCFICollator
 from kcfi.training.data.rows import RowDataset, RowStream
 from kcfi.training.data.shards import ShardDataset
@@ -164,8 +172,9 @@ def train(recipe: Recipe, checkpoint: str | None = None) -> KCFITrainer:
         trainer.save_model()
         trainer.save_state()
         if trainer.is_world_process_zero():
-            flush(output_dir)
-            mark(output_dir, trainer.state.global_step, output_dir.glob("*.safetensors"))
+            files = written_since(output_dir / "recipe.yaml")
+            flush(output_dir, files)
+            mark(output_dir, trainer.state.global_step, [file for file in files if file.suffix == ".safetensors"])
     return trainer
 
 
@@ -234,15 +243,23 @@ def find_checkpoint(output_dir: Path, resume: bool) -> str | None:
     """The newest complete checkpoint of a run, or None for a new run.
 
     Raises:
-        InputError: there is none to resume; or a new run would mix its checkpoints with those of an old one.
+        InputError: there is none to resume; or a new run would mix its files with those of an old one.
     """
     complete = complete_checkpoints(output_dir)
-    if resume and not complete:
-        raise InputError(f"Nothing to resume: {output_dir} has no complete checkpoint. Start without --resume.")
-    weights_of_others = (output_dir / "model.safetensors").exists() and not (output_dir / "recipe.yaml").exists()
-    if (complete or is_complete(output_dir) or weights_of_others) and not resume:
+    if complete and resume:
+        return str(complete[-1])
+    if complete or is_complete(output_dir):
         raise InputError(f"{output_dir} holds a run: continue it with --resume, or choose another --output_dir.")
-    return str(complete[-1]) if resume else None
+    unmarked = [path for pattern in ("checkpoint-*", "*.safetensors") for path in output_dir.glob(pattern)]
+    if unmarked:
+        raise InputError(
+            f"{output_dir} holds checkpoints or weights without a marker, like {unmarked[0].name}: they are of an "
+            "older version, copied in part, or what a run that was killed in its last save has left. None of them can "
+            "be resumed; choose another --output_dir, or delete them."
+        )
+    if resume:
+        raise InputError(f"Nothing to resume: {output_dir} has no complete checkpoint. Start without --resume.")
+    return None
 
 
 def is_commit(revision: str | None) -> bool:

@@ -56,7 +56,7 @@ from kcfi.training.losses import LossBalance, evaluation_losses
 from kcfi.training.parameters import freeze, parameter_groups
 from kcfi.training.scoring.evaluate import PairPrediction, Scores, predict, sample_sheet
 from kcfi.training.sharing.model_card import CARD_FILE, card_of_run
-from kcfi.training.stopping import StopCallback
+from kcfi.training.stopping import StopCallback, outliving
 from kcfi.training.throughput import Throughput, peak_memory
 from kcfi.training.zero import whole_weights
 
@@ -296,7 +296,10 @@ class KCFITrainer(Trainer):
         prepared: DataLoader[Any] = prepare_data_loader(
             loader, self.args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
         )
-        return prepared
+        return outliving(prepared)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        return outliving(super()._get_dataloader(*args, **kwargs))
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset[Any] | None = None) -> DataLoader[Any]:
         """Trainer's, with prompts and references instead of training rows."""

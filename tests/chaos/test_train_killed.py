@@ -17,13 +17,16 @@ def stopped(*options):
     assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-4000:]}"
     found = re.search(
         r"(\d+) stops.*?(\d+) of (\d+) newest checkpoints load; (\d+) stops came before the first.*?"
-        r"steps lost per stop: (\d+) at most, save interval (\d+).*?(\d+) runs finished; pairs lost 0, repeated 0",
+        r"steps lost per stop: (\d+) at most, save interval (\d+).*?(\d+) runs finished; "
+        r"of (\d+) visits of pairs lost (\d+), repeated (\d+)",
         done.stdout,
         re.DOTALL,
     )
     assert found, done.stdout
-    names = ["stops", "loaded", "found", "early", "lost", "interval", "finished"]
-    return dict(zip(names, map(int, found.groups()), strict=True))
+    names = ["stops", "loaded", "found", "early", "lost", "interval", "finished", "visits", "missed", "repeated"]
+    seen = dict(zip(names, map(int, found.groups()), strict=True))
+    assert seen["visits"] > 0 and seen["missed"] == seen["repeated"] == 0
+    return seen
 
 
 def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_is_not():
@@ -39,6 +42,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_is_not():
     [
         pytest.param(["--signal", "TERM"], id="term"),
         pytest.param(["--workers", 2], id="workers"),
+        pytest.param(["--workers", 2, "--signal", "TERM"], id="workers_term"),
         pytest.param(["--processes", 2], id="ddp"),
         pytest.param(["--processes", 2, "--signal", "TERM"], id="ddp_term"),
         pytest.param(["--processes", 2, "--deepspeed", "zero2"], id="zero2", marks=needs_deepspeed),

@@ -1,5 +1,3 @@
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -324,13 +322,8 @@ def test_settings_of_reading_reach_images_beside_text(make_processor, tmp_path):
         processor(images=[files], text=[processor.prompt()], max_image_pixels=99)
 
 
-def test_a_template_that_does_not_come_to_an_end_is_refused_and_a_debugger_goes_on(make_tokenizer):
+def test_a_template_that_cannot_be_used_is_named(make_tokenizer):
     processor = KCFIProcessor.from_towers(make_tokenizer("chatml"))
-    processor.chat_template = "{% for a in range(9999) %}{% for b in range(9999) %}{{ a }}{% endfor %}{% endfor %}"
-    before = sys.gettrace()
-    with pytest.raises(InputError, match="more than 100,000 steps"):
-        processor.prompt()
-    assert sys.gettrace() is before
     processor.chat_template = "{{ nothing.of.this }}"
     with pytest.raises(InputError, match="The chat template saved with this model cannot be used"):
         processor.prompt()

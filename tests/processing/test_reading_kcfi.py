@@ -473,3 +473,13 @@ def test_what_a_decoder_raises_is_told_as_bad_input_and_what_is_not_there_stays_
         (tmp_path / "none.png").read_bytes()
     with pytest.raises(KeyboardInterrupt), refusing("x"):
         raise KeyboardInterrupt
+
+
+def test_our_own_slips_and_a_full_memory_are_no_bad_input(monkeypatch):
+    with pytest.raises(MemoryError), refusing("x"):
+        raise MemoryError
+    with pytest.raises(InputError, match="AttributeError"), refusing("x"):  # a decoder's
+        None.size  # noqa: B018
+    monkeypatch.delattr(reading_kcfi, "TIFF_STARTS")
+    with pytest.raises(NameError, match="TIFF_STARTS"):
+        read_image(__file__)

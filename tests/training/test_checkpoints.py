@@ -1,8 +1,10 @@
 """What a stop at any moment leaves behind, and what a disk that is full or cannot be written to does to a run."""
 
 import json
+import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -36,14 +38,47 @@ def disk(tmp_path):
     subprocess.run([UMOUNT, str(folder)], check=True)
 
 
-def test_the_newest_checkpoint_is_found_by_its_marker_and_not_by_its_name(tmp_path):
+def test_the_newest_checkpoint_is_found_by_its_marker_and_not_by_its_number(tmp_path):
     write(tmp_path, 9)
-    write(tmp_path, 10, "renamed")
+    write(tmp_path, 10, "checkpoint-best")
+    write(tmp_path, 12, "stage2")  # another run, which is finished
     shutil.copytree(write(tmp_path, 11), tmp_path / ".hidden")
     (tmp_path / "checkpoint-11" / MARKER).unlink()
     (tmp_path / "checkpoint-12").mkdir()
-    assert complete_checkpoints(tmp_path) == [tmp_path / "checkpoint-9", tmp_path / "renamed"]
-    assert train.find_checkpoint(tmp_path, resume=True) == str(tmp_path / "renamed")
+    assert complete_checkpoints(tmp_path) == [tmp_path / "checkpoint-9", tmp_path / "checkpoint-best"]
+    assert train.find_checkpoint(tmp_path, resume=True) == str(tmp_path / "checkpoint-best")
+    checkpoints.rotate(tmp_path, 1, None)
+    assert (tmp_path / "stage2" / "model.safetensors").exists() and not (tmp_path / "checkpoint-9").exists()
+
+
+def test_a_checkpoint_gets_its_name_with_its_marker_in_it(tmp_path, monkeypatch):
+    seen = []
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, to: (seen.append(step_of(path)), rename(path, to)))
+    write(tmp_path, 3)
+    assert seen == [3]
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"files": []}', '{"files": {}, "step": Infinity}', "7", "{"])
+def test_another_file_of_the_name_of_the_marker_is_none(tmp_path, text):
+    (tmp_path / MARKER).write_text(text)
+    assert step_of(tmp_path) is None
+
+
+def test_only_files_that_a_run_has_written_are_flushed_and_marked(recipe, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "dead").symlink_to("nowhere")
+    os.mkfifo(run / "pipe")
+    (run / "theirs.txt").touch()
+    os.utime(run / "theirs.txt", (1, 1))
+    flushed = []
+    monkeypatch.setattr(checkpoints, "_flush", lambda path: flushed.append(path.name))
+    train.main([str(recipe), "--max_steps", "1", "--eval_strategy", "no", "--save_strategy", "no"])
+    assert "model.safetensors" in flushed and not {"theirs.txt", "dead", "pipe"} & set(flushed)
+    assert step_of(run) == 1
+    checkpoints.flush(run)  # nor do they hinder it
+    assert "theirs.txt" in flushed and not {"dead", "pipe"} & set(flushed)
 
 
 @pytest.mark.parametrize("file", [MARKER, "model.safetensors", "global_step/optimizer.pt"])

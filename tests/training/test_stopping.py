@@ -8,12 +8,15 @@ import sys
 import threading
 import time
 
+import datasets
+import psutil
 import pytest
+from torch.utils.data import DataLoader, get_worker_info
 from transformers import TrainerCallback
 
 from kcfi.training import train
 from kcfi.training.checkpoints import MARKER, complete_checkpoints, is_complete, step_of
-from kcfi.training.stopping import StopCallback
+from kcfi.training.stopping import StopCallback, outliving
 from kcfi_cli import main
 
 TIMES = ("runtime", "per_second", "peak_memory")
@@ -90,6 +93,47 @@ def test_a_training_in_another_thread_listens_to_nothing():
     thread.start()
     thread.join()
     assert seen == [signal.getsignal(signal.SIGTERM)]
+
+
+def start(worker):
+    get_worker_info().dataset.append(worker)
+
+
+outlives = pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system does not say who sent a signal")
+
+
+def terminated_by_another(pid):
+    subprocess.run([sys.executable, "-c", f"import os; os.kill({pid}, {int(signal.SIGTERM)})"], check=True)
+
+
+@outlives
+def test_loader_workers_outlive_the_sigterm_of_others_and_end_by_that_of_their_parent():
+    loader = iter(outliving(DataLoader([7, 8, 9], batch_size=None, num_workers=1, worker_init_fn=start)))
+    assert next(loader) == 7  # the worker is up
+    [worker] = loader._workers
+    terminated_by_another(worker.pid)
+    assert [next(loader), next(loader)] == [8, 9]
+    time.sleep(0.1)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(5)
+    assert worker.exitcode == 0
+
+
+@outlives
+def test_the_loaders_of_training_and_evaluation_have_such_workers(make_trainer, make_pairs):
+    rows = datasets.Dataset.from_list([make_pairs()[index] for index in range(8)])
+    sizes = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "dataloader_num_workers": 1}
+    for pairs in (make_pairs(), rows.to_iterable_dataset()):
+        trainer = make_trainer(pairs, eval_dataset=make_pairs(), max_steps=1, **sizes)
+        for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):
+            before = psutil.Process().children()
+            batches = iter(loader)
+            assert next(batches)["filenames"]
+            [worker] = [child for child in psutil.Process().children() if child not in before]
+            terminated_by_another(worker.pid)
+            time.sleep(0.1)
+            assert worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.slow

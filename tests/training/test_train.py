@@ -340,12 +340,14 @@ def test_a_second_run_into_the_same_folder_is_refused(recipe, tmp_path):
         train.main([str(recipe)])
 
 
-def test_weights_that_no_training_wrote_are_not_overwritten_but_a_run_killed_at_its_end_begins_anew(tmp_path):
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="holds a run"):
-        train.find_checkpoint(tmp_path, resume=False)
+@pytest.mark.parametrize("name", ["checkpoint-5", "model.safetensors", "adapter_model.safetensors"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_has_no_marker_is_not_overwritten_but_a_run_killed_before_it_saved_begins_anew(tmp_path, name, resume):
     (tmp_path / "recipe.yaml").touch()
     assert train.find_checkpoint(tmp_path, resume=False) is None
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=f"holds checkpoints or weights without a marker, like {name}: .* or delete"):
+        train.find_checkpoint(tmp_path, resume=resume)
 
 
 def test_a_run_is_not_resumed_with_other_settings(recipe, tmp_path):
