@@ -63,7 +63,7 @@ def run_list(options: argparse.Namespace, settings: dict[str, Any]) -> int:
     pairs = find_pairs(options.before, options.after)
     check_writable(options.output)
     engine = {name: getattr(options, name) for name in ("engine", "workers", "address", "block", "retry")}
-    with tqdm(total=len(pairs), desc="pairs", unit="pair") as progress:
+    with tqdm(total=len(pairs), desc="pairs", unit="pair", delay=0.5) as progress:
         for rows in describe_archive(pairs, options.output, Job(**settings), **engine):
             for row in rows:
                 tqdm.write(json.dumps(row) if options.json else f"{row['name']}: {row['error'] or _summary(row)}")
