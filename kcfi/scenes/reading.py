@@ -37,7 +37,7 @@ def open_raster(path: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        InputError: it cannot be read as a raster, or is a photograph that lies on its side.
+        InputError: it cannot be read as a raster, names other files, or is a photograph that lies on its side.
     """
     name = str(path)
     if not name.startswith("/vsi") and "://" not in name:
@@ -47,6 +47,8 @@ def open_raster(path: str | Path) -> Any:
         source = DatasetReader(path, driver=DRIVERS)  # `rasterio.open` takes one driver or all
     if source.tags().get("EXIF_Orientation", "1") != "1":
         raise InputError(f"{path}: its EXIF tag says that it lies on its side; save it upright first.")
+    if source.tags(ns="OVERVIEWS"):  # a file or an address, which GDAL would open to read the image reduced
+        raise InputError(f"{path}: names other files as its overviews; write it anew with `gdal_translate -nomd`.")
     return source
 
 

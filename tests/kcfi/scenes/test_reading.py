@@ -278,3 +278,12 @@ def test_a_format_that_names_other_files_is_not_opened(tmp_path, write_raster, t
         assert file.driver == "VRT"  # GDAL itself would
     with pytest.raises(InputError, match=r"b\.vrt: cannot be read as a raster"):
         open_raster(tmp_path / "b.vrt")
+
+
+def test_a_raster_that_names_another_file_as_its_overviews_is_refused(tmp_path, write_raster, texture):
+    path = write_raster(tmp_path / "a.tif", texture(64, 64))
+    open_raster(path).close()
+    with rasterio.open(path, "r+") as file:
+        file.update_tags(ns="OVERVIEWS", OVERVIEW_FILE="/vsicurl/http://127.0.0.1:9/other.tif")
+    with pytest.raises(InputError, match=r"a\.tif: names other files as its overviews"):
+        open_raster(path)
