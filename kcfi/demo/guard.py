@@ -175,7 +175,7 @@ class _Exchange:
     async def drain(self) -> None:
         """Drop some of what still comes: a connection that is closed before loses the answer."""
         with move_on_after(DRAINED):
-            while not self.whole and self.came < 4 * self.most:
+            while not self.whole:
                 message = await self._receive()
                 self.came += len(message.get("body", b""))
                 self.whole = not message.get("more_body", False)
