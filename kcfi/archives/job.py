@@ -22,7 +22,7 @@ from kcfi.processing import InputError
 
 RECORD = "archive.json"
 WORK = ".work"
-TODO = "todo.arrow"
+BLOCKS_TO_DO = "todo.arrow"
 LOCK = "lock"
 REFUSED = "refused"
 FREE = ("device", "batch_size", "compiled")  # settings of a describer that a later call may change
@@ -70,7 +70,7 @@ class Todo:
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        self.map = pa.memory_map(str(output / WORK / TODO))
+        self.map = pa.memory_map(str(output / WORK / BLOCKS_TO_DO))
         self.file = pa.ipc.open_file(self.map)
 
     def close(self) -> None:
@@ -146,11 +146,11 @@ def prepare(output: Path, pairs: pa.Table, job: Job, weights: str, block: int, r
         take_out_errors(output)
     pairs = pairs.append_column("position", pa.array(range(len(pairs)), pa.int64()))
     todo = pairs.filter(pc.invert(pc.is_in(texts(pairs, "name"), texts(finished(output), "name"))))
-    part = output / WORK / f"{TODO}.part"
+    part = output / WORK / f"{BLOCKS_TO_DO}.part"
     with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, todo.schema) as writer:
         for start in range(0, len(todo), block):
             writer.write_table(todo.slice(start, block).combine_chunks())
-    part.replace(output / WORK / TODO)
+    part.replace(output / WORK / BLOCKS_TO_DO)
     shutil.rmtree(output / WORK / "tries", ignore_errors=True)
     (output / WORK / REFUSED).unlink(missing_ok=True)
     return len(pairs) - len(todo)
