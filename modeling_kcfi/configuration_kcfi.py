@@ -114,6 +114,9 @@ class KCFIConfig(PreTrainedConfig):
         flow_residual: "self" = warped minus own date (eq. 3), "cross" = warped minus the other date (authors' code).
         flow_scope: "stage" = a flow net per stage; "stage_and_global" = one more over all stages, whose residuals are
             added (authors' code).
+        stage_projection_size: each stage is normalised and mapped to so many channels, the same way at both dates, before
+            the dates are compared: a large tower then costs little behind it, and what it says of buildings has one
+            place to be learned. None = stages as the tower gives them, as in the paper. Ours.
         visual_token_pooling: the language model reads the mean of so many by so many patches (1 = every patch);
             perceiver and head still see every patch. Ours, not the paper's.
         change_context: stage features put beside the change features, by channel, for the projector and the head:
@@ -177,6 +180,7 @@ class KCFIConfig(PreTrainedConfig):
     use_key_change_perceiver: bool = True
     flow_residual: Literal["self", "cross"] = "self"
     flow_scope: Literal["stage", "stage_and_global"] = "stage"
+    stage_projection_size: int | None = None
     visual_token_pooling: int = 1
     change_context: Literal["none", "after", "bitemporal"] = "none"
     projector: Literal["linear", "mlp2x_gelu"] = "linear"
@@ -230,6 +234,8 @@ class KCFIConfig(PreTrainedConfig):
             )
         if self.vision_config.model_type != "timm_wrapper":
             check_tower(self.vision_config.to_json_string(use_diff=False), size)
+        if self.stage_projection_size is not None and self.stage_projection_size < 1:
+            raise ValueError(f"stage_projection_size={self.stage_projection_size} must be at least 1, or None.")
         if self.visual_token_pooling < 1 or size % self.visual_token_size:
             raise ValueError(
                 f"visual_token_pooling={self.visual_token_pooling} does not divide the {size // patch} x "
@@ -314,9 +320,14 @@ class KCFIConfig(PreTrainedConfig):
         return len(self.vision_feature_layers or [])
 
     @property
+    def stage_channels(self) -> int:
+        """Channels C of a stage as the dates are compared: the tower's, or those of `stage_projection_size`."""
+        return self.stage_projection_size or self.tower.hidden_size
+
+    @property
     def stage_width(self) -> int:
         """Channels L*C of the stages side by side."""
-        return self.num_stages * self.tower.hidden_size
+        return self.num_stages * self.stage_channels
 
     @property
     def change_width(self) -> int:

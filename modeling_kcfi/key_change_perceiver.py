@@ -1,6 +1,6 @@
 """The key change perceiver: stage features of both dates -> key change features (Fig. 3, eq. 2 and 3).
 
-Letters: B pairs, L stages, C width of the vision tower, h x w grid of patches, N = h * w.
+Letters: B pairs, L stages, C channels of a stage, h x w grid of patches, N = h * w.
 """
 
 import torch
@@ -99,7 +99,7 @@ class KeyChangePerceiver(nn.Module):
     def __init__(self, config: KCFIConfig) -> None:
         super().__init__()
         self.flow_residual = config.flow_residual
-        channels, stages = config.tower.hidden_size, config.num_stages
+        channels, stages = config.stage_channels, config.num_stages
         self.flow_nets = nn.ModuleList([stage_flow_net(channels) for _ in range(stages)])
         self.global_flow_net = global_flow_net(stages * channels) if config.flow_scope == "stage_and_global" else None
 

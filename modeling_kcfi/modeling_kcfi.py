@@ -166,6 +166,26 @@ def parameter_to_buffer(module: nn.Module, name: str) -> None:
     module.register_buffer(name, tensor)
 
 
+class KCFIStageProjection(nn.Module):
+    """Stages of one date, L maps (B, C_tower, h, w) -> L maps (B, C, h, w), `KCFIConfig.stage_projection_size`.
+
+    A layer norm without weights (the linear map behind it has them), a linear map and a GELU per stage.
+    """
+
+    def __init__(self, config: KCFIConfig) -> None:
+        super().__init__()
+        width, channels = config.tower.hidden_size, config.stage_channels
+        self.linears = nn.ModuleList([nn.Linear(width, channels) for _ in range(config.num_stages)])
+
+    def forward(self, stages: list[torch.Tensor]) -> list[torch.Tensor]:
+        """See the class."""
+        maps = []
+        for linear, stage in zip(self.linears, stages, strict=True):
+            rows = stage.movedim(1, -1)  # (B,h,w,C_tower)
+            maps.append(F.gelu(linear(F.layer_norm(rows, rows.shape[-1:]))).movedim(-1, 1))
+        return maps
+
+
 class KCFIProjector(nn.Module):
     """Features (B, N, C_in) -> embeddings (B, N, D) of the language model (eq. 4), scattered over `<image>`.
 
@@ -265,6 +285,7 @@ class KCFIModel(KCFIPreTrainedModel):
     def __init__(self, config: KCFIConfig) -> None:
         super().__init__(config)
         self.vision_tower = trim_tower(AutoModel.from_config(config.vision_config), config.last_block)
+        self.stage_projection = KCFIStageProjection(config) if config.stage_projection_size else None
         self.key_change_perceiver = KeyChangePerceiver(config) if config.use_key_change_perceiver else None
         self.projector = KCFIProjector(config)
         self.change_detection_head = ChangeDetectionHead(config) if config.use_change_detection_head else None
@@ -280,10 +301,10 @@ class KCFIModel(KCFIPreTrainedModel):
     def get_stage_features(
         self, pixel_values: torch.Tensor, **kwargs: Any
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
-        """What the shared tower says of both dates (eq. 1), from `stage_cache` where one is set.
+        """What the shared tower says of both dates (eq. 1), from `stage_cache` where one is set, and its projection.
 
-        `stage_cache` is a hook for a tower that does not change: a function (no module) that is called as this method
-        and gives equal features.
+        `stage_cache` is a hook for a tower that does not change: a function (no module) that is called as
+        `encode_dates` and gives equal features.
 
         Args:
             pixel_values: (B, 2, 3, H, W), before then after.
@@ -294,12 +315,15 @@ class KCFIModel(KCFIPreTrainedModel):
             class or register tokens; and the tower's own output.
         """
         encode = self.encode_dates if self.stage_cache is None else self.stage_cache
-        return encode(pixel_values, **kwargs)
+        before, after, outputs = encode(pixel_values, **kwargs)
+        if self.stage_projection is not None:
+            before, after = self.stage_projection(before), self.stage_projection(after)
+        return before, after, outputs
 
     def encode_dates(
         self, pixel_values: torch.Tensor, **kwargs: Any
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
-        """Run the shared tower on both dates: `get_stage_features`, whose arguments and results it has, uncached.
+        """Run the shared tower on both dates: what `get_stage_features` reads, with its arguments, uncached.
 
         Raises:
             ValueError: shape other than (B, 2, 3, H, W), or sides that the patch size (times the pooling of the visual
@@ -552,7 +576,8 @@ class KCFIForConditionalGeneration(KCFIPreTrainedModel, GenerationMixin):
         check_output_layer(language_model)
         with torch.device("meta"):  # so that the towers are not allocated twice
             model = cls(config)
-        for part in (model.model.key_change_perceiver, model.model.projector, model.model.change_detection_head):
+        parts = ("stage_projection", "key_change_perceiver", "projector", "change_detection_head")
+        for part in (getattr(model.model, name) for name in parts):
             if part is not None:
                 part.to_empty(device="cpu").to(language_model.dtype).apply(model._init_weights)
         tower: Any = trim_tower(vision_tower, config.last_block)

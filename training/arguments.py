@@ -121,8 +121,9 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Weights of the kinds of 'synthetic' pairs: drawn, composed (real ground and roofs), single_date "
-            "(one real image twice), developed (two real images); JSON; one alone: --pair_mix.composed 2 (default: "
-            "all alike with materials, only drawn without)."
+            "(one real image twice), developed (two real images), two_places (any two labelled images, masks alone); "
+            "JSON; one alone: --pair_mix.composed 2 (default: all with sentences alike with materials, only drawn "
+            "without)."
         },
     )
     mask_classes: Literal["change", "building", "road_building"] = field(

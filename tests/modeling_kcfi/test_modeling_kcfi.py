@@ -245,6 +245,26 @@ def test_change_context_is_beside_the_change_features_by_channel(make_model, mak
     torch.testing.assert_close(change[..., 64:], torch.cat(expected, dim=-1))
 
 
+def test_projected_stages_are_read_in_place_of_the_towers(make_model, make_inputs):
+    """Normalised, mapped and bent per stage, alike at both dates; behind the cache, whose features stay the tower's."""
+    model, inputs = make_model(stage_projection_size=6, change_context="bitemporal"), make_inputs()
+    with torch.no_grad():
+        tower, _, _ = model.model.encode_dates(inputs["pixel_values"])
+        before, _, _ = model.model.get_stage_features(inputs["pixel_values"])
+        for linear, raw, stage in zip(model.model.stage_projection.linears, tower, before, strict=True):
+            rows = raw.flatten(2).transpose(1, 2)
+            rows = (rows - rows.mean(-1, keepdim=True)) / (rows.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+            expected = F.gelu(rows @ linear.weight.T + linear.bias)
+            torch.testing.assert_close(stage.flatten(2).transpose(1, 2), expected, atol=1e-5, rtol=1e-4)
+        outputs = model(**inputs)
+    assert model.config.change_width == 3 * len(before) * 6 == outputs.image_outputs.change_features.shape[-1]
+    swapped = inputs["pixel_values"].flip(1)
+    with torch.no_grad():
+        _, after, _ = model.model.get_stage_features(swapped)
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_without_a_head_there_is_no_mask(make_model, make_inputs):
     model, inputs = make_model(use_change_detection_head=False), make_inputs()
     outputs = model(**inputs, labels=inputs["input_ids"], mask_labels=torch.zeros(2, 16, 16, dtype=torch.long))
@@ -530,11 +550,12 @@ def test_a_joined_language_model_gives_what_it_gave_alone(save_language_model, v
 def test_a_joined_model_is_ready_to_run(save_language_model, vision):
     _, text = save_language_model()
     torch.manual_seed(0)
-    model = join(vision["dinov2"], text, dtype=torch.bfloat16)
+    model = join(vision["dinov2"], text, dtype=torch.bfloat16, stage_projection_size=64)
     assert not model.training
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
-    for part in (model.model.key_change_perceiver, model.model.projector, model.model.change_detection_head):
+    parts = ("stage_projection", "key_change_perceiver", "projector", "change_detection_head")
+    for part in (getattr(model.model, name) for name in parts):
         for name, parameter in part.named_parameters():
             assert parameter.isfinite().all()
             spread = parameter.float().std() if parameter.numel() > 1 else 0

@@ -12,9 +12,9 @@ goes through four steps, each a pure function of (seed, split, index):
 4. picture (`painting.py`): each date is painted under its own light, season, trees, shadows, cars, noise and
    registration shift (the irrelevant changes), with textures from `Materials` (`textures.py`).
 
-With a library of real surfaces (`kcfi data materials`) there are four kinds of pairs, mixed by `pair_mix`: "drawn"
+With a library of real surfaces (`kcfi data materials`) there are five kinds of pairs, mixed by `pair_mix`: "drawn"
 (procedural textures), "composed" (the same geometry with real ground and roofs), "single_date" (one real image
-twice, `single_dates.py`) and "developed" (two real images, `developed.py`).
+twice, `single_dates.py`), "developed" (two real images, `developed.py`) and "two_places" (likewise, masks alone).
 """
 
 import json
@@ -36,7 +36,7 @@ from kcfi.files import check_new_folder
 from kcfi.pictures import MASK_BUILDING, MASK_ROAD, contact_sheet, overlay
 from kcfi.processing import InputError
 from kcfi.training.synthetic.captions import ROWS, Change, Ground, ObjectChange, describe, locate
-from kcfi.training.synthetic.developed import OPEN_LAND, draw_developed, open_scenes
+from kcfi.training.synthetic.developed import OPEN_LAND, draw_developed, draw_two_places, open_scenes
 from kcfi.training.synthetic.layout import (
     MARGIN,
     Layout,
@@ -68,8 +68,8 @@ __all__ = [
 ]
 
 SPLITS = {"train": 0, "val": 1, "test": 2}  # position of a split in the seed
-PAIR_KINDS = ("drawn", "composed", "single_date", "developed")
-REAL_PLACES = {"single_date": draw_pair, "developed": draw_developed}
+PAIR_KINDS = ("drawn", "composed", "single_date", "developed", "two_places")
+REAL_PLACES = {"single_date": draw_pair, "developed": draw_developed, "two_places": draw_two_places}
 ZOOM = (0.7, 1.6)  # of pairs with real materials: users' images are not all at 0.5 m/px, nor all houses of one size
 
 
@@ -213,8 +213,8 @@ class SyntheticDataset(Dataset[dict[str, Any]]):
         seed: Which world to draw.
         settings: What may change.
         materials: Source of texture of "composed" pairs, and of "single_date" pairs if it is a library.
-        pair_mix: Weights of the kinds of pairs, see the module's description. Default: all that are possible alike,
-            only drawn ones without `materials`.
+        pair_mix: Weights of the kinds of pairs, see the module's description. Default: all with sentences
+            that are possible alike, only drawn ones without `materials`.
 
     Raises:
         InputError: If the split, a kind or a weight is wrong, or a kind needs materials that are not given.
@@ -240,11 +240,12 @@ class SyntheticDataset(Dataset[dict[str, Any]]):
         self.mix = check_pair_mix(pair_mix or {kind: 1.0 for kind, is_possible in possible.items() if is_possible})
         if self.mix["composed"] and not possible["composed"]:
             raise InputError("pair_mix asks for 'composed' pairs: they need a library of `kcfi data materials`")
-        if self.mix["single_date"] and not possible["single_date"]:
-            raise InputError(
-                "pair_mix asks for 'single_date' pairs: they need a library of `kcfi data materials` with labelled "
-                f"tiles of split '{split}'"
-            )
+        for kind in ("single_date", "two_places"):
+            if self.mix[kind] and library is None:
+                raise InputError(
+                    f"pair_mix asks for {kind!r} pairs: they need a library of `kcfi data materials` with labelled "
+                    f"tiles of split '{split}'"
+                )
         if self.mix["developed"] and not possible["developed"]:
             raise InputError(
                 "pair_mix asks for 'developed' pairs: they need a library of `kcfi data materials` with labelled "
@@ -319,7 +320,7 @@ class SyntheticDataset(Dataset[dict[str, Any]]):
         if single is not None:
             pair, rng = single
             before, after, mask, change = pair.before, pair.after, pair.mask, pair.change
-            captions = describe(change, rng)
+            captions = [] if change is None else describe(change, rng)
         else:
             scene, rng = self.scene(index)
             mask, change = scene.mask, scene.change
@@ -332,7 +333,7 @@ class SyntheticDataset(Dataset[dict[str, Any]]):
             "image_after": self._resized(after, Image.Resampling.BICUBIC),
             "mask": self._resized(Image.fromarray(mask)),
             "captions": captions,
-            "changed": bool(change.objects),
+            "changed": bool(mask.any()),
             "filename": f"{self.split}_{index:06d}.png",
             "split": self.split,
         }

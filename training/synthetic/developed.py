@@ -1,16 +1,22 @@
-"""Pairs made of two real places: open land that was built on, or open land that looks otherwise and did not change.
+"""Pairs made of two real places: open land that was built on, open land that looks otherwise, and any two towns.
 
 LEVIR-CC's most frequent change is woods or fields that became a suburb; nothing of the ground is the same at both
 dates (docs/real_pairs.md). An image of open land in front of one with outlined buildings is such a change with real
 pixels at both dates. Two images of open land of one class are an unchanged pair, so that other ground alone tells
 nothing.
+
+Of two outlined places, whatever they are, the change is known too: the buildings of the second that do not stand on
+those of the first (single-temporal supervised learning, ChangeStar, arXiv 2108.07002). Nobody would describe that in a
+sentence, so these pairs have none: their masks alone teach, densely, what a building is.
 """
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from scipy import ndimage
 
 from kcfi.pictures import MASK_BUILDING
+from kcfi.processing import InputError
 from kcfi.training.synthetic.captions import Change, Ground, ObjectChange, locate
 from kcfi.training.synthetic.layout import MARGIN, MIN_VISIBLE, ObjectKind, SyntheticSettings, crop
 from kcfi.training.synthetic.material_library import KEEP_OFF, OPEN, VILLA_AREA, LibraryMaterials
@@ -19,6 +25,8 @@ from kcfi.training.synthetic.single_dates import REMOVED_SHARE, TRIALS, SingleDa
 
 # Scene classes of UC Merced on which nothing is built, and what captions call the ground
 OPEN_LAND: dict[str, Ground] = {"agricultural": "", "chaparral": "bareland", "forest": "trees"}
+
+OUTLINED_TRIALS = 100  # places looked at before a library counts as one without outlined buildings
 
 DENSEST = 0.25  # share of a place under roofs; changed pairs of LEVIR-CC have 0.09 on average (docs/real_pairs.md)
 
@@ -58,6 +66,44 @@ def draw_developed(
             return SingleDatePair(photograph(before, looks[0]), photograph(after, looks[1]), mask, nothing > 0, change)
     other = library.tile(False, canvas, rng, scene)[0] if settings.ground else bare
     return SingleDatePair(photograph(other, looks[0]), photograph(bare, looks[1]), nothing, nothing > 0, Change(()))
+
+
+def draw_two_places(
+    library: LibraryMaterials, rng: np.random.Generator, changed: bool, settings: SyntheticSettings
+) -> SingleDatePair:
+    """Draw a pair without sentences: two places with outlined buildings, or one under two looks.
+
+    Args:
+        library: With tiles with outlined buildings, at least one of whose sources tells land from roads.
+        rng: Source of chance.
+        changed: Whether the places differ.
+        settings: Size and looks.
+
+    Raises:
+        InputError: The library hardly has such places.
+    """
+    canvas = settings.image_size + 2 * MARGIN
+    after, stands = _outlined(library, canvas, rng)
+    before, stood = _outlined(library, canvas, rng) if changed else (after, stands)
+    looks = draw_looks(rng, settings)
+    mask = crop(stands & ~stood).astype(np.uint8) * np.uint8(MASK_BUILDING)
+    images = photograph(before, looks[0]), photograph(after, looks[1])
+    return SingleDatePair(*images, mask, crop(stands & stood), None)
+
+
+def _outlined(
+    library: LibraryMaterials, canvas: int, rng: np.random.Generator
+) -> tuple[Image.Image, NDArray[np.bool_]]:
+    """A place and the pixels of its buildings, of a source that outlines each."""
+    for _ in range(OUTLINED_TRIALS):
+        place, labels = library.tile(True, canvas, rng)
+        assert labels is not None  # of a labelled tile
+        if (labels == OPEN).any():
+            return place, whole_buildings(labels)
+    raise InputError(
+        f"pair_mix asks for 'two_places' pairs, but {library.root} hardly has places whose buildings are outlined one by "
+        "one: add a source such as Tartu to `kcfi data materials`, or leave that kind out"
+    )
 
 
 def whole_buildings(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:

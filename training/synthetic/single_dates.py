@@ -45,14 +45,14 @@ class SingleDatePair:
         after: Image after.
         mask: Changed pixels in LEVIR-MCI's values, (H, W).
         standing: Pixels of labelled buildings that stand at both dates, (H, W).
-        change: The facts for the captions.
+        change: The facts for the captions; None where no sentence would be true.
     """
 
     before: Image.Image
     after: Image.Image
     mask: NDArray[np.uint8]
     standing: NDArray[np.bool_]
-    change: Change
+    change: Change | None
 
 
 def removable_buildings(labels: NDArray[np.uint8]) -> list[Footprint]:

@@ -10,7 +10,7 @@ from scipy import ndimage
 from kcfi.processing import InputError
 from kcfi.training.synthetic.captions import describe
 from kcfi.training.synthetic.dataset import SyntheticDataset
-from kcfi.training.synthetic.developed import draw_developed, whole_buildings
+from kcfi.training.synthetic.developed import draw_developed, draw_two_places, whole_buildings
 from kcfi.training.synthetic.layout import SyntheticSettings
 from kcfi.training.synthetic.material_library import KEEP_OFF, OPEN, LibraryMaterials
 from tests.training.synthetic.test_single_dates import STILL
@@ -86,3 +86,34 @@ def test_developed_pairs_are_a_kind_of_the_data_set(towns, library):
         dataset.scene(1)
     with pytest.raises(InputError, match=r"'developed' pairs.*open land \(agricultural, chaparral, forest\)"):
         SyntheticDataset(4, materials=LibraryMaterials(library), pair_mix={"developed": 1})
+
+
+def test_of_two_places_the_mask_is_what_stands_at_the_second_alone(towns):
+    changed = 0
+    for seed in range(12):
+        drawn = draw_two_places(towns, np.random.default_rng(seed), True, STILL)
+        stood, stands = (np.asarray(date, int) for date in (drawn.before, drawn.after))
+        stood, stands = (image[..., 0] > image[..., 1] + 20 for image in (stood, stands))
+        assert ((drawn.mask == 255) == (stands & ~stood)).mean() > 0.98  # edges are blurred
+        assert ((drawn.standing) == (stands & stood)).mean() > 0.98
+        changed += drawn.mask.any()
+    assert changed > 6
+
+
+def test_one_place_twice_is_unchanged_and_its_buildings_stand(towns):
+    drawn = draw_two_places(towns, np.random.default_rng(3), False, STILL)
+    assert not drawn.mask.any() and drawn.standing.any()
+
+
+def test_two_places_are_pairs_without_sentences(towns):
+    [first, second] = SyntheticDataset(2, materials=towns, pair_mix={"two_places": 1})
+    assert (first["captions"], second["captions"]) == ([], [])
+    assert (first["changed"], second["changed"]) == (False, np.asarray(second["mask"]).any())
+    assert "two_places" not in {SyntheticDataset(40, materials=towns).kind(index) for index in range(40)}
+
+
+def test_two_places_need_a_library_with_outlined_buildings(library):
+    with pytest.raises(InputError, match="'two_places' pairs: they need a library"):
+        SyntheticDataset(2, pair_mix={"two_places": 1})
+    with pytest.raises(InputError, match="add a source such as Tartu"):
+        SyntheticDataset(2, materials=LibraryMaterials(library), pair_mix={"two_places": 1})[0]
