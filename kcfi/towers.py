@@ -21,6 +21,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from kcfi.files import check_names
 from kcfi.modeling_kcfi import KCFIConfig, KCFIForConditionalGeneration
 from kcfi.modeling_kcfi.modeling_kcfi import load_tower
+from kcfi.models import embedded_model
 from kcfi.processing import InputError, KCFIProcessor
 
 
@@ -59,7 +60,8 @@ def join_towers(
         vision: Hub id or folder of a ViT with its image processor (ViT, DINOv2, CLIP, SigLIP, or timm's
             "timm/vit_base_patch16_224.augreg_in21k"); or a dict, the config of a tower that starts from random weights
             and gets ImageNet's normalisation.
-        text: Hub id or folder of a causal language model with its tokenizer.
+        text: Hub id or folder of a causal language model with its tokenizer, or of a KCFI model (also
+            "kcfi-tiny"), for its own.
         shortest_edge: resize the shorter side of images to so many pixels and crop the centre (the `released` recipe);
             None = resize whole images.
         dtype: of the whole model.
@@ -81,6 +83,7 @@ def join_towers(
         >>> model.config.num_patches, processor.num_patches, processor.image_token
         (324, 81, '<image>')
     """
+    text = embedded_model() if text == "kcfi-tiny" else text
     check_names(settings, [field.name for field in dataclasses.fields(KCFIConfig)], "model setting")
     tower: Any = vision
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -104,7 +107,7 @@ def join_towers(
         shortest_edge=shortest_edge,
     )
     # its config from itself: of a composite model AutoConfig would give the whole
-    language_model: Any = load_tower(AutoModelForCausalLM, text, revision=text_revision, dtype=dtype)
+    language_model = _language_model(text, text_revision, dtype)
     placeholder: Any = processor.image_token_id
     if placeholder >= language_model.config.vocab_size:
         language_model.resize_token_embeddings(placeholder + 1)
@@ -121,6 +124,18 @@ def join_towers(
     model.generation_config.update(**processor.generation_tokens)
     config.vision_config.name_or_path = config.text_config.name_or_path = ""  # folders of this machine
     return model, processor
+
+
+def _language_model(name: str, revision: str | None, dtype: torch.dtype) -> Any:
+    """A causal language model, also out of a KCFI model."""
+    if _load(AutoConfig, name, revision).model_type != KCFIConfig.model_type:
+        return load_tower(AutoModelForCausalLM, name, revision=revision, dtype=dtype)
+    whole: Any = load_tower(KCFIForConditionalGeneration, name, revision=revision, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(whole.config.text_config, dtype=dtype)
+    model.base_model.load_state_dict(whole.model.language_model.state_dict())
+    model.get_output_embeddings().load_state_dict(whole.lm_head.state_dict())
+    model.generation_config = whole.generation_config
+    return model
 
 
 def _load(kind: Any, name: str, revision: str | None) -> Any:

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import kcfi
-from kcfi import KCFIConfig, embedded_model, join_towers
+from kcfi import KCFIConfig, KCFIForConditionalGeneration, embedded_model, join_towers
 
 TOWERS = Path(os.environ.get("KCFI_TOWERS", "no folder of real towers"))  # with dinov2-small, smollm2-135m-instruct
 SIDE = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -196,6 +196,17 @@ def test_of_a_composite_model_the_language_model_is_joined(tmp_path, vision, pai
     model, processor = join_towers(vision, save_composite(tmp_path))
     assert model.config.text_config.model_type == "qwen3_5_text"
     assert model.config.text_config.vocab_size == model.lm_head.out_features
+    check_that_it_runs(model, processor, pairs)
+
+
+def test_of_a_kcfi_model_the_language_model_is_joined(vision, pairs):
+    tiny = KCFIForConditionalGeneration.from_pretrained(embedded_model(), dtype=torch.float32)
+    model, processor = join_towers(vision, "kcfi-tiny")
+    theirs = tiny.model.language_model.state_dict()
+    ours = model.model.language_model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+    assert torch.equal(model.lm_head.weight, tiny.lm_head.weight)
+    assert model.config.image_token_id == tiny.config.image_token_id
     check_that_it_runs(model, processor, pairs)
 
 
