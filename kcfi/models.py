@@ -13,6 +13,8 @@ from kcfi.files import read_yaml
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import INSTRUCTIONS, Describer, InputError, refusing
 
+EMBEDDED = ("kcfi-tiny", "kcfi-small")  # installed with their weights: the quick one, the better one
+
 # Of models whose settings name code of their own: refused; transformers would ask on the terminal, and run it
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 
@@ -25,7 +27,7 @@ def default_device() -> torch.device:
 
 
 def load(name: str, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
-    """Model (in evaluation mode) and processor of a folder, Hub id or "kcfi-tiny".
+    """Model (in evaluation mode) and processor of a folder, Hub id or one of `EMBEDDED`.
 
     Args:
         name: of the model.
@@ -64,7 +66,7 @@ def build_describer(
     """The Describer of a model by its name.
 
     Args:
-        model: folder, Hub id or "kcfi-tiny".
+        model: folder, Hub id or one of `EMBEDDED`.
         device: see `load`.
         dtype: see `load`; None = computing as the run that made the model did, see `validation_dtype`.
         tile: see `Describer`.
@@ -86,7 +88,7 @@ def weights_of(name: str) -> str:
     """A name for the weights of a model that is not loaded: they differ, so does it.
 
     Args:
-        name: folder, Hub id or "kcfi-tiny".
+        name: folder, Hub id or one of `EMBEDDED`.
 
     Returns:
         A digest of the weights and settings in a folder; of a Hub id the commit.
@@ -129,21 +131,21 @@ def compiled_steps() -> dict[str, Any]:
     return {"cache_implementation": "static", "compile_config": settings}
 
 
-def embedded_model() -> str:
-    """Folder of `kcfi-tiny`, the model that is installed with the package."""
-    return str(files("kcfi.hub_configs") / "kcfi-tiny")
+def embedded_model(name: str = "kcfi-tiny") -> str:
+    """Folder of a model that is installed with the package: one of `EMBEDDED`."""
+    return str(files("kcfi.hub_configs") / name)
 
 
 def model_source(model: str) -> str:
-    """What `from_pretrained` takes for the name of a model: "kcfi-tiny" is the embedded one.
+    """What `from_pretrained` takes for the name of a model: those of `EMBEDDED` come with the package.
 
     A name that begins with a folder of this machine, like "runs/paper", is never looked up on the Hub.
 
     Raises:
         InputError: a path where there is no folder.
     """
-    if model == "kcfi-tiny":
-        return embedded_model()
+    if model in EMBEDDED:
+        return embedded_model(model)
     if Path(model).is_dir():
         return model
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model):

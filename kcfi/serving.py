@@ -19,7 +19,7 @@ def serve(model: str, options: Sequence[str]) -> None:
     classes nor `trust_remote_code` lead it to a model from outside. So the model is entered there.
 
     Args:
-        model: folder, Hub id or "kcfi-tiny".
+        model: folder, Hub id or the name of an embedded model.
         options: of `transformers serve`, for example `["--port", "8001"]`.
 
     Raises:

@@ -114,9 +114,9 @@ class KCFIConfig(PreTrainedConfig):
         flow_residual: "self" = warped minus own date (eq. 3), "cross" = warped minus the other date (authors' code).
         flow_scope: "stage" = a flow net per stage; "stage_and_global" = one more over all stages, whose residuals are
             added (authors' code).
-        stage_projection_size: each stage is normalised and mapped to so many channels, the same way at both dates, before
-            the dates are compared: a large tower then costs little behind it, and what it says of buildings has one
-            place to be learned. None = stages as the tower gives them, as in the paper. Ours.
+        stage_projection_size: each stage is normalised and mapped to so many channels, the same way at both dates,
+            before the dates are compared: a large tower then costs little behind it. None = stages as the tower gives
+            them, as in the paper. Ours.
         visual_token_pooling: the language model reads the mean of so many by so many patches (1 = every patch);
             perceiver and head still see every patch. Ours, not the paper's.
         change_context: stage features put beside the change features, by channel, for the projector and the head:

@@ -67,6 +67,7 @@ QWEN2 = {
     "tie_word_embeddings": True,
 }
 TOWERS = {
+    "kcfi-tiny": KCFIConfig.from_pretrained(embedded_model()).text_config.to_dict(),
     "google/vit-large-patch16-224-in21k": {"model_type": "vit", "image_size": 224, "patch_size": 16, **LARGE},
     "openai/clip-vit-large-patch14": {
         "model_type": "clip_vision_model",

@@ -246,7 +246,7 @@ def test_change_context_is_beside_the_change_features_by_channel(make_model, mak
 
 
 def test_projected_stages_are_read_in_place_of_the_towers(make_model, make_inputs):
-    """Normalised, mapped and bent per stage, alike at both dates; behind the cache, whose features stay the tower's."""
+    """Normalised, mapped and bent per stage, alike at both dates; what a cache keeps is the tower's."""
     model, inputs = make_model(stage_projection_size=6, change_context="bitemporal"), make_inputs()
     with torch.no_grad():
         tower, _, _ = model.model.encode_dates(inputs["pixel_values"])

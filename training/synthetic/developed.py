@@ -101,8 +101,8 @@ def _outlined(
         if (labels == OPEN).any():
             return place, whole_buildings(labels)
     raise InputError(
-        f"pair_mix asks for 'two_places' pairs, but {library.root} hardly has places whose buildings are outlined one by "
-        "one: add a source such as Tartu to `kcfi data materials`, or leave that kind out"
+        f"pair_mix asks for 'two_places' pairs, but {library.root} hardly has places whose buildings are outlined "
+        "one by one: add a source such as Tartu to `kcfi data materials`, or leave that kind out"
     )
 
 
