@@ -226,7 +226,7 @@ def test_nothing_is_left_of_uploads_that_are_refused_or_break_off(serving):
 
 
 def test_a_request_that_comes_too_slowly_is_refused(serving, monkeypatch):
-    monkeypatch.setattr("kcfi.demo.guard.RECEIVED", 0.5)
+    monkeypatch.setattr("kcfi.web.guard.RECEIVED", 0.5)
     with serving() as client:
         url = client.http.base_url
         with socket.create_connection((url.host, url.port)) as connection:

@@ -3,10 +3,12 @@
 import pytest
 
 from kcfi.demo import runs as module
-from kcfi.demo.limits import Limits, Refused
-from kcfi.demo.runs import Left, Runs
+from kcfi.demo.limits import Limits
+from kcfi.demo.runs import Runs
 from kcfi.models import load
 from kcfi.processing import Describer
+from kcfi.web.limits import Refused
+from kcfi.web.runs import Left
 
 
 @pytest.fixture
@@ -15,7 +17,8 @@ def describer(detector):
 
 
 def hooks(runs):
-    return [len(part._forward_pre_hooks) for part in runs.parts]
+    parts = runs.model.model.vision_tower, runs.model.model.language_model
+    return [len(part._forward_pre_hooks) for part in parts]
 
 
 def test_a_run_in_time_gives_the_same_answer(describer, make_pair):
