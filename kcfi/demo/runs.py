@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from kcfi.web.limits import RequestLimits
-from kcfi.web.runs import Left, check_time, watched
+from kcfi.web.runs import Left, check_time, parts_of, watched
 
 OPENED = 10  # seconds after which whoever asked must be listening for the answer
 
@@ -21,7 +21,7 @@ class Runs:
     """
 
     def __init__(self, model: Any, limits: RequestLimits) -> None:
-        self.model, self.limits = model, limits
+        self.parts, self.limits = parts_of(model), limits
         self.listening: Counter[str] = Counter()  # open streams of answers by session
 
     @contextmanager
@@ -58,6 +58,6 @@ class Runs:
         def check_now() -> None:
             check(time.monotonic() - start)
 
-        with watched(self.model, check):
+        with watched(self.parts, check):
             yield check_now
         check_now()

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Scope
 from kcfi.web.chat import plain_request
 from kcfi.web.guard import Exchange, Guard, replayed
 from kcfi.web.limits import Refused, RequestLimits
-from kcfi.web.runs import Left, check_time, watched
+from kcfi.web.runs import Left, check_time, parts_of, watched
 
 CHAT = "/v1/chat/completions"
 ASKED = {("GET", "/health"), ("GET", "/v1/models"), ("POST", CHAT), ("OPTIONS", CHAT), ("OPTIONS", "/v1/models")}
@@ -40,7 +40,7 @@ class ChatGuard(Guard):
         self, app: ASGIApp, model: Any, image_token: str, names: Sequence[str], limits: RequestLimits
     ) -> None:
         super().__init__(app)
-        self.model, self.image_token, self.names, self.limits = model, image_token, names, limits
+        self.parts, self.image_token, self.names, self.limits = parts_of(model), image_token, names, limits
         self.places = limits.waiting + 1  # that are free
         self.reading, self.computing = CapacityLimiter(1), asyncio.Lock()
 
@@ -88,7 +88,7 @@ class ChatGuard(Guard):
         headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
         try:
             async with self._turn(left):
-                with watched(self.model, check):
+                with watched(self.parts, check):
                     await self.app({**scope, "headers": headers}, replayed(body, forever), exchange.send)
         finally:
             left.cancel()

@@ -1,7 +1,7 @@
 """Runs of a model that end in time, and as soon as nobody waits for them."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,12 +12,17 @@ class Left(Exception):
     """Nobody waits for the answer any more."""
 
 
+def parts_of(model: Any) -> tuple[Any, Any]:
+    """What a KCFIForConditionalGeneration calls for each tile, and for each word."""
+    return model.model.vision_tower, model.model.language_model
+
+
 @contextmanager
-def watched(model: Any, check: Callable[[float], None]) -> Iterator[None]:
+def watched(parts: Sequence[Any], check: Callable[[float], None]) -> Iterator[None]:
     """Calls `check` with the seconds that have passed before each tile and each word; what it raises ends the run.
 
     Args:
-        model: KCFIForConditionalGeneration; one run at a time may use it.
+        parts: of a model that one run at a time uses.
         check: raises what the run is to end with.
     """
     start = time.monotonic()
@@ -25,7 +30,7 @@ def watched(model: Any, check: Callable[[float], None]) -> Iterator[None]:
     def look(*_: Any) -> None:
         check(time.monotonic() - start)
 
-    hooks = [part.register_forward_pre_hook(look) for part in (model.model.vision_tower, model.model.language_model)]
+    hooks = [part.register_forward_pre_hook(look) for part in parts]
     try:
         yield
     finally:
