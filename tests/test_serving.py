@@ -1,4 +1,4 @@
-"""`kcfi serve` answers requests of OpenAI's chat completions with the sentences of `kcfi caption`, and nothing else."""
+"""`kcfi serve` answers requests of OpenAI's chat completions as `kcfi caption` does, and nothing else."""
 
 import base64
 import io
@@ -285,7 +285,9 @@ def connection(server, sources, **fields):
     """A request that was sent, whose answer nobody has read."""
     content = json.dumps(body(sources, **fields)).encode()
     opened = socket.create_connection((server.base_url.host, server.base_url.port))
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
     opened.sendall(head.encode() + content)
     return opened
 

@@ -129,6 +129,22 @@ def test_nothing_is_left_of_a_scene_that_cannot_be_described(describer, tmp_path
     assert files(tmp_path) == before
 
 
+def test_a_scene_whose_time_is_over_ends_at_its_next_step_and_leaves_nothing(describer, dates, tmp_path):
+    steps, before = [], files(tmp_path)
+    describe_files(describer, *dates, Limits(), tmp_path, lambda: steps.append(1)).close()
+    assert len(steps) >= 6 and files(tmp_path) == before
+    for last in (1, len(steps)):
+        left = iter(range(last - 1))
+
+        def check(left=left):
+            if next(left, None) is None:
+                raise Refused(504, "Too long.")
+
+        with pytest.raises(Refused, match="Too long"):
+            describe_files(describer, *dates, Limits(), tmp_path, check)
+        assert files(tmp_path) == before
+
+
 def test_the_page_shows_the_report_in_a_frame_that_may_do_nothing_else(client, dates):
     uploads = [client.upload(open(path, "rb").read(), name=path.rsplit("/")[-1])[0] for path in dates]
     [shown] = client.ask("describe_scene", uploads)["output"]["data"]

@@ -36,7 +36,9 @@ def test_threads_share_few_heaps():
         pytest.skip("another C library")
     arenas = {}
     for how in ("left", "kept"):
-        process = subprocess.run([sys.executable, "-c", CODE, how, memory.__file__], capture_output=True, text=True, check=True)
+        process = subprocess.run(
+            [sys.executable, "-c", CODE, how, memory.__file__], capture_output=True, text=True, check=True
+        )
         arenas[how] = len(re.findall(r"^Arena \d+:", process.stderr, re.MULTILINE))
     assert arenas["kept"] <= 2 < arenas["left"]
 
