@@ -224,7 +224,7 @@ def lists(folder: Path) -> Seeds:
     from kcfi.archives.pairs import find_pairs
 
     rows = [{"name": name, "before": f"A/{name}.png", "after": f"B/{name}.png"} for name in "ab"]
-    rows.append({"name": "far", "before": "https://example.org/A/c.tif", "after": "s3://bucket/B/c.tif"})
+    rows.append({"name": "far", "before": "memory://A/c.tif", "after": "memory://B/c.tif"})
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
     lines = ["name,before,after", *(",".join(row.values()) for row in rows)]
