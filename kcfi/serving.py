@@ -16,7 +16,7 @@ from kcfi.processing import InputError
 def serve(model: str, options: Sequence[str], **limits: Any) -> None:
     """Serve one model until the process is interrupted: the work of `kcfi serve`.
 
-    The server of transformers 5.24 loads classes of transformers, and what this one list names; neither the other Auto
+    The server of transformers 5.23 loads classes of transformers, and what this one list names; neither the other Auto
     classes nor `trust_remote_code` lead it to a model from outside. So the model is entered there. It makes its app by
     a function, which is replaced by one that puts a `ChatGuard` around the app.
 
