@@ -178,3 +178,8 @@ def merge_lora(model: KCFIForConditionalGeneration) -> KCFIForConditionalGenerat
     model._weight_conversions = None  # type: ignore[assignment]
     model.requires_grad_(True)
     return model
+
+
+def public_name(model: str) -> str:
+    """A model's name for others: of a folder its last part, where it lies is nobody's business."""
+    return Path(model).resolve().name if Path(model).is_dir() else model

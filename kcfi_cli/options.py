@@ -1,6 +1,7 @@
 """What the parsers of the commands share: their class, options of several commands, checks of `--output`."""
 
 import argparse
+import math
 import os
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -50,6 +51,31 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="side in px of the images that the model was trained on, and of the squares that larger ones are cut "
         "into (default: as saved with the model)",
     )
+
+
+def add_limit_options(parser: argparse.ArgumentParser) -> None:
+    """The options of servers: what they refuse."""
+    parser.add_argument(
+        "--max_megabytes", type=float, default=64, metavar="N", help="of what is sent at once (%(default)s)"
+    )
+    parser.add_argument("--max_megapixels", type=float, default=5, metavar="N", help="of an image (%(default)s)")
+    parser.add_argument("--max_waiting", type=int, default=8, metavar="N", help="runs that may wait (%(default)s)")
+    parser.add_argument(
+        "--max_seconds", type=float, default=180, metavar="N", help="that a run may take (%(default)s)"
+    )
+
+
+def limits_given(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_limit_options`, as fields of `RequestLimits`.
+
+    Raises:
+        UsageError: one that is not above 0, or without end.
+    """
+    given = {name: getattr(options, f"max_{name}") for name in ("megabytes", "megapixels", "waiting", "seconds")}
+    for name, value in given.items():
+        if not 0 < value < math.inf:
+            raise UsageError(f"--max_{name} {value:g} must be above 0 and finite.")
+    return given
 
 
 def add_drawing_options(parser: argparse.ArgumentParser) -> None:

@@ -216,6 +216,58 @@ def shards(folder: Path) -> Seeds:
     return Seeds({"train-00000-of-00001.parquet": buffer.getvalue()}, mutate.parquet, read)
 
 
+def lists(folder: Path) -> Seeds:
+    """Lists of pairs: CSV, parquet, and a STAC collection with an item."""
+    import pyarrow
+    import pyarrow.parquet
+
+    from kcfi.archives.pairs import find_pairs
+
+    rows = [{"name": name, "before": f"A/{name}.png", "after": f"B/{name}.png"} for name in "ab"]
+    rows.append({"name": "far", "before": "memory://A/c.tif", "after": "memory://B/c.tif"})
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    lines = ["name,before,after", *(",".join(row.values()) for row in rows)]
+    about = {"stac_version": "1.0.0", "id": "town", "description": "Two dates."}
+    extent = {"spatial": {"bbox": [[0, 0, 1, 1]]}, "temporal": {"interval": [["2020-01-01T00:00:00Z", None]]}}
+    links = [{"rel": "item", "href": "./item.json", "type": "application/geo+json"}]
+    collection = {"type": "Collection", **about, "license": "CC0-1.0", "extent": extent, "links": links}
+    assets = {date: {"href": f"./{date}.tif", "type": "image/tiff"} for date in ("before", "after")}
+    item = {
+        "type": "Feature",
+        "stac_version": "1.0.0",
+        "id": "north",
+        "geometry": {"type": "Point", "coordinates": [0, 0]},
+        "bbox": [0, 0, 1, 1],
+        "properties": {"datetime": "2020-01-01T00:00:00Z"},
+        "links": [{"rel": "collection", "href": "./collection.json"}],
+        "assets": assets,
+    }
+    files = {
+        "pairs.csv": "\n".join(lines).encode("utf-8-sig"),
+        "pairs.parquet": buffer.getvalue(),
+        "collection.json": json.dumps(collection).encode(),
+        "item.json": json.dumps(item).encode(),
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+    def change(content: bytes, chance: Random) -> bytes:
+        if content.startswith(b"PAR1"):
+            return mutate.parquet(content, chance)
+        return (mutate.json_text if content.startswith(b"{") else mutate.raw)(content, chance)
+
+    def read(path: Path) -> None:
+        place = folder / path.name
+        shutil.copyfile(path, place)
+        try:
+            find_pairs(folder / "collection.json" if path.name == "item.json" else place)
+        finally:
+            place.write_bytes(files[path.name])
+
+    return Seeds(files, change, read)
+
+
 def recipe(folder: Path) -> Seeds:
     from kcfi.training.arguments import parse_recipe
 
@@ -400,6 +452,7 @@ READERS: dict[str, tuple[int, Callable[[Path], Seeds]]] = {
     "geotiff": (700, geotiff),
     "scene": (500, scene),
     "shards": (500, shards),
+    "lists": (600, lists),
     "ablations": (200, ablations),
     "recipe": (200, recipe),
     "config": (200, partial(model, names=["config.json", "generation_config.json"])),

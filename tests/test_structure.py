@@ -20,6 +20,7 @@ PARTS = ("kcfi", "kcfi_cli", "modeling_kcfi", "processing", "training")
 # Rooms from the ground up: a file imports from its own room and from rooms of lower floors.
 FLOORS = (
     ("kcfi.modeling_kcfi", "kcfi.processing"),  # travel to the Hub
+    ("kcfi.web",),
     ("kcfi",),
     ("kcfi.scenes",),
     ("kcfi.archives", "kcfi.demo"),

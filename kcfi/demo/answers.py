@@ -141,11 +141,6 @@ def without_folders(text: str, *paths: str) -> str:
     return text
 
 
-def public_name(model: str) -> str:
-    """A model's name for the page: of a folder its last part, where it lies is nobody's business."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
-
-
 def write_zip(answer: Answer, threshold: float, to: IO[bytes]) -> None:
     """Both images, mask, overlay and probabilities (PNG, 255 = certain), and the answer as JSON."""
     report = answer.report

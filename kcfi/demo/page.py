@@ -12,10 +12,12 @@ from PIL import Image
 
 import kcfi
 from kcfi.demo.answers import Answer, areas_html, describe_pair, sentence_html, views, without_folders
-from kcfi.demo.limits import Limits, Refused
-from kcfi.demo.runs import Left, Runs
+from kcfi.demo.limits import Limits
+from kcfi.demo.runs import Runs
 from kcfi.demo.shelf import Shelf
 from kcfi.processing import Describer, InputError
+from kcfi.web.limits import Refused
+from kcfi.web.runs import Left
 
 EXAMPLES = Path(kcfi.__file__).parent / "example"
 PAIRS = {"": "A suburb on a field", "hall_": "A hall on a field", "streets_": "Houses along two streets"}  # by file
@@ -71,8 +73,8 @@ class Page:
         from kcfi.demo.scene import describe_files, scene_html
 
         paths = _both(before, after)
-        with _told(*paths), self.runs.run(request.session_hash):
-            scene = describe_files(self.describer, *paths, self.limits, self.folder)
+        with _told(*paths), self.runs.run(request.session_hash) as check:
+            scene = describe_files(self.describer, *paths, self.limits, self.folder, check)
         return scene_html(f"/scenes/{self.scenes.put(scene)}")
 
     def build(self) -> gr.Blocks:

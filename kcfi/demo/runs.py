@@ -1,18 +1,15 @@
-"""Runs of the model that end in time, and as soon as nobody waits for them."""
+"""Runs of the model that end in time, and as soon as the session that asked for them is gone."""
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from kcfi.demo.limits import Limits, Refused
+from kcfi.web.limits import RequestLimits
+from kcfi.web.runs import Left, check_time, parts_of, watched
 
 OPENED = 10  # seconds after which whoever asked must be listening for the answer
-
-
-class Left(Exception):
-    """Nobody waits for the answer any more."""
 
 
 class Runs:
@@ -23,9 +20,8 @@ class Runs:
         limits: of the page.
     """
 
-    def __init__(self, model: Any, limits: Limits) -> None:
-        self.parts = (model.model.vision_tower, model.model.language_model)
-        self.limits = limits
+    def __init__(self, model: Any, limits: RequestLimits) -> None:
+        self.parts, self.limits = parts_of(model), limits
         self.listening: Counter[str] = Counter()  # open streams of answers by session
 
     @contextmanager
@@ -39,8 +35,11 @@ class Runs:
             self.listening += Counter()  # forgets those of which none is open
 
     @contextmanager
-    def run(self, session: str | None) -> Iterator[None]:
+    def run(self, session: str | None) -> Iterator[Callable[[], None]]:
         """Ends what is computed in this block when its time is over, or its session gone (None: never).
+
+        Yields:
+            What looks at both once more: to be called between steps that do not ask the model.
 
         Raises:
             Refused: 504.
@@ -48,24 +47,17 @@ class Runs:
         """
         start, seen = time.monotonic(), False
 
-        def check(*_: Any) -> None:
+        def check(spent: float) -> None:
             nonlocal seen
-            spent = time.monotonic() - start
-            if spent > self.limits.seconds:
-                raise Refused(
-                    504,
-                    f"This took longer than the {self.limits.seconds:g} s that a run may take here: give smaller "
-                    "images, or use `kcfi caption` or `kcfi scene` on a machine of your own.",
-                )
+            check_time(spent, self.limits.seconds)
             if session is not None:
                 seen = seen or session in self.listening
                 if session not in self.listening and (seen or spent > OPENED):
                     raise Left
 
-        hooks = [part.register_forward_pre_hook(check) for part in self.parts]
-        try:
-            yield
-            check()
-        finally:
-            for hook in hooks:
-                hook.remove()
+        def check_now() -> None:
+            check(time.monotonic() - start)
+
+        with watched(self.parts, check):
+            yield check_now
+        check_now()

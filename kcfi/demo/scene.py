@@ -2,20 +2,23 @@
 
 import shutil
 import zipfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO
 
-from kcfi.demo.answers import public_name, without_folders
-from kcfi.demo.limits import Limits, check_pixels, check_tiff
+from kcfi.demo.answers import without_folders
+from kcfi.demo.limits import Limits, check_tiff
+from kcfi.models import public_name
 from kcfi.processing import Describer
 from kcfi.scenes import WORK, describe_scene
 from kcfi.scenes.describe import RESOLUTION
 from kcfi.scenes.grid import scene_grid
 from kcfi.scenes.reading import open_raster
 from kcfi.scenes.writers import write_findings
+from kcfi.web.limits import check_pixels
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,9 @@ class Scene:
         self.owner.cleanup()
 
 
-def describe_files(describer: Describer, before: str, after: str, limits: Limits, parent: Path) -> Scene:
+def describe_files(
+    describer: Describer, before: str, after: str, limits: Limits, parent: Path, check: Callable[[], None]
+) -> Scene:
     """Describe two rasters as `kcfi scene` does.
 
     Args:
@@ -49,6 +54,7 @@ def describe_files(describer: Describer, before: str, after: str, limits: Limits
         after: path of the later one.
         limits: of the page; its pixels are those of the grid on which the dates are compared.
         parent: folder for that of the report.
+        check: called between the steps; what it raises ends the run, and nothing is left of it.
 
     Raises:
         InputError: dates that cannot be compared.
@@ -64,7 +70,8 @@ def describe_files(describer: Describer, before: str, after: str, limits: Limits
     owner: TemporaryDirectory[str] = TemporaryDirectory(dir=parent)
     try:
         output = Path(owner.name)
-        found = describe_scene([before, after], output, describer)
+        found = describe_scene([before, after], output, describer, between=check)
+        check()
         # written again with the files' names alone: where they lay on the server is nobody's business
         dates = tuple(replace(date, path=Path(date.path).name) for date in found.dates)
         warnings = tuple(without_folders(text, before, after) for text in found.warnings)

@@ -4,7 +4,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
@@ -18,16 +18,16 @@ import uvicorn
 from anyio import create_task_group, sleep
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, HTTPException, Query, Response
-from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
-from starlette.background import BackgroundTask
+from starlette.responses import StreamingResponse
 
 from kcfi.demo import answers
-from kcfi.demo.guard import Guard
+from kcfi.demo.guard import PageGuard
 from kcfi.demo.limits import Limits, sweep
 from kcfi.demo.page import EXAMPLES, GONE, THRESHOLD, Page
 from kcfi.demo.runs import Runs
 from kcfi.demo.shelf import Shelf
+from kcfi.models import public_name
 from kcfi.processing import Describer, InputError
 
 SANDBOX = (  # of a report: it may draw itself, and nothing else
@@ -36,11 +36,12 @@ SANDBOX = (  # of a report: it may draw itself, and nothing else
 )
 TIDIED = 3  # seconds between two looks at what is too old, or too much
 ZIPS = 2  # that are made at once
+SENT = 1 << 18  # bytes of one that are read at a time
 CONNECTIONS = 200  # at once; more get 503
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none are fetched
 
 
-def build_app(describer: Describer, model: str, limits: Limits, folder: Path) -> Guard:
+def build_app(describer: Describer, model: str, limits: Limits, folder: Path) -> PageGuard:
     """The page as an ASGI app; one in a process.
 
     Args:
@@ -60,11 +61,13 @@ def build_app(describer: Describer, model: str, limits: Limits, folder: Path) ->
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)  # Gradio's only way to be told
     runs = Runs(describer.model, limits)
     page = Page(describer, model, limits, runs, scenes)
+    blocks = page.build()
 
     def delete_old() -> None:
         sweep(uploads, limits)
         page.answers.clear(limits.stored_seconds)
         page.scenes.clear(limits.stored_seconds)
+        blocks.upload_file_set.clear()  # names of all uploads, that Gradio would keep for its end
 
     async def tidy() -> None:
         while True:
@@ -85,21 +88,24 @@ def build_app(describer: Describer, model: str, limits: Limits, folder: Path) ->
 
     packing = threading.BoundedSemaphore(ZIPS)
 
-    def pack(shelf: Shelf[Any], name: str, write: Callable[[Any, IO[bytes]], None], saved_as: str) -> FileResponse:
-        """A zip of what is kept, in a file that is deleted when it was sent, or with those of broken uploads."""
+    def pack(shelf: Shelf[Any], name: str, write: Callable[[Any, IO[bytes]], None], saved_as: str) -> Response:
+        """A zip of what is kept, in a file that is deleted when it was sent, or with those of broken uploads.
+
+        It stays open from the first byte to the last, and so is sent though it is deleted meanwhile.
+        """
         kept = _found(shelf.get(name))
         if not packing.acquire(blocking=False):
             raise HTTPException(429, "Others are downloading. Try again in a few seconds.")
         try:
-            with NamedTemporaryFile(dir=uploads, delete=False) as file:
-                write(kept, file)
+            file = NamedTemporaryFile(dir=uploads, delete=False)  # `_sent` closes it
+            write(kept, file)
         except FileNotFoundError:  # of a report that is being deleted
             raise HTTPException(404, GONE) from None
         finally:
             packing.release()
         _found(shelf.get(name))  # it may have gone while it was read
-        after = BackgroundTask(Path(file.name).unlink, missing_ok=True)
-        return FileResponse(file.name, media_type="application/zip", filename=saved_as, background=after)
+        headers = {"content-length": str(file.tell()), "content-disposition": f'attachment; filename="{saved_as}"'}
+        return StreamingResponse(_sent(file), media_type="application/zip", headers=headers)
 
     @app.get("/answers/{name}.zip")
     def answer_zip(name: str, threshold: Annotated[float, Query(ge=0, le=1)] = THRESHOLD) -> Response:
@@ -123,7 +129,7 @@ def build_app(describer: Describer, model: str, limits: Limits, folder: Path) ->
     here = Path(__file__).parent
     gr.mount_gradio_app(
         app,
-        page.build(),
+        blocks,
         path="/",
         show_error=False,  # messages of errors are for whoever runs the page; ours are `gr.Error`
         max_file_size=int(limits.megabytes * 1e6),
@@ -137,7 +143,7 @@ def build_app(describer: Describer, model: str, limits: Limits, folder: Path) ->
         css_paths=[here / "page.css"],
         js=(here / "page.js").read_text(encoding="utf-8"),
     )
-    return Guard(app, limits, uploads, runs)
+    return PageGuard(app, limits, uploads, runs)
 
 
 def serve(describer: Describer, model: str, host: str, port: int, limits: Limits) -> None:
@@ -149,7 +155,7 @@ def serve(describer: Describer, model: str, host: str, port: int, limits: Limits
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the folder is deleted then, too
     with TemporaryDirectory(prefix="kcfi-demo-") as folder:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        app = build_app(describer, answers.public_name(model), limits, Path(folder))
+        app = build_app(describer, public_name(model), limits, Path(folder))
         try:
             listening = socket.create_server((host, port), family=family)
         except (OSError, OverflowError) as error:
@@ -166,6 +172,17 @@ def serve(describer: Describer, model: str, host: str, port: int, limits: Limits
                 limit_concurrency=CONNECTIONS,
             )
             uvicorn.Server(config).run(sockets=[listening])
+
+
+def _sent(file: Any) -> Iterator[bytes]:
+    """The content of a temporary file, which is then deleted."""
+    try:
+        file.seek(0)
+        while block := file.read(SENT):
+            yield block
+    finally:
+        file.close()
+        Path(file.name).unlink(missing_ok=True)
 
 
 def _found(kept: Any) -> Any:

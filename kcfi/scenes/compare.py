@@ -1,7 +1,7 @@
 """Dates on one grid -> what differs between them: rasters, regions, outlines, sentences."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +40,7 @@ def compare(
     least: float,
     most_captions: int | None,
     confirm: int,
+    between: Callable[[], None] = lambda: None,
 ) -> Compared:
     """Detect, number, outline and describe what changed between dates on one grid.
 
@@ -54,6 +55,7 @@ def compare(
         least: smallest area of a region, in m2; in px without a CRS.
         most_captions: how many regions get a sentence; None = all.
         confirm: see `describe_scene`.
+        between: see `describe_scene`.
 
     Raises:
         InputError: no pixel has data on all dates.
@@ -72,16 +74,19 @@ def compare(
     areas = pixel_areas(grid)
     areas = np.ones(grid.height) if areas is None else areas
     mask, probability, numbers = (work / f"{name}.tif" for name in ("mask", "probability", "regions"))
+    between()
     regions = find_regions(mask, probability, numbers, grid, labels, areas, least)
     shown = date_regions(numbers, len(regions), folders, grid, work) if count > 2 else [(0, 1)] * len(regions)
     told = {**settings, "inputs": inputs, "confirm": confirm, "least": least}
     told |= {"batch_size": describer.batch_size, "generation": str(describer.generation)}
     sentences: dict[int, str] = {}
+    between()
     for pair, folder in folders.items():
         own = [one for one, by in zip(regions[:most_captions], shown, strict=False) if by == pair]
         kept = Kept(folder / "sentences", told | {"regions": [one.number for one in own]})
         written = write_sentences(describer, layers[pair[0]], layers[pair[1]], own, numbers, grid, kept)
         sentences |= dict(zip([one.number for one in own], written, strict=True))
+    between()
     return Compared(seen, regions, polygons(numbers, grid), shown, sentences)
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
@@ -53,6 +53,7 @@ def describe_scene(
     model_resolution: float | None = None,
     acquired: Sequence[str] = (),
     confirm: int = 1,
+    between: Callable[[], None] = lambda: None,
 ) -> Findings:
     """Find what changed between the dates of a scene of any size, and say it.
 
@@ -73,6 +74,7 @@ def describe_scene(
         model_resolution: m per pixel that the model was trained at; None = as saved with it, else `RESOLUTION`.
         acquired: when the dates were acquired, ISO 8601; empty = as the files say it, if they do.
         confirm: of more than two dates: how many of the later dates must show a change too, see `series.first_seen`.
+        between: called between the steps, those of the model aside; what it raises ends the run.
 
     Raises:
         FileNotFoundError: no such file.
@@ -126,6 +128,7 @@ def describe_scene(
         grid = scene_grid(sources, resolution, reproject)
         layers, shifts = [Layer(sources[0], grid, bands, stretch, nodata=nodata)], []
         for source in sources[1:]:
+            between()
             layer = Layer(source, grid, bands, stretch, nodata=nodata)
             shift = estimate_shift(layers[0], layer, grid)
             if align and shift.windows:
@@ -146,7 +149,8 @@ def describe_scene(
         least = min_area / (resolution**2 if grid.crs is None else 1)
         images = json.loads(describer.processor.image_processor.to_json_string())
         record = {**settings, "image_processor": images, "versions": versions}
-        found = compare(describer, layers, work, record, inputs, list(labels), least, max_captions, confirm)
+        found = compare(describer, layers, work, record, inputs, list(labels), least, max_captions, confirm, between)
+        between()
         for number, layer in enumerate(layers):
             Image.fromarray(layer.overview(OVERVIEW)[0]).save(work / f"date-{number}.png")
     changes = list_changes(found, grid, labels, described)
@@ -166,6 +170,7 @@ def describe_scene(
         versions=versions,
         warnings=tuple(warnings),
     )
+    between()
     write_findings(findings, work, Path(output))
     return findings
 

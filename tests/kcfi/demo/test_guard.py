@@ -8,6 +8,8 @@ import urllib.parse
 import pytest
 from PIL import Image
 
+from kcfi.demo.guard import FILES
+
 EVENT = {"meta": {"_type": "gradio.FileData"}}
 
 
@@ -156,6 +158,25 @@ def test_too_many_bytes_are_refused_though_nobody_said_how_many_come(serving):
         assert answer.status_code == 413 and "larger than" in sentence(answer)
 
 
+def test_more_files_than_a_page_sends_are_refused_though_they_are_small(client):
+    few = [("files", (f"{number}.png", b"x")) for number in range(FILES)]
+    assert len(client.http.post("/gradio_api/upload", files=few).json()) == FILES
+    before = set(loose(client))
+    many = client.http.post("/gradio_api/upload", files=[*few, ("files", ("more.png", b"x"))])
+    assert many.status_code == 413 and f"More than {FILES} files" in sentence(many)
+    until(lambda: not set(loose(client)) - before)
+
+
+def test_files_are_counted_though_their_borders_come_in_pieces(client):
+    part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n1\r\n'
+    whole = part * (FILES + 1) + b"--x--\r\n"
+    content = (whole[place : place + 1] for place in range(len(whole)))
+    answer = client.http.post(
+        "/gradio_api/upload", content=content, headers={"content-type": "multipart/form-data; boundary=x"}
+    )
+    assert answer.status_code == 413 and "More than" in sentence(answer)
+
+
 def test_a_full_queue_is_told(serving, make_pair):
     with serving(waiting=2, megapixels=9) as client:
         large = make_pair(1500, 1500, (0, 0, 700, 700))
@@ -226,7 +247,7 @@ def test_nothing_is_left_of_uploads_that_are_refused_or_break_off(serving):
 
 
 def test_a_request_that_comes_too_slowly_is_refused(serving, monkeypatch):
-    monkeypatch.setattr("kcfi.demo.guard.RECEIVED", 0.5)
+    monkeypatch.setattr("kcfi.web.guard.RECEIVED", 0.5)
     with serving() as client:
         url = client.http.base_url
         with socket.create_connection((url.host, url.port)) as connection:

@@ -9,7 +9,8 @@ import pytest
 import rasterio
 from PIL import Image
 
-from kcfi.demo.limits import RECEIVED, Limits, Refused, check_pixels, check_upload, inside, sweep
+from kcfi.demo.limits import Limits, check_upload, inside, sweep
+from kcfi.web.limits import RECEIVED, Refused, check_pixels
 
 LIMITS = Limits(megapixels=1)
 

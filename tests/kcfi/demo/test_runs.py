@@ -3,10 +3,12 @@
 import pytest
 
 from kcfi.demo import runs as module
-from kcfi.demo.limits import Limits, Refused
-from kcfi.demo.runs import Left, Runs
+from kcfi.demo.limits import Limits
+from kcfi.demo.runs import Runs
 from kcfi.models import load
 from kcfi.processing import Describer
+from kcfi.web.limits import Refused
+from kcfi.web.runs import Left
 
 
 @pytest.fixture

@@ -12,11 +12,12 @@ import rasterio
 from affine import Affine
 from PIL import Image
 
-from kcfi.demo.limits import Limits, Refused
+from kcfi.demo.limits import Limits
 from kcfi.demo.scene import describe_files, write_zip
 from kcfi.models import load
 from kcfi.processing import Describer, InputError
 from kcfi.scenes import describe_scene
+from kcfi.web.limits import Refused
 
 SIDE = 96
 
@@ -44,6 +45,10 @@ def dates(tmp_path):
     return raster(tmp_path / "secret_a" / "2019.tif"), raster(tmp_path / "secret_b" / "2024.tif", (20, 20, 70, 70))
 
 
+def unhurried():
+    """Nothing ends the run."""
+
+
 def files(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -67,7 +72,7 @@ def test_no_file_leads_gdal_to_another(describer, dates, tmp_path, kind):
             picture = Image.new("RGB", (SIDE, SIDE))
             picture.save(evil, "PNG" if kind == "PNG" else "JPEG", comment=inside.get(kind, "").encode())
         with pytest.raises(Refused) as caught:
-            describe_files(describer, str(evil), dates[1], Limits(), tmp_path)
+            describe_files(describer, str(evil), dates[1], Limits(), tmp_path, unhurried)
         assert caught.value.status == 415 and str(tmp_path) not in str(caught.value)
         with pytest.raises(TimeoutError):
             server.accept()
@@ -75,13 +80,13 @@ def test_no_file_leads_gdal_to_another(describer, dates, tmp_path, kind):
 
 def test_a_raster_that_is_too_large_is_refused_though_the_grid_is_small(describer, dates, tmp_path):
     with pytest.raises(Refused, match="96 x 96 px") as caught:
-        describe_files(describer, *dates, Limits(megapixels=0.009), tmp_path)
+        describe_files(describer, *dates, Limits(megapixels=0.009), tmp_path, unhurried)
     assert caught.value.status == 413
 
 
 def test_the_report_is_that_of_kcfi_scene_without_folders(describer, dates, tmp_path, detector):
     plain = describe_scene(dates, tmp_path / "plain", describer)
-    scene = describe_files(describer, *dates, Limits(), tmp_path)
+    scene = describe_files(describer, *dates, Limits(), tmp_path, unhurried)
     assert len(plain.changes) == 1
     page, own = (folder / "report.html" for folder in (scene.folder, tmp_path / "plain"))
     assert plain.caption in page.read_text(encoding="utf-8") and "secret_a" in own.read_text(encoding="utf-8")
@@ -94,7 +99,7 @@ def test_the_report_is_that_of_kcfi_scene_without_folders(describer, dates, tmp_
 
 
 def test_the_zip_holds_the_report_and_closing_deletes_it(describer, dates, tmp_path):
-    scene = describe_files(describer, *dates, Limits(), tmp_path)
+    scene = describe_files(describer, *dates, Limits(), tmp_path, unhurried)
     content = io.BytesIO()
     write_zip(scene, content)
     with zipfile.ZipFile(content) as archive:
@@ -108,7 +113,7 @@ def test_a_grid_that_is_too_large_is_refused_though_the_files_are_small(describe
     coarse = [raster(tmp_path / name / "a.tif", pixel=30) for name in "ab"]
     before = files(tmp_path)
     with pytest.raises(Refused, match=r"A scene \(at 0.5 m/px\) of 5,760 x 5,760 px .* 5 Mpx") as caught:
-        describe_files(describer, *coarse, Limits(), tmp_path)
+        describe_files(describer, *coarse, Limits(), tmp_path, unhurried)
     assert caught.value.status == 413 and files(tmp_path) == before
 
 
@@ -116,12 +121,28 @@ def test_nothing_is_left_of_a_scene_that_cannot_be_described(describer, tmp_path
     apart = raster(tmp_path / "a" / "a.tif"), raster(tmp_path / "b" / "b.tif", north=9_000_000)
     before = files(tmp_path)
     with pytest.raises(InputError, match="no ground in common"):
-        describe_files(describer, *apart, Limits(), tmp_path)
+        describe_files(describer, *apart, Limits(), tmp_path, unhurried)
     dates = raster(tmp_path / "a" / "a.tif"), raster(tmp_path / "b" / "b.tif", (20, 20, 70, 70))
     monkeypatch.setattr(describer, "tile_maps", None)
     with pytest.raises(TypeError):
-        describe_files(describer, *dates, Limits(), tmp_path)
+        describe_files(describer, *dates, Limits(), tmp_path, unhurried)
     assert files(tmp_path) == before
+
+
+def test_a_scene_whose_time_is_over_ends_at_its_next_step_and_leaves_nothing(describer, dates, tmp_path):
+    steps, before = [], files(tmp_path)
+    describe_files(describer, *dates, Limits(), tmp_path, lambda: steps.append(1)).close()
+    assert len(steps) >= 6 and files(tmp_path) == before
+    for last in (1, len(steps)):
+        left = iter(range(last - 1))
+
+        def check(left=left):
+            if next(left, None) is None:
+                raise Refused(504, "Too long.")
+
+        with pytest.raises(Refused, match="Too long"):
+            describe_files(describer, *dates, Limits(), tmp_path, check)
+        assert files(tmp_path) == before
 
 
 def test_the_page_shows_the_report_in_a_frame_that_may_do_nothing_else(client, dates):

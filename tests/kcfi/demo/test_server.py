@@ -73,6 +73,19 @@ def test_zips_are_made_a_few_at_a_time_and_nothing_is_left_of_them(client, make_
         time.sleep(0.05)
 
 
+def test_a_zip_that_is_deleted_while_it_is_sent_is_sent(client, make_pair, monkeypatch):
+    link = re.search(r'href="([^"]+)"', client.describe(*make_pair(40, 40))[2])[1]
+    content = os.urandom(1 << 24)  # more than the network holds
+    monkeypatch.setattr(answers, "write_zip", lambda kept, threshold, file: file.write(content))
+    with client.http.stream("GET", link) as answer:
+        parts = answer.iter_bytes()
+        came = next(parts)
+        [file] = [path for path in (client.folder / "uploads").iterdir() if path.is_file()]
+        file.unlink()  # as `sweep` does
+        came += b"".join(parts)
+    assert answer.status_code == 200 and came == content
+
+
 def test_what_is_too_old_is_deleted_though_nobody_asks(serving, make_pair):
     with serving(stored_seconds=2) as client:
         link = re.search(r'href="([^"]+)"', client.describe(*make_pair(40, 40))[2])[1]
