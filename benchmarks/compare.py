@@ -1,6 +1,7 @@
-"""What moved between two files of `make bench`.
+"""What moved between two runs of `make bench`.
 
 ```
+python benchmarks/compare.py                       # the last run of benchmarks/results, against the one before
 python benchmarks/compare.py old.json new.json
 ```
 """
@@ -8,25 +9,42 @@ python benchmarks/compare.py old.json new.json
 import argparse
 import json
 from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
 
 
-def rows_of(file: Path) -> dict[tuple[str, str], dict[str, float]]:
+def rows_of(run: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
     """(benchmark, case) -> row."""
-    reports = json.loads(file.read_text(encoding="utf-8"))
-    return {(report["benchmark"], row["case"]): row for report in reports for row in report["rows"]}
+    return {(report["benchmark"], row["case"]): row for report in run["reports"] for row in report["rows"]}
+
+
+def heading(file: Path, run: dict[str, Any]) -> str:
+    """A line that says where and when a run was."""
+    machine = run["reports"][0]["machine"]
+    return (
+        f"{file.name}: {run['began']}, commit {run['commit']}, {machine['threads']} of {machine['cores']} cores of "
+        f"{machine['cpu']}, torch {machine['torch']}, load {machine['load']}"
+    )
 
 
 def main() -> None:
-    """Print a line per case: ratio to the plain side and our own speed, old -> new."""
+    """Print a line per run, and one per case: ratio to the plain side and our own speed, old -> new."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("old", type=Path)
-    parser.add_argument("new", type=Path)
-    options = parser.parse_args()
-    old, new = rows_of(options.old), rows_of(options.new)
+    parser.add_argument("files", type=Path, nargs="*", help="two files (the two newest of benchmarks/results)")
+    files = parser.parse_args().files or sorted(RESULTS.glob("*.json"))[-2:]
+    if len(files) != 2:
+        parser.error(
+            f"two runs are compared, and here are {len(files)}: name two files, or let `make bench` run twice."
+        )
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    for file, run in zip(files, runs, strict=True):
+        print(heading(file, run))
+    old, new = (rows_of(run) for run in runs)
     for key in {**old, **new}:
         name = ", ".join(key)
         if key not in old or key not in new:
-            print(f"{name}: only in {options.old if key in old else options.new}")
+            print(f"{name}: only in {files[0 if key in old else 1]}")
             continue
         before, after = old[key], new[key]
         change = 100 * (after["ours"] / before["ours"] - 1)

@@ -9,6 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,7 +102,7 @@ def comparison(
     rounds: Rounds,
     work: float,
     unit: str,
-    bar: float,
+    bar: float | None,
     equal: str = "-",
     operations: Mapping[str, int] | None = None,
     peak: float = 0.0,
@@ -113,7 +114,7 @@ def comparison(
         rounds: of `take_turns`, for the sides "plain" and "ours".
         work: units that a round does; the row has the medians as work per second, their ratio and its spread.
         unit: of the work, per second.
-        bar: ratio that is wanted.
+        bar: ratio that is wanted; None where the ratio only tells.
         equal: what was found equal, "-" where there is nothing to compare.
         operations: of `warm_up`; None for sides that are no model's work.
         peak: operations per second of a matrix product, of `flops.matmul_peak`.
@@ -152,15 +153,19 @@ def _status(field: str) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, threads, versions, and how busy the machine was with other things at the start."""
-    info = Path("/proc/cpuinfo")
+    """Processor, memory, threads, versions, and how busy the machine was with other things at the start."""
+    info, memory = Path("/proc/cpuinfo"), Path("/proc/meminfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "memory_gib": round(int(memory.read_text(encoding="ascii").split()[1]) / 2**20) if memory.exists() else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
         "torch": torch.__version__,
+        "transformers": version("transformers"),
         "load": round(LOAD, 1),
     }
 
@@ -183,12 +188,13 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         low, high = row["spread"]
+        bar = "-" if row["bar"] is None else row["bar"]
         work = " / ".join(f"{value:,.0f}" for value in row["gflop"])
         share = " / ".join(f"{value:.0%}" for value in row["of_peak"])
         memory = " / ".join(f"{value:,.0f}" for value in row["peak_mib"])
         memory += " MiB" if memory else ""
         lines.append(
             f"| {row['case']} | {row['plain']:.3g} {row['unit']} | {row['ours']:.3g} | **{row['ratio']:.1f}** "
-            f"({low:.1f} to {high:.1f}) | {row['bar']} | {work} | {share} | {memory} | {row['equal']} |"
+            f"({low:.1f} to {high:.1f}) | {bar} | {work} | {share} | {memory} | {row['equal']} |"
         )
     return "\n".join(lines)

@@ -1,4 +1,8 @@
-"""All benchmarks that a CPU can pay for: `make bench`. Writes bench.json and the table of docs/performance.md."""
+"""All benchmarks that a CPU can pay for: `make bench`. Writes a file of `results/`, and tables of docs/performance.md.
+
+The file is named after the time at which the run began, in UTC, and holds the machine, the commit and every row:
+commit it, and `python benchmarks/compare.py` shows what moved since the run before.
+"""
 
 import argparse
 import json
@@ -6,16 +10,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from measure import table
 from tqdm import tqdm
 
+from kcfi.training.train import git_revision
+
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- make bench writes what stands below -->\n", "<!-- up to here -->\n"
-NAMES = ["start_up", "train_step", "caption_folder", "scene", "data_stream"]
+RESULTS = FOLDER / "results"
+NAMES = ["start_up", "train_step", "caption_folder", "scene", "data_stream", "peers"]
 
 
 def with_tables(page: str, reports: Sequence[Mapping[str, Any]]) -> str:
@@ -32,11 +40,13 @@ def with_tables(page: str, reports: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> None:
     """Run one benchmark after the other."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("runs/bench.json"), help="results (%(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
     options = parser.parse_args()
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    reports = []
+    options.output.mkdir(parents=True, exist_ok=True)
+    began = datetime.now(UTC).isoformat(timespec="seconds")
+    file = options.output / f"{began[:19].replace(':', '')}.json"
+    reports: list[dict[str, Any]] = []
     for name in tqdm(NAMES, "benchmarks"):
         command = [sys.executable, str(FOLDER / f"{name}.py"), "--json"]
         started = time.perf_counter()
@@ -44,7 +54,8 @@ def main() -> None:
         seconds = time.perf_counter() - started
         tqdm.write(f"{name}: {seconds:.0f} s")
         reports.append({**json.loads(done.stdout.splitlines()[-1]), "seconds": seconds})
-        options.output.write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
+    run = {"began": began, "commit": git_revision(), "reports": reports}
+    file.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), reports), encoding="utf-8")
 
 

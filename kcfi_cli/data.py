@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from kcfi_cli.options import Commands, add_drawing_options, check_writable
 
@@ -20,12 +21,16 @@ def add_synthesize(actions: Commands) -> None:
     parser = actions.add_parser(
         "synthesize",
         help="draw synthetic pairs",
-        description="Draw before/after pairs with masks and captions, in the folder layout of LEVIR-MCI.",
+        description="Draw before/after pairs with masks and captions, in the folder layout of LEVIR-MCI, or as "
+        "parquet shards to train on.",
         epilog="example: kcfi data synthesize --pairs 100 --output pairs",
     )
     parser.add_argument("--pairs", type=int, required=True, help="number of pairs; 80 %% train, 10 %% val, 10 %% test")
     parser.add_argument("--output", type=Path, required=True, help="new folder")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes (%(default)s)")
+    parser.add_argument(
+        "--shards", action="store_true", help="write parquet shards, for --dataset, instead of a folder of images"
+    )
     add_drawing_options(parser)
     parser.set_defaults(run=run_synthesize)
 
@@ -33,16 +38,15 @@ def add_synthesize(actions: Commands) -> None:
 def run_synthesize(options: argparse.Namespace) -> None:
     """`kcfi data synthesize`."""
     from kcfi.files import as_dict
-    from kcfi.training.synthetic.dataset import synthesize
+    from kcfi.training.synthetic.dataset import synthesize, synthesize_shards
 
     check_writable(options.output)
-    synthesize(
-        options.output,
-        options.pairs,
-        options.seed,
-        materials=options.materials,
-        pair_mix=as_dict(options.pair_mix),
-    )
+    drawn: Any = {"materials": options.materials, "pair_mix": as_dict(options.pair_mix)}
+    if options.shards:
+        synthesize_shards(options.output, options.pairs, options.seed, **drawn)
+        print(f"{options.output}: train on it with `kcfi train RECIPE --dataset {options.output}`")
+        return
+    synthesize(options.output, options.pairs, options.seed, **drawn)
     print(f"{options.pairs} pairs: {options.output}, with a picture of some: {options.output / 'contact_sheet.png'}")
 
 

@@ -18,6 +18,7 @@ from transformers import CompileConfig
 
 from kcfi.models import load
 from kcfi.training.arguments import parse_recipe
+from kcfi.training.load import load_pairs
 from kcfi.training.train import save_recipe
 from kcfi_cli import main
 
@@ -401,6 +402,14 @@ def test_a_results_file_that_is_a_folder_is_refused_before_the_work(capsys, scen
     (tmp_path / "file").touch()
     below = ["evaluate", "--dataset", "nowhere", "--output", tmp_path / "file" / "results.json"]
     assert refusal(capsys, *below).startswith(f"--output: {tmp_path / 'file'} is a file")
+
+
+def test_pairs_are_drawn_into_shards_that_training_reads(capsys, tmp_path):
+    shards = tmp_path / "shards"
+    assert main(["data", "synthesize", "--pairs", "10", "--shards", "--output", str(shards)]) == 0
+    assert capsys.readouterr().out == f"{shards}: train on it with `kcfi train RECIPE --dataset {shards}`\n"
+    pairs = load_pairs(str(shards), "val")
+    assert len(pairs) == 1 and pairs[0]["captions"]
 
 
 def test_synthesize_never_mixes_with_what_is_there(capsys, scenes):

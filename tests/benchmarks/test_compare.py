@@ -2,16 +2,39 @@ import json
 import sys
 
 import compare
+import pytest
+
+
+def write(folder, name, began, **cases):
+    rows = [{"case": case, "ratio": ratio, "ours": ours, "unit": "x/s"} for case, (ratio, ours) in cases.items()]
+    machine = {"cpu": "abacus", "threads": 1, "cores": 2, "torch": "2", "load": 0.5}
+    report = {"benchmark": "b", "machine": machine, "rows": rows}
+    (folder / name).write_text(json.dumps({"began": began, "commit": "c0ffee", "reports": [report]}))
+    return str(folder / name)
 
 
 def test_what_moved_is_printed_by_case(tmp_path, monkeypatch, capsys):
-    def write(name, **cases):
-        rows = [{"case": case, "ratio": ratio, "ours": ours, "unit": "x/s"} for case, (ratio, ours) in cases.items()]
-        (tmp_path / name).write_text(json.dumps([{"benchmark": "b", "rows": rows}]))
-        return str(tmp_path / name)
-
-    old, new = write("old.json", same=(4.0, 10.0), gone=(1.0, 1.0)), write("new.json", same=(5.0, 12.0))
+    old = write(tmp_path, "old.json", "monday", same=(4.0, 10.0), gone=(1.0, 1.0))
+    new = write(tmp_path, "new.json", "tuesday", same=(5.0, 12.0))
     monkeypatch.setattr(sys, "argv", ["compare.py", old, new])
     compare.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["b, same: ratio 4.00 -> 5.00, ours 10 -> 12 x/s (+20 %)", f"b, gone: only in {old}"]
+    assert lines == [
+        "old.json: monday, commit c0ffee, 1 of 2 cores of abacus, torch 2, load 0.5",
+        "new.json: tuesday, commit c0ffee, 1 of 2 cores of abacus, torch 2, load 0.5",
+        "b, same: ratio 4.00 -> 5.00, ours 10 -> 12 x/s (+20 %)",
+        f"b, gone: only in {old}",
+    ]
+
+
+def test_without_files_the_two_newest_are_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare.py"])
+    write(tmp_path, "2026-11-30T110000.json", "last", same=(4.0, 10.0))
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "and here are 1: name two files" in capsys.readouterr().err
+    write(tmp_path, "2026-11-30T100000.json", "before", same=(2.0, 10.0))
+    write(tmp_path, "2026-11-29T230000.json", "long ago", same=(1.0, 10.0))
+    compare.main()
+    assert "b, same: ratio 2.00 -> 4.00, ours 10 -> 10 x/s (+0 %)" in capsys.readouterr().out

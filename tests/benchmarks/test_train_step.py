@@ -1,8 +1,10 @@
 import json
 import sys
+from functools import partial
 
 import measure
 import pytest
+import torch
 import train_step
 
 from kcfi.models import load
@@ -53,3 +55,13 @@ def test_pooling_replaces_that_of_the_config_in_model_and_prompt():
         assert model.config.visual_token_pooling == pooling
         tokens[pooling] = processor._get_num_multimodal_tokens([(256, 256)] * 2).num_image_tokens
     assert tokens[1] == [4 * count for count in tokens[2]]
+
+
+def test_compiled_the_packed_step_is_compared_with_itself(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced, which takes seconds
+    torch.compiler.reset()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--compiled"])
+    train_step.main()
+    [row] = json.loads(capsys.readouterr().out)["rows"]
+    assert row["case"].endswith("1 pairs x 5 captions, packed, as it is and compiled") and row["bar"] == 1.6
+    assert row["equal"].startswith("gradients to ") and row["gflop"] == []

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.utils import ParallelismConfig
 from PIL import Image
+from torch._dynamo.utils import counters
 from torch.utils.data import Subset
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainerCallback, TrainingArguments
 
@@ -322,6 +323,25 @@ def test_activation_checkpointing_runs_the_tower_named_twice_and_changes_no_grad
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_a_compiled_training_has_the_same_losses_and_compiles_longer_captions_once_more(make_trainer, make_pairs):
+    gradients, rounds = [], []
+    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        torch.compiler.reset()
+        counters.clear()
+        keep = Gradients()
+        pairs = make_pairs(12)
+        trainer = make_trainer(pairs, callbacks=[keep], per_device_train_batch_size=2, max_steps=6, **settings)
+        trainer.train()
+        gradients.append(keep.first)
+        rounds.append([entry["loss"] for entry in losses(trainer)])
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-7)
+    assert rounds[1] == pytest.approx(rounds[0], rel=1e-3)
+    assert 0 < counters["stats"]["unique_graphs"] <= 10  # five pieces, for the first length and then for all
 
 
 def test_the_side_of_the_training_images_is_saved_with_the_model(

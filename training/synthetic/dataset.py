@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -35,6 +36,7 @@ from tqdm import tqdm
 from kcfi.files import check_new_folder
 from kcfi.pictures import MASK_BUILDING, MASK_ROAD, contact_sheet, overlay
 from kcfi.processing import InputError
+from kcfi.training.data.shards import write_shards
 from kcfi.training.synthetic.captions import ROWS, Change, Ground, ObjectChange, describe, locate
 from kcfi.training.synthetic.developed import OPEN_LAND, draw_developed, draw_two_places, open_scenes
 from kcfi.training.synthetic.layout import (
@@ -432,3 +434,24 @@ def synthesize(
         ["\n".join([e["filename"], *e["captions"]]) for e in examples],
         ["before", "after", "change"],
     ).save(Path(output) / "contact_sheet.png")
+
+
+def synthesize_shards(output: str | Path, pairs: int, seed: int = 0, **options: Any) -> None:
+    """Write drawn pairs as parquet shards (`kcfi data synthesize --shards`): drawn once, read in every epoch.
+
+    Args:
+        output: Folder to create; it must be new or empty.
+        pairs: See `synthesize`.
+        seed: See `synthesize`.
+        **options: Further ones of `synthesize`.
+
+    Raises:
+        InputError: See `synthesize`.
+        FileExistsError: If the folder is not empty.
+    """
+    output = Path(output)
+    check_new_folder(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
+        synthesize(Path(folder) / "pairs", pairs, seed, **options)
+        write_shards(Path(folder) / "pairs", output)

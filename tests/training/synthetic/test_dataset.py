@@ -12,6 +12,7 @@ from scipy import ndimage
 
 from kcfi.processing.places_kcfi import UNCHANGED_SENTENCES
 from kcfi.training.data.levir_cc import LevirCCDataset
+from kcfi.training.load import load_pairs
 from kcfi.training.synthetic import painting
 from kcfi.training.synthetic.captions import locate
 from kcfi.training.synthetic.dataset import (
@@ -24,6 +25,7 @@ from kcfi.training.synthetic.dataset import (
     describe,
     draw_scene,
     synthesize,
+    synthesize_shards,
 )
 from kcfi.training.synthetic.layout import Frame
 from kcfi.training.synthetic.material_library import LibraryMaterials
@@ -392,6 +394,28 @@ def test_a_written_data_set_is_read_back(tmp_path):
     entry = json.loads((tmp_path / "scenes" / "LevirCCcaptions.json").read_text())["images"][1]
     assert entry["changeflag"] == 1 and entry["filepath"] == "train"
     assert entry["sentences"][2]["sentid"] == 7 and entry["sentences"][0]["tokens"][-1] != "."
+
+
+def test_drawn_shards_hold_the_drawn_pairs_and_nothing_else_is_left(tmp_path):
+    settings = SyntheticSettings(image_size=64)
+    synthesize_shards(tmp_path / "shards", 12, seed=5, settings=settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["shards"]
+    drawn, read = SyntheticDataset(10, "train", 5, settings), load_pairs(str(tmp_path / "shards"), "train")
+    examples = {example["filename"]: example for example in (read[index] for index in range(len(read)))}
+    assert len(examples) == 10  # in another order
+    for index in range(10):
+        expected = drawn[index]
+        actual = examples[expected["filename"]]
+        assert actual["captions"] == expected["captions"] and actual["changed"] == expected["changed"]
+        for key in ("image_before", "image_after", "mask"):
+            assert actual[key].tobytes() == expected[key].tobytes()
+
+
+def test_drawn_shards_refuse_a_folder_with_content_before_anything_is_drawn(tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        synthesize_shards(tmp_path, 10**9)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_synthesize_refuses_a_folder_with_content(tmp_path):
