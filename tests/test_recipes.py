@@ -53,6 +53,11 @@ ABLATIONS = {
         "synthetic/fine_tuned_128px": {"image_size": 128, "train_vision_tower": True, "feature_cache": None},
     },
 }
+ABLATIONS["real/kcfi"] = {
+    name.replace("synthetic/", "real/"): difference
+    for name, difference in ABLATIONS["synthetic/kcfi"].items()
+    if name.split("/")[1] not in ("global_flow", "mlp_projector", "every_patch", "dwa_window_t2", "dwa_epoch", "dwa_epoch_t2")
+}
 
 # What stands behind the names of towers in the recipes, so that nothing is downloaded.
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}

@@ -16,6 +16,7 @@ from kcfi.processing import InputError
 from kcfi.training.zero import find_settings, require_deepspeed
 
 RECIPES = Path(__file__).parent / "recipes"
+SETS = ("ablations", "synthetic_ablations", "real_ablations", "levir_choices", "levir_few")  # for `kcfi ablate`
 
 
 @dataclass
@@ -108,6 +109,14 @@ class DataArguments:
     eval_split: str = field(default="val", metadata={"help": "Split the best checkpoint is chosen on (never test)."})
     num_train_pairs: int | None = field(
         default=None, metadata={"help": "Pairs to train on (default: all, 5000 of 'synthetic')."}
+    )
+    crops_per_scene: int | None = field(
+        default=None,
+        metadata={
+            "help": "Crops that every scene was cut into, numbered in the file names one scene after the other (16 in "
+            "LEVIR-CC): `num_train_pairs` then takes scene after scene in an order drawn by `seed`, so that a smaller "
+            "number is part of a larger one."
+        },
     )
     num_eval_pairs: int | None = field(
         default=None, metadata={"help": "Pairs to evaluate on (default: all, 500 of 'synthetic')."}
@@ -337,10 +346,10 @@ def parse_recipe(recipe: str | Path, overrides: Sequence[str] = (), starts: bool
 
 
 def packaged_recipes() -> dict[str, Path]:
-    """The packaged recipes by name, "debug" or "ablations/cfe"; *ablations.yaml are sets of them (`kcfi ablate`)."""
+    """The packaged recipes by name, "debug" or "ablations/cfe"; without the sets of them (`SETS`)."""
     paths = [*sorted(RECIPES.glob("*.yaml")), *sorted(RECIPES.glob("*/*.yaml"))]
     names = {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in paths}
-    return {name: path for name, path in names.items() if not name.endswith("ablations")}
+    return {name: path for name, path in names.items() if name not in SETS}
 
 
 def find_recipe(recipe: str | Path, folder: Path = Path()) -> Path:
