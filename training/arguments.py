@@ -173,6 +173,14 @@ class KCFITrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = field(
         default=32, metadata={"help": "Pairs per micro-batch and device (each with `captions_per_pair` captions)."}
     )
+    objective: Literal["cross_entropy", "scst"] = field(
+        default="cross_entropy",
+        metadata={
+            "help": "What sentences are trained by: cross_entropy (eq. 8), or scst, as a second stage of a finished "
+            "`model`: it draws `captions_per_pair` captions of its own per pair, and those that score above its "
+            "greedy one in CIDEr-D become likelier (docs/training.md)."
+        },
+    )
     train_language_model: bool = field(default=False, metadata={"help": "Train the language model too."})
     train_vision_tower: bool = field(
         default=True, metadata={"help": "Fine-tune the vision tower (Table III: w/ ft); false = keep it frozen."}

@@ -147,6 +147,8 @@ def train(recipe: Recipe, checkpoint: str | None = None) -> KCFITrainer:
             data.dataset, data.eval_split, data.num_eval_pairs, revision=data.dataset_revision, **source
         )
 
+    if args.objective == "scst" and recipe.model.model is None:
+        raise InputError("objective=scst goes on from captions that a model can write: give `model`, a finished one.")
     pin_models(recipe)
     set_seed(args.seed)
     with whole_weights(args):
