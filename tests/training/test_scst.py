@@ -135,14 +135,14 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(make_trainer, make_pairs):
     assert found[0] == [pytest.approx(line, rel=1e-3, abs=1e-6) for line in found[1]]
 
 
-def test_the_reward_of_a_toy_rises_and_masks_go_on_learning(make_trainer, make_pairs):
-    settings = {"learning_rate": 3e-3, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 1.0}
+def test_a_toy_that_begins_with_random_words_is_rewarded_more_and_masks_are_learned_beside(make_trainer, make_pairs):
+    settings = {"learning_rate": 3e-3, "lr_scheduler_type": "constant", "warmup_steps": 0}
     trainer = make_trainer(make_pairs(), max_steps=40, per_device_train_batch_size=8, **{**SCST, **settings})
     trainer.train()
-    log = lines(trainer, "reward", "greedy_reward", "mask_loss", "mask_weight")
-    start, end = ([sum(column) / 5 for column in zip(*part, strict=True)] for part in (log[:5], log[-5:]))
-    assert end[0] > start[0] + 20 and end[1] > start[1] + 20, (start, end)
-    assert end[2] < start[2] and end[3] == 1
+    log = lines(trainer, "reward", "mask_loss", "mask_weight")
+    start, end = ([sum(column) / 10 for column in zip(*part, strict=True)] for part in (log[:10], log[-10:]))
+    assert end[0] > start[0] + 8, (start, end)
+    assert end[1] < 0.5 * start[1] and end[2] == 1
 
 
 @pytest.mark.parametrize("stop", [3, 4])

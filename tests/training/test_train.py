@@ -171,6 +171,54 @@ def test_a_killed_run_resumes_in_a_new_process_with_the_same_losses(recipe, tmp_
     assert log_of(killed) == log_of(full)
 
 
+@pytest.mark.slow
+def test_a_killed_second_stage_of_drawn_captions_resumes_with_the_same_losses(recipe, tmp_path):
+    """SIGKILL while it trains; the rewards that the log shows are the same too."""
+    train.main([str(recipe), "--eval_strategy", "no", "--save_strategy", "no", "--output_dir", str(tmp_path / "one")])
+    values = yaml.safe_load(recipe.read_text())
+    second = {name: value for name, value in values.items() if name not in ("vision_config", "text_model")}
+    del second["model_settings"]
+    second |= {"model": str(tmp_path / "one"), "objective": "scst", "dwa": "none", "train_language_model": True}
+    second |= {"num_train_epochs": 4, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "no"}
+    (tmp_path / "second.yaml").write_text(yaml.safe_dump(second))
+    command = [sys.executable, "-m", "kcfi.training.train", str(tmp_path / "second.yaml")]
+    full, killed = tmp_path / "full", tmp_path / "killed"
+    subprocess.run([*command, "--output_dir", str(full)], check=True)
+    run = subprocess.Popen([*command, "--output_dir", str(killed)], stdout=subprocess.DEVNULL)
+    while not complete_checkpoints(killed):
+        assert run.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    run.kill()
+    run.wait()
+    subprocess.run([*command, "--output_dir", str(killed), "--resume"], check=True)
+    assert len(log_of(full)) == 16 and log_of(killed) == log_of(full)
+
+    def rewards(folder):
+        state = json.loads((folder / "trainer_state.json").read_text())
+        return [(line["reward"], line["greedy_reward"]) for line in state["log_history"] if "reward" in line]
+
+    assert rewards(killed) == rewards(full) and len(rewards(full)) == 16
+
+
+def test_captions_are_drawn_from_a_finished_model_alone(recipe):
+    with pytest.raises(InputError, match="objective=scst goes on from captions that a model can write: give `model`"):
+        train.main([str(recipe), "--objective", "scst", "--dwa", "none"])
+
+
+def test_a_recipe_takes_whole_scenes_by_its_seed_and_refuses_pairs_without_numbers(recipe, root, tmp_path):
+    options = ["--dataset", str(root), "--crops_per_scene", "16", "--num_train_pairs", "1", "--max_steps", "1"]
+    with pytest.raises(InputError, match=r"a\.png: its name does not end in the number of a crop"):
+        train.main([str(recipe), *options, "--eval_strategy", "no"])
+    captions = root / "LevirCCcaptions.json"
+    captions.write_text(captions.read_text().replace("a.png", "1.png").replace("b.png", "2.png"))
+    for old, new in (("a.png", "1.png"), ("b.png", "2.png")):
+        for kind in ("A", "B", "label"):
+            (root / "images" / "train" / kind / old).rename(root / "images" / "train" / kind / new)
+    train.main([str(recipe), *options, "--eval_strategy", "no"])
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert log[0]["pairs"] == 1
+
+
 @pytest.fixture
 def submit(launched, tmp_path):
     """Run slurm.sh as SLURM would on one machine with two devices; `srun` and `scontrol` are stand-ins."""
