@@ -171,17 +171,39 @@ def test_a_killed_run_resumes_in_a_new_process_with_the_same_losses(recipe, tmp_
     assert log_of(killed) == log_of(full)
 
 
-@pytest.mark.slow
-def test_a_killed_second_stage_of_drawn_captions_resumes_with_the_same_losses(recipe, tmp_path):
-    """SIGKILL while it trains; the rewards that the log shows are the same too."""
+@pytest.fixture
+def second(recipe, tmp_path):
+    """A second stage, behind one of the recipe."""
     train.main([str(recipe), "--eval_strategy", "no", "--save_strategy", "no", "--output_dir", str(tmp_path / "one")])
-    values = yaml.safe_load(recipe.read_text())
-    second = {name: value for name, value in values.items() if name not in ("vision_config", "text_model")}
-    del second["model_settings"]
-    second |= {"model": str(tmp_path / "one"), "objective": "scst", "dwa": "none", "train_language_model": True}
-    second |= {"num_train_epochs": 4, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "no"}
-    (tmp_path / "second.yaml").write_text(yaml.safe_dump(second))
-    command = [sys.executable, "-m", "kcfi.training.train", str(tmp_path / "second.yaml")]
+    values = {"base": recipe.name, "model": str(tmp_path / "one"), "objective": "scst", "dwa": "none"}
+    values |= dict.fromkeys(("vision_config", "text_model", "model_settings"))
+    values |= {"train_language_model": True, "num_train_epochs": 4, "eval_strategy": "no"}
+    values |= {"save_strategy": "steps", "save_steps": 3}
+    (tmp_path / "second.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path / "second.yaml"
+
+
+def rewards_of(folder):
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [[line["reward"], line["greedy_reward"]] for line in state["log_history"] if "reward" in line]
+
+
+@pytest.mark.slow
+def test_two_ranks_draw_and_learn_like_one(launched, second, tmp_path):
+    train.main([str(second), "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "whole")])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "kcfi_cli", "train"]
+    command = [*launcher, str(second), "--output_dir", str(tmp_path / "ranks")]
+    done = subprocess.run(command, capture_output=True, text=True, env=launched, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert log_of(tmp_path / "ranks") == [
+        (step, pytest.approx(loss, rel=1e-3)) for step, loss in log_of(tmp_path / "whole")
+    ]
+    assert rewards_of(tmp_path / "ranks") == [pytest.approx(line, rel=1e-4) for line in rewards_of(tmp_path / "whole")]
+
+
+@pytest.mark.slow
+def test_a_killed_second_stage_resumes_with_the_same_captions_and_losses(second, tmp_path):
+    command = [sys.executable, "-m", "kcfi.training.train", str(second)]
     full, killed = tmp_path / "full", tmp_path / "killed"
     subprocess.run([*command, "--output_dir", str(full)], check=True)
     run = subprocess.Popen([*command, "--output_dir", str(killed)], stdout=subprocess.DEVNULL)
@@ -191,13 +213,8 @@ def test_a_killed_second_stage_of_drawn_captions_resumes_with_the_same_losses(re
     run.kill()
     run.wait()
     subprocess.run([*command, "--output_dir", str(killed), "--resume"], check=True)
-    assert len(log_of(full)) == 16 and log_of(killed) == log_of(full)
-
-    def rewards(folder):
-        state = json.loads((folder / "trainer_state.json").read_text())
-        return [(line["reward"], line["greedy_reward"]) for line in state["log_history"] if "reward" in line]
-
-    assert rewards(killed) == rewards(full) and len(rewards(full)) == 16
+    assert len(log_of(full)) == len(rewards_of(full)) == 16
+    assert log_of(killed) == log_of(full) and rewards_of(killed) == rewards_of(full)
 
 
 def test_captions_are_drawn_from_a_finished_model_alone(recipe):
