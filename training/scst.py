@@ -104,7 +104,7 @@ def roll_out(
     )
     encoded.cache.batch_repeat_interleave(count)
     ends = processor.generation_tokens
-    noise = GumbelNoise([seed for row in seeds for seed in row], processor.image_token_id)
+    noise = GumbelNoise([seed for row in seeds for seed in row], model.config.image_token_id)
     written: Any = model.generate(  # greedy, whatever the settings saved with the model
         input_ids=tokens.repeat_interleave(count, dim=0),
         attention_mask=seen.repeat_interleave(count, dim=0),
@@ -155,8 +155,9 @@ class SelfCritic:
         if not any(captions):
             raise InputError("objective=scst: no training pair has a sentence to score captions by.")
         self.cider = CiderD([[_ended(caption) for caption in references] for references in captions if references])
-        self._sums = [0.0] * 4  # since the last line of the log: scores of drawn and of greedy captions; their numbers
-        self._new = [0.0] * 4  # of this rank, since the last `finish`
+        # since the last line of the log: scores of the drawn captions and of the greedy ones, and their numbers
+        self._sums = torch.zeros(4)
+        self._new = torch.zeros(4)  # the same of this rank, since the last `finish`
 
     def write(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
         """Draw captions for a batch.
@@ -175,20 +176,17 @@ class SelfCritic:
         self.model.eval()
         written = roll_out(self.model, self.processor, batch["pixel_values"], prompts, seeds, self.max_new_tokens)
         self.model.train(training)
-        drawn, advantages = [], []
-        for captions, true in zip(written, references, strict=True):
-            greedy, *rewards = [self.reward(caption, true) for caption in captions] if true else [0.0]
-            drawn.append(captions[1:] if true else [])
-            advantages.append([0.0, *(reward - greedy for reward in rewards)])  # segment 0 is the prompt
-            more = [sum(rewards), greedy, len(rewards), bool(true)]
-            self._new = [one + other for one, other in zip(self._new, more, strict=True)]
+        advantages = torch.zeros(len(written), 1 + self.samples)  # of every segment; segment 0 is the prompt
+        for row, captions, true in zip(advantages, written, references, strict=True):
+            if true:
+                greedy, *rewards = [self.reward(caption, true) for caption in captions]
+                row[1:] = torch.tensor(rewards) - greedy
+                self._new += torch.tensor([sum(rewards), greedy, len(rewards), 1])
+        drawn = [captions[1:] if true else [] for captions, true in zip(written, references, strict=True)]
         rows = packed_rows(prompts, drawn, self.processor.tokenizer.pad_token_id)
-        rows = {name: row.to(batch["pixel_values"].device) for name, row in rows.items()}
-        width = 1 + self.samples
-        table = torch.tensor([row + [0.0] * (width - len(row)) for row in advantages], device=rows["labels"].device)
-        rows["advantages"] = table.gather(1, rows["segment_ids"].clamp(min=0))
+        rows["advantages"] = advantages.gather(1, rows["segment_ids"].clamp(min=0))
         kept = {name: value for name, value in batch.items() if name not in ("prompts", "references")}
-        return {**kept, **rows}
+        return {**kept, **{name: row.to(batch["pixel_values"].device) for name, row in rows.items()}}
 
     def reward(self, tokens: Sequence[int], references: Sequence[str]) -> float:
         """CIDEr-D of a caption, 0 to 10, with a word for its end if it came to one.
@@ -208,23 +206,22 @@ class SelfCritic:
 
     def finish(self, add_up: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> None:
         """End an optimizer step: `add_up` sums a tensor over all ranks."""
-        sums = add_up(torch.tensor(self._new, device=device)).tolist()
-        self._sums = [one + other for one, other in zip(self._sums, sums, strict=True)]
-        self._new = [0.0] * 4
+        self._sums += add_up(self._new.to(device, copy=True)).cpu()
+        self._new.zero_()
 
     def logs(self) -> dict[str, float]:
         """CIDEr-D x 100 since the last call: mean of the drawn captions, and of the greedy ones."""
-        drawn, greedy, captions, pairs = self._sums
-        self._sums = [0.0] * 4
+        drawn, greedy, captions, pairs = self._sums.tolist()
+        self._sums.zero_()
         return {"reward": 100 * drawn / captions, "greedy_reward": 100 * greedy / pairs} if captions else {}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"rewards": self._sums}
+        return {"rewards": self._sums.tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        self._sums = list(state["rewards"])
+        self._sums = torch.tensor(state["rewards"])
 
 
 def _ended(caption: str) -> str:

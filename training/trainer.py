@@ -192,6 +192,8 @@ class KCFITrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         check_settings(args, kwargs)
+        kwargs["train_dataset"] = training_pairs(kwargs.get("train_dataset"), args)
+        check_objective(args, kwargs["train_dataset"])
         self.meteor = find_java(args)
         check_captions_per_pair(model, args, data_collator)
         self.evaluated = freeze(model, args)
@@ -202,9 +204,7 @@ class KCFITrainer(Trainer):
             check_cacheable(args, data_collator)
             self.feature_cache = FeatureCache(model.model, args.feature_cache)
         args.report_to = trackers(args.report_to)
-        kwargs["train_dataset"] = training_pairs(kwargs.get("train_dataset"), args)
         kwargs["eval_dataset"] = evaluation_pairs(kwargs.get("eval_dataset"))
-        check_objective(args, kwargs["train_dataset"])
         data_collator.sampled = args.objective == "scst"
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         if self.eval_dataset is not None:
