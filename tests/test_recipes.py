@@ -94,6 +94,7 @@ ABLATIONS["levir_few/pairs_608"] = {
     "levir_few/rate_1e-3": dict.fromkeys(RATES, 1e-3),
     "levir_few/frozen_language_model": {"train_language_model": False},
     "levir_few/augmented": {"augment": True},
+    "levir_few/averaged": {"ema_decay": 0.99},
     "levir_few/scst_608": {
         "model": "runs/levir_few/pairs_608-0",
         "objective": "scst",

@@ -181,6 +181,13 @@ class KCFITrainingArguments(TrainingArguments):
             "greedy one in CIDEr-D become likelier (docs/training.md)."
         },
     )
+    ema_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "Evaluate, choose and end with an exponential moving average of the weights, of this decay per "
+            "optimizer step: 0.99 averages over about a hundred steps (0 = no average)."
+        },
+    )
     train_language_model: bool = field(default=False, metadata={"help": "Train the language model too."})
     train_vision_tower: bool = field(
         default=True, metadata={"help": "Fine-tune the vision tower (Table III: w/ ft); false = keep it frozen."}
@@ -290,6 +297,10 @@ class KCFITrainingArguments(TrainingArguments):
                 f"activation_checkpointing_towers={self.activation_checkpointing_towers} changes nothing without "
                 "`activation_checkpointing: true`."
             )
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"ema_decay={self.ema_decay} must be at least 0 (no average) and below 1.")
+        if self.ema_decay and (self.deepspeed or self.fsdp):
+            raise InputError("ema_decay: the weights of a model that is split among processes are not averaged.")
         if self.dwa_window < 1:
             raise InputError(f"dwa_window={self.dwa_window} must be at least 1 optimizer step.")
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -33,6 +33,7 @@ from kcfi.files import name_some
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import NO_LABEL, InputError, KCFIProcessor
 from kcfi.training.arguments import KCFITrainingArguments
+from kcfi.training.average import WeightAverage
 from kcfi.training.checkpoints import UNFINISHED, begin, check_space, flush, publish, rotate, writing
 from kcfi.training.checks import (
     check_best_metric,
@@ -146,6 +147,7 @@ class KCFITrainer(Trainer):
       not depend on how a step is cut into micro-batches and ranks. A pair without captions adds to the mask loss
       alone, one without a mask to the caption loss alone.
     - **Captions that the model draws** take the place of the caption loss with `args.objective` "scst" (`scst.py`).
+    - **Average**: with `args.ema_decay` evaluation sees an average of the weights, and the run ends with it.
     - **Weights** of the two: dynamic weight averaging, or 1 and 1 (`args.dwa`).
     - **Evaluation** generates captions and masks and scores them (`eval_s_m`, `eval_mask_f1`, ...); `eval_loss` is the
       sum of the two losses on the first caption of every pair. A few pairs are drawn each time, into
@@ -217,6 +219,7 @@ class KCFITrainer(Trainer):
             window = args.dwa_window if args.dwa == "window" else 1  # "epoch": known when training begins
             dwa = DynamicWeightAverage(args.dwa_temperature, window)
         self.balance = LossBalance(dwa)
+        self.average: WeightAverage | None = None  # while it trains
         self.critic: SelfCritic | None = None  # made when training begins, from the captions of all training pairs
         self.throughput = Throughput()
         self.step_rates: dict[str, float] = {}  # learning rates of the last step
@@ -248,6 +251,8 @@ class KCFITrainer(Trainer):
             limits = (collator.captions_per_pair, self.args.generation_max_new_tokens)
             captions = column_of(self._pairs(), "captions")
             self.critic = SelfCritic(model, collator.processor, captions, *limits, seed=self.args.seed)
+        if self.args.ema_decay:
+            self.average = WeightAverage(model, self.args.ema_decay)
         before = model.caption_loss_function, model.model.stage_cache
         model.caption_loss_function = self.caption_loss
         if self.feature_cache is not None:
@@ -255,8 +260,12 @@ class KCFITrainer(Trainer):
         self.throughput.stop()
         try:
             with self.stop.listening():
-                return super().train(*args, **kwargs)
+                output = super().train(*args, **kwargs)
+            if self.average is not None and not self.stopped:
+                self.average.exchange()
+            return output
         finally:
+            self.average = None
             model.caption_loss_function, model.model.stage_cache = before
 
     def _check_space(self) -> None:
@@ -264,6 +273,8 @@ class KCFITrainer(Trainer):
         checkpoint = weights
         if not self.args.save_only_model:  # Adam keeps two numbers per weight
             checkpoint += 2 * sum(weight.nbytes for weight in self.model.parameters() if weight.requires_grad)
+        if self.args.ema_decay:
+            checkpoint += sum(weight.nbytes for weight in self.model.parameters() if weight.requires_grad)
         if self.args.save_strategy == "no":
             checkpoint = 0
         check_space(Path(str(self.args.output_dir)), checkpoint, self.args.save_total_limit, weights)
@@ -489,8 +500,9 @@ class KCFITrainer(Trainer):
     # Evaluation
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Trainer's; its time does not count in pairs/s of training."""
-        with self.throughput.paused():
+        """Trainer's, of the average where there is one; its time does not count in pairs/s of training."""
+        averaged = nullcontext() if self.average is None else self.average.in_place()
+        with self.throughput.paused(), averaged:
             return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(
@@ -613,6 +625,8 @@ class KCFITrainer(Trainer):
             self.accelerator.wait_for_everyone()
             folder = str(run / UNFINISHED)
             self.save_model(folder, _internal_call=True)
+            if self.average is not None and self.args.should_save:
+                self.average.save(folder)
             if not self.args.save_only_model:
                 self._save_optimizer_and_scheduler(folder)
                 self._save_scaler(folder)
@@ -653,6 +667,8 @@ class KCFITrainer(Trainer):
             self._load_weights(str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
+        if self.average is not None:
+            self.average.load(str(self.state.best_model_checkpoint))
 
     def _saves_whole_weights(self) -> bool:
         return isinstance(self.model, PreTrainedModel) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
@@ -764,6 +780,8 @@ class KCFITrainer(Trainer):
         self.balance.load_state_dict(state)
         if self.critic is not None:
             self.critic.load_state_dict(state)
+        if self.average is not None:
+            self.average.load(checkpoint)
         self.resumed = state
 
 
@@ -776,7 +794,7 @@ def _read_state(checkpoint: str) -> dict[str, Any]:
 class EpochCallback(TrainerCallback):
     """Tells sampler and collator the epoch, on which their choices depend; unreadable pairs count per epoch.
 
-    Behind every step it has the weights looked at.
+    Behind every step it has the weights looked at and averaged.
     """
 
     def __init__(self, trainer: KCFITrainer) -> None:
@@ -797,6 +815,8 @@ class EpochCallback(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the step is counted, logged or saved."""
         self.trainer.numbers.check_weights(self.trainer.model)
+        if self.trainer.average is not None:
+            self.trainer.average.update(state.global_step)
 
 
 class TowerCheckpointingCallback(TrainerCallback):
