@@ -121,12 +121,18 @@ class ShardDataset(Dataset[dict[str, Any]]):
         """What all pairs have in one of the columns of `FEATURES`; no other column is read.
 
         Args:
-            name: Ours, whatever the data set calls it.
+            name: Ours of a column without images, whatever the data set calls it.
+
+        Returns:
+            A value per pair as in its example; None where there is none.
         """
         values: list[Any] = []
         for shard, rows in zip(self.shards, self.rows, strict=True):
-            cells = shard.read([name])[name].to_pylist() if rows else []
-            values += [cells[row] for row in rows]
+            if name in shard.columns.values() and rows:
+                cells = shard.read([name])[name].to_pylist()
+                values += [complete_row({name: cells[row]}, ())[name] for row in rows]
+            else:
+                values += [None] * len(rows)
         return values
 
     def __len__(self) -> int:
