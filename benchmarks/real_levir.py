@@ -1,6 +1,6 @@
 """What a model is worth on real pairs of LEVIR-CC with captions and building masks: the measure of this project.
 
-    python benchmarks/real_levir.py PAIRS --split test [--model kcfi-tiny] [--output DIR] [--no-meteor]
+    python benchmarks/real_levir.py PAIRS --split test [--model kcfi-tiny] [--output DIR] [--before DIR] [--no-meteor]
 
 PAIRS is what `kcfi evaluate --dataset` takes; masks label buildings only (0 / 255), and a model's roads are not
 punished. Prints, as lines of JSON, all x 100:
@@ -10,7 +10,11 @@ punished. Prints, as lines of JSON, all x 100:
 - `building`: F1, IoU, precision and recall of the building class over all pixels, and of marking everything;
 - `calibration`: expected calibration error of the building mask and of the changed probability of pairs, and for
   every alarm rate that the model knows: unchanged pairs that were called changed, changed pairs that were found;
-- `claims`: what sentences say against masks and references, in numbers of pairs (see `claims`).
+- `claims`: what sentences say against masks and references, in numbers of pairs (see `claims`), and how many sentences
+  repeat a phrase.
+
+With `--before`, the `--output` of the model that this one was made from, a last line says what was gained and lost: a
+training for CIDEr-D (`objective: scst`) may gain CIDEr-D and lose truth.
 
 `--output` gets the same as real_levir.json, every pair's sentence, false claims and wrong building pixels as
 pairs.json, the 60 worst pairs as pictures (before, after, truth, predicted), and reliability.png where matplotlib is
@@ -39,6 +43,7 @@ from kcfi.training.scoring.evaluate import PairPrediction, true_mask
 from kcfi.training.scoring.metrics import MaskScores, results
 
 WORST = 60
+PHRASE = 4  # words; 52 of LEVIR-CC's 50,385 sentences repeat as many
 BUILDINGS = re.compile(
     r"\b(house|building|villa|mansion|hall|construction|residential|facilit|room|warehouse|factory)"
 )
@@ -87,6 +92,42 @@ def claims(pair: PairPrediction) -> list[str]:
     return found
 
 
+def repeats(caption: str) -> bool:
+    """Whether a phrase of `PHRASE` words stands twice in a sentence: "a road is built and a road is built"."""
+    words = caption.lower().split()
+    phrases = [tuple(words[start : start + PHRASE]) for start in range(len(words) - PHRASE + 1)]
+    return len(set(phrases)) < len(phrases)
+
+
+def against(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a model gained and lost beside the one that it was made from.
+
+    Args:
+        before: lines of the other's real_levir.json.
+        now: lines of its own, of the same pairs.
+
+    Returns:
+        Differences of CIDEr-D x 100, of the number of false claims and of sentences that repeat a phrase, and a
+        verdict on them: "gains CIDEr-D and loses truth" where more is claimed that is false, or repeated.
+
+    Raises:
+        InputError: other pairs.
+    """
+
+    def read(lines: list[dict[str, Any]]) -> tuple[float, int, int, int]:
+        [scores] = [line for line in lines if line.get("captions") == "model" and line.get("of") == "all"]
+        [told] = [line for line in lines if "claims" in line]
+        return scores["cider_d"], sum(told["claims"].values()), told["repeated phrases"], told["pairs"]
+
+    (*old, pairs), (*new, others) = read(before), read(now)
+    if pairs != others:
+        raise InputError(f"{pairs} pairs before and {others} now: compare models on the same split.")
+    cider, false, repeated = (round(one - other, 1) for one, other in zip(new, old, strict=True))
+    truth = "loses truth" if false > 0 or repeated > 0 else "keeps to the truth"
+    verdict = f"{'gains' if cider > 0 else 'does not gain'} CIDEr-D and {truth}"
+    return {"against": verdict, "cider_d": cider, "false claims": false, "repeated phrases": repeated}
+
+
 def main() -> None:
     """Measure, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,6 +135,7 @@ def main() -> None:
     parser.add_argument("--split", default="test", help="train, val or test (%(default)s)")
     parser.add_argument("--model", default="kcfi-tiny")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--before", type=Path, help="--output of the model that this one was made from")
     parser.add_argument("--no-meteor", action="store_true")
     options = parser.parse_args()
 
@@ -151,7 +193,11 @@ def main() -> None:
         kept = {"unchanged called changed": 100 * alarms[~truths].mean(), "changed found": 100 * alarms[truths].mean()}
         lines.append({"calibration": f"alarm rate {rate}", "threshold": round(threshold, 4), **rounded(kept)})
     counts = Counter(kind for pair in predictions for kind in claims(pair))
-    lines.append({"claims": dict(sorted(counts.items())), "pairs": len(predictions)})
+    repeated = sum(repeats(pair.caption) for pair in predictions)
+    lines.append({"claims": dict(sorted(counts.items())), "repeated phrases": repeated, "pairs": len(predictions)})
+    if options.before:
+        before = json.loads((options.before / "real_levir.json").read_text(encoding="utf-8"))
+        lines.append(against(before, lines))
     for line in lines:
         print(json.dumps(line))
     if options.output:

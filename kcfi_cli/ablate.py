@@ -13,12 +13,16 @@ def add_parser(commands: Commands) -> None:
         usage="kcfi ablate SET [--output DIR] [--rows ROW ...] [--seeds N ...] [--processes N] [--no-meteor] "
         "[--field value ...]",
         help="train and score a set of recipes",
-        description="Train every recipe of a set with several seeds, score each on the test split, and write "
-        "table.md, table.csv and chart.png.\nFields after the options go to every recipe. A second call does what is "
+        description="Train every recipe of a set with several seeds, score each (on the test split, unless the set "
+        "says otherwise), and write table.md, table.csv and chart.png.\n"
+        "Fields after the options go to every recipe. A second call does what is "
         "missing; the exit code is 1 if a run failed.",
         epilog="example: kcfi ablate ablations --rows baseline cfe --seeds 0 1 --dataset LEVIR-MCI",
     )
-    parser.add_argument("set", help="YAML file, or a packaged set: ablations, synthetic_ablations")
+    parser.add_argument(
+        "set",
+        help="YAML file, or a packaged set: ablations, synthetic_ablations, real_ablations, levir_choices, levir_few",
+    )
     parser.add_argument("--output", type=Path, help="folder of the runs (runs/SET)")
     parser.add_argument("--rows", nargs="+", default=[], help="names of the recipes to run (all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="those of the set to run now (all)")

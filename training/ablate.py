@@ -73,7 +73,7 @@ def ablate(
                 error = _call([*commands[run], *resume], folder, processes, bool(recipes[run].training.deepspeed))
                 if not error and not is_complete(folder):
                     error = "stopped by SIGTERM"
-            error = error or _call(_evaluation(recipes[run], folder, meteor), folder)
+            error = error or _call(_evaluation(recipes[run], folder, plan.split, meteor), folder)
         if error:
             errors[run] = error
         print(f"failed: {error}" if error else f"{_headline(folder)} ({(time.monotonic() - start) / 60:.1f} min)")
@@ -94,10 +94,10 @@ def _is_scored(folder: Path, meteor: bool) -> bool:
     return not meteor or "meteor" in scores or "bleu_4" not in scores
 
 
-def _evaluation(recipe: Recipe, folder: Path, meteor: bool) -> list[str]:
-    """The `kcfi evaluate` of a run: the test split of the data that it was trained on."""
+def _evaluation(recipe: Recipe, folder: Path, split: str, meteor: bool) -> list[str]:
+    """The `kcfi evaluate` of a run, on a split of the data that it was trained on."""
     data = recipe.data
-    options = {"model": folder, "dataset": data.dataset, "split": "test", "output": folder / RESULTS}
+    options = {"model": folder, "dataset": data.dataset, "split": split, "output": folder / RESULTS}
     options |= {"seed": data.dataset_seed, "mask_classes": data.mask_classes, "materials": data.materials}
     options["dataset_revision"] = data.dataset_revision
     args = recipe.training

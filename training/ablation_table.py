@@ -4,7 +4,7 @@ import csv
 import html
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from PIL import Image
 from kcfi.files import check_names, read_json, read_yaml
 from kcfi.pictures import Bar, bar_chart
 from kcfi.processing import InputError, refusing
-from kcfi.training.arguments import RECIPES, find_recipe
+from kcfi.training.arguments import RECIPES, SETS, find_recipe
 from kcfi.training.scoring.evaluate import flat_scores
 
 METRICS = {
@@ -30,6 +30,8 @@ METRICS = {
     "mask_f1": "mask F1",
     "mask_mean_iou": "mask mIoU",
 }
+CLAIMED = ("higher", "lower")  # what the paper may claim of S_m*
+VERDICTS = ("confirmed", "refuted", "undecided")  # what may become of a claim
 RESULTS = "results.json"  # in the folder of a run, once it is scored
 LEGEND = (
     "Mean ± standard deviation over the seeds; in brackets the paper's score, on {}. Below it the difference to the "
@@ -48,12 +50,16 @@ class Row:
         label: what it is.
         recipe: file to train from; in a set file, the name of a packaged recipe or a path from the set's folder.
         paper: the paper's scores, by the names of `METRICS`.
+        claim: what the paper says of S_m* beside the first row of the group, "higher" or "lower"; "" = nothing.
+        drawn: what became of the claim on drawn pairs: "confirmed", "refuted" or "undecided"; "" = not asked there.
     """
 
     group: str
     label: str
     recipe: Path
     paper: dict[str, float] = field(default_factory=dict)
+    claim: str = ""
+    drawn: str = ""
 
 
 @dataclass
@@ -65,12 +71,14 @@ class AblationSet:
         dataset: on which the paper's scores were taken.
         seeds: to train every recipe with.
         rows: of the table, group by group; several may show one recipe, which is trained once.
+        split: that the runs are scored on; settings are chosen on "val".
     """
 
     title: str
     dataset: str
     seeds: list[int]
     rows: list[Row]
+    split: str = "test"
 
     def runs(self, rows: Sequence[str] = (), seeds: Sequence[int] = ()) -> dict[str, tuple[Path, int]]:
         """Recipe and seed of every run by the name of its folder; every recipe's first seed comes first.
@@ -139,7 +147,7 @@ def read_set(name: str | Path) -> AblationSet:
     path = Path(name) if Path(name).is_file() else RECIPES / f"{str(name).removesuffix('.yaml')}.yaml"
     if not path.is_file():
         raise InputError(
-            f"No set of recipes {name}: give a YAML file, or one of the packaged sets: ablations, synthetic_ablations."
+            f"No set of recipes {name}: give a YAML file, or one of the packaged sets: {', '.join(SETS)}."
         )
     plan = AblationSet(**_fields(read_yaml(path), AblationSet, str(path)))
     names: dict[str, Path] = {}
@@ -147,6 +155,8 @@ def read_set(name: str | Path) -> AblationSet:
         plan.rows = [Row(**_fields(row, Row, f"a row of {path}")) for row in plan.rows]
         for row in plan.rows:
             check_names(row.paper, METRICS, f"score in {path}")
+            check_names([row.claim], ["", *CLAIMED], f"claim in {path}")
+            check_names([row.drawn], ["", *VERDICTS], f"verdict in {path}")
             row.recipe = find_recipe(row.recipe, path.parent)
     for row in plan.rows:
         if names.setdefault(row.recipe.stem, row.recipe) != row.recipe:
@@ -155,12 +165,12 @@ def read_set(name: str | Path) -> AblationSet:
 
 
 def _fields(values: Any, kind: type, what: str) -> dict[str, Any]:
-    """The fields of a dataclass as a file gives them: none unknown, and none but `paper` missing."""
+    """The fields of a dataclass as a file gives them: none unknown, and none missing that has no default."""
     if not isinstance(values, dict):
         raise InputError(f"{what} must hold `field: value` lines, but is {values!r}.")
-    names = [entry.name for entry in fields(kind)]
-    check_names(values, names, f"field of {what}")
-    missing = [name for name in names if name not in values and name != "paper"]
+    check_names(values, [entry.name for entry in fields(kind)], f"field of {what}")
+    needed = [entry.name for entry in fields(kind) if entry.default is entry.default_factory is MISSING]
+    missing = [name for name in needed if name not in values]
     if missing:
         raise InputError(f"{what}: {', '.join(missing)} missing.")
     return values
@@ -190,6 +200,23 @@ def compare(ours: Mapping[int, float], first: Mapping[int, float]) -> Cell:
     difference = statistics.fmean(paired)
     clear = len(paired) > 2 and difference != 0 and abs(difference) >= 2 * statistics.stdev(paired)
     return Cell(mean, spread, difference, ("higher" if difference > 0 else "lower") if clear else "inconclusive")
+
+
+def verdict_on(claim: str, cell: Cell) -> str:
+    """What the scores make of a claim.
+
+    Args:
+        claim: one of `CLAIMED`, of the row beside the first one of its group.
+        cell: of the score that the claim is about.
+
+    Returns:
+        One of `VERDICTS`; "" where there is nothing to compare yet.
+    """
+    if not cell.verdict:
+        return ""
+    if cell.verdict == "inconclusive":
+        return "undecided"
+    return "confirmed" if cell.verdict == claim else "refuted"
 
 
 def write_tables(plan: AblationSet, output: Path, errors: Mapping[str, str]) -> None:
@@ -237,8 +264,29 @@ def _markdown(plan: AblationSet, lines: Sequence[Line]) -> str:
         texts = [html.escape(text, quote=False) for text in (line.row.label + seeds, *line.failed)]
         row = [line.row.group, "<br>".join(texts).replace("|", "\\|")]
         table.append([*row, *(_text(line.cells[name], line.row.paper.get(name)) for name in metrics)])
-    rows = [f"| {' | '.join(texts)} |\n" for texts in table]
-    return f"{LEGEND.format(plan.dataset)}\n\n{''.join(rows)}"
+    return f"{LEGEND.format(plan.dataset)}\n\n{_table(table)}{_claims(lines)}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(texts)} |\n" for texts in rows)
+
+
+def _claims(lines: Sequence[Line]) -> str:
+    """A table of the paper's claims and of what became of them here and on drawn pairs; "" without claims."""
+    metric = _headline(lines)
+    rows = [["", "", "the paper", "here", "drawn pairs"], ["---"] * 5]
+    for line in lines:
+        row = line.row
+        if row.claim:
+            verdict = verdict_on(row.claim, line.cells[metric])
+            rows.append([row.group, row.label, row.claim, verdict or "-", row.drawn or "-"])
+    text = f"\nWhat the paper claims of each row beside the first one of its group, by {METRICS[metric]}:\n\n"
+    return text + _table(rows) if len(rows) > 2 else ""
+
+
+def _headline(lines: Sequence[Line]) -> str:
+    """The score that a set is looked at by: S_m*, or CIDEr-D where METEOR was left out."""
+    return "s_m" if any(line.cells["s_m"].mean is not None for line in lines) else "cider_d"
 
 
 def _text(cell: Cell, paper: float | None) -> str:
@@ -265,8 +313,8 @@ def _write_csv(path: Path, title: str, lines: Sequence[Line]) -> None:
 
 
 def _chart(plan: AblationSet, title: str, lines: Sequence[Line]) -> Image.Image:
-    """Bars of S_m*, or of CIDEr-D where METEOR was left out."""
-    metric = "s_m" if any(line.cells["s_m"].mean is not None for line in lines) else "cider_d"
+    """Bars of the score of `_headline`."""
+    metric = _headline(lines)
     legend = f"{METRICS[metric]}: blue = mean, black = standard deviation, orange = the paper on {plan.dataset}"
     bars = [
         Bar(line.row.group, line.row.label, cell.mean, cell.spread or 0.0, line.row.paper.get(metric))

@@ -16,6 +16,7 @@ from kcfi.processing import InputError
 from kcfi.training.zero import find_settings, require_deepspeed
 
 RECIPES = Path(__file__).parent / "recipes"
+SETS = ("ablations", "synthetic_ablations", "real_ablations", "levir_choices", "levir_few")  # for `kcfi ablate`
 
 
 @dataclass
@@ -109,6 +110,14 @@ class DataArguments:
     num_train_pairs: int | None = field(
         default=None, metadata={"help": "Pairs to train on (default: all, 5000 of 'synthetic')."}
     )
+    crops_per_scene: int | None = field(
+        default=None,
+        metadata={
+            "help": "Crops that every scene was cut into, numbered in the file names one scene after the other (16 in "
+            "LEVIR-CC): `num_train_pairs` then takes scene after scene in an order drawn by `seed`, so that a smaller "
+            "number is part of a larger one."
+        },
+    )
     num_eval_pairs: int | None = field(
         default=None, metadata={"help": "Pairs to evaluate on (default: all, 500 of 'synthetic')."}
     )
@@ -164,6 +173,21 @@ class KCFITrainingArguments(TrainingArguments):
     num_train_epochs: float = field(default=50.0, metadata={"help": "Epochs; one epoch visits every pair once."})
     per_device_train_batch_size: int = field(
         default=32, metadata={"help": "Pairs per micro-batch and device (each with `captions_per_pair` captions)."}
+    )
+    objective: Literal["cross_entropy", "scst"] = field(
+        default="cross_entropy",
+        metadata={
+            "help": "What sentences are trained by: cross_entropy (eq. 8), or scst, as a second stage of a finished "
+            "`model`: it draws `captions_per_pair` captions of its own per pair, and those that score above its "
+            "greedy one in CIDEr-D become likelier (docs/training.md)."
+        },
+    )
+    ema_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "Evaluate, choose and end with an exponential moving average of the weights, of this decay per "
+            "optimizer step: 0.99 averages over about a hundred steps (0 = no average)."
+        },
     )
     train_language_model: bool = field(default=False, metadata={"help": "Train the language model too."})
     train_vision_tower: bool = field(
@@ -274,6 +298,10 @@ class KCFITrainingArguments(TrainingArguments):
                 f"activation_checkpointing_towers={self.activation_checkpointing_towers} changes nothing without "
                 "`activation_checkpointing: true`."
             )
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"ema_decay={self.ema_decay} must be at least 0 (no average) and below 1.")
+        if self.ema_decay and (self.deepspeed or self.fsdp):
+            raise InputError("ema_decay: the weights of a model that is split among processes are not averaged.")
         if self.dwa_window < 1:
             raise InputError(f"dwa_window={self.dwa_window} must be at least 1 optimizer step.")
 
@@ -338,10 +366,10 @@ def parse_recipe(recipe: str | Path, overrides: Sequence[str] = (), starts: bool
 
 
 def packaged_recipes() -> dict[str, Path]:
-    """The packaged recipes by name, "debug" or "ablations/cfe"; *ablations.yaml are sets of them (`kcfi ablate`)."""
+    """The packaged recipes by name, "debug" or "ablations/cfe"; without the sets of them (`SETS`)."""
     paths = [*sorted(RECIPES.glob("*.yaml")), *sorted(RECIPES.glob("*/*.yaml"))]
     names = {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in paths}
-    return {name: path for name, path in names.items() if not name.endswith("ablations")}
+    return {name: path for name, path in names.items() if name not in SETS}
 
 
 def find_recipe(recipe: str | Path, folder: Path = Path()) -> Path:

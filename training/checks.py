@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
@@ -134,6 +135,38 @@ def check_cacheable(args: KCFITrainingArguments, collator: KCFICollator) -> None
         reason = "ZeRO-3 splits the tower's weights, by which entries are named: take zero2"
     if reason:
         raise InputError(f"feature_cache: {reason}; or leave out feature_cache.")
+
+
+def check_objective(args: KCFITrainingArguments, pairs: Any) -> None:
+    """Refuse what self-critical training cannot follow.
+
+    Args:
+        args: settings.
+        pairs: to train on, of `training_pairs`.
+
+    Raises:
+        InputError: names the setting in its way.
+    """
+    if args.objective != "scst":
+        return
+    reason = ""
+    if args.dwa != "none":
+        reason = (
+            f"dwa={args.dwa} compares a loss with what it was before, and one of advantages is as often below 0 as "
+            "above: set dwa: none, which adds the mask loss with weight 1"
+        )
+    elif args.use_liger_kernel:
+        reason = "use_liger_kernel gives all tokens of a step one weight: leave it out"
+    elif args.deepspeed or args.fsdp:
+        reason = "a model that is split among processes was never let write captions while it trains: leave out " + (
+            "deepspeed" if args.deepspeed else "fsdp"
+        )
+    elif isinstance(pairs, IterableDataset):
+        reason = (
+            "CIDEr-D weighs words by the captions of all pairs, which a stream does not know: set streaming: false"
+        )
+    if reason:
+        raise InputError(f"objective=scst: {reason}.")
 
 
 def check_noise(model: KCFIForConditionalGeneration, args: KCFITrainingArguments, evaluated: list[nn.Module]) -> None:

@@ -29,7 +29,10 @@ class KCFICollator:
     **Several captions in a row** do not see each other. The row is [prompt without its last token] [last token of the
     prompt, caption 1] [last token, caption 2] ...; each bracket behind the first is a segment that attends to the
     prompt and to itself (`packed_attention_mask`), and its positions go on where the prompt's end. So the loss and its
-    gradients are those of one row per caption, without encoding pair and prompt again for each.
+    gradients are those of one row per caption, without encoding pair and prompt again for each (`packed_rows`).
+
+    **Captions that the model draws** (`scst.py`) are not known here: with `sampled` a training batch has `prompts`,
+    lists of token ids, and `references`, all captions of every pair, in place of rows.
 
     **A pair without captions** is a row of its prompt, without a label: its mask alone trains.
 
@@ -40,6 +43,7 @@ class KCFICollator:
         train: rows for training, or prompts for evaluation.
         seed: of the draws.
         augment: mirror pairs and jitter their colours in training, see `augmentation.py`.
+        sampled: in training the captions are drawn by the model, see above.
     """
 
     processor: KCFIProcessor
@@ -48,6 +52,7 @@ class KCFICollator:
     train: bool = True
     seed: int = 0
     augment: bool = False
+    sampled: bool = False
     # in shared memory: loader workers that outlive an epoch see the next one
     _epoch: torch.Tensor = field(
         default_factory=lambda: torch.zeros((), dtype=torch.int64).share_memory_(), repr=False
@@ -106,32 +111,17 @@ class KCFICollator:
         return random.Random(f"{purpose}{self.seed} {example.get('epoch', self._epoch.item())} {example['filename']}")
 
     def _training_rows(self, examples: Sequence[dict[str, Any]], batch: dict[str, Any]) -> dict[str, Any]:
-        """A row per pair: its prompt, and its captions in segments behind it."""
-        rows, segments, positions, labels = [], [], [], []
+        """A row per pair, its prompt and the captions drawn for this visit; or what `sampled` asks for."""
+        prompts, answers = [], []
         for example in examples:
             draw = self._chance(example)
-            *row, last = self.processor.encode_prompt(draw.choice(INSTRUCTIONS))
-            start = len(row)
-            segment, position, label = [0] * start, list(range(start)), [IGNORED] * start
+            prompts.append(self.processor.encode_prompt(draw.choice(INSTRUCTIONS)))
             captions = example["captions"]
             chosen = draw.sample(captions, min(self.captions_per_pair, len(captions)))
-            for number, caption in enumerate(chosen, start=1):
-                answer = self.processor.encode_caption(caption.strip())
-                row += [last, *answer]
-                segment += [number] * (1 + len(answer))
-                position += range(start, start + 1 + len(answer))
-                label += [IGNORED, *answer]
-            rows.append(row)
-            segments.append(segment)
-            positions.append(position)
-            labels.append(label)
-        return {
-            **batch,
-            "input_ids": _pad(rows, self.processor.tokenizer.pad_token_id, "right"),
-            "segment_ids": _pad(segments, PADDING, "right"),
-            "position_ids": _pad(positions, 0, "right"),
-            "labels": _pad(labels, IGNORED, "right"),
-        }
+            answers.append([self.processor.encode_caption(caption.strip()) for caption in chosen])
+        if self.sampled:
+            return {**batch, "prompts": prompts, "references": [example["captions"] for example in examples]}
+        return {**batch, **packed_rows(prompts, answers, self.processor.tokenizer.pad_token_id)}
 
     def _prompts(self, examples: Sequence[dict[str, Any]], batch: dict[str, Any], masks: list[Any]) -> dict[str, Any]:
         """One prompt per pair, and what its prediction is compared with."""
@@ -141,7 +131,7 @@ class KCFICollator:
         return {
             **batch,
             **self._padded([prompt] * len(examples), "left"),
-            "labels": _pad(answers, IGNORED, "right"),
+            "labels": pad_rows(answers, IGNORED, "right"),
             "references": [example["captions"] for example in examples],
             "changed": [example["changed"] for example in examples],
             "true_masks": masks,
@@ -150,7 +140,42 @@ class KCFICollator:
     def _padded(self, rows: list[list[int]], side: str) -> dict[str, torch.Tensor]:
         ones = [[1] * len(row) for row in rows]
         pad = self.processor.tokenizer.pad_token_id
-        return {"input_ids": _pad(rows, pad, side), "attention_mask": _pad(ones, 0, side)}
+        return {"input_ids": pad_rows(rows, pad, side), "attention_mask": pad_rows(ones, 0, side)}
+
+
+def packed_rows(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]], padding: int
+) -> dict[str, torch.Tensor]:
+    """Prompts, each with its captions in segments behind it, as the rows that `KCFICollator` describes.
+
+    Args:
+        prompts: token ids of B prompts.
+        answers: for each the token ids of its captions, with their end tokens; maybe none.
+        padding: token id.
+
+    Returns:
+        `input_ids`, `segment_ids`, `position_ids` and `labels`, (B, T) each.
+    """
+    rows, segments, positions, labels = [], [], [], []
+    for prompt, captions in zip(prompts, answers, strict=True):
+        *row, last = prompt
+        start = len(row)
+        segment, position, label = [0] * start, list(range(start)), [IGNORED] * start
+        for number, answer in enumerate(captions, start=1):
+            row += [last, *answer]
+            segment += [number] * (1 + len(answer))
+            position += range(start, start + 1 + len(answer))
+            label += [IGNORED, *answer]
+        rows.append(row)
+        segments.append(segment)
+        positions.append(position)
+        labels.append(label)
+    return {
+        "input_ids": pad_rows(rows, padding, "right"),
+        "segment_ids": pad_rows(segments, PADDING, "right"),
+        "position_ids": pad_rows(positions, 0, "right"),
+        "labels": pad_rows(labels, IGNORED, "right"),
+    }
 
 
 def packed_attention_mask(segment_ids: torch.Tensor, implementation: str, dtype: torch.dtype) -> Any:
@@ -208,7 +233,9 @@ def training_inputs(batch: Mapping[str, Any], language_model: Any) -> dict[str, 
     length = batch["labels"].shape[1]
     first = learned[0] if learned else length - 1  # without captions one is scored: all ranks need the same gradients
     inputs["logits_to_keep"] = length - first + 1
-    inputs["labels"] = batch["labels"][:, -inputs["logits_to_keep"] :]
+    for name in ("labels", "advantages"):
+        if name in batch:
+            inputs[name] = batch[name][:, -inputs["logits_to_keep"] :]
     return inputs
 
 
@@ -246,7 +273,7 @@ def check_packing(language_model: Any, longest: int) -> None:
         )
 
 
-def _pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
+def pad_rows(rows: Sequence[Sequence[int]], value: int, side: str) -> torch.Tensor:
     """Rows of ids -> (R, longest), int64."""
     tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)

@@ -43,6 +43,7 @@ from kcfi.training.checkpoints import (
 )
 from kcfi.training.collator import KCFICollator
 from kcfi.training.data.rows import RowDataset, RowStream
+from kcfi.training.data.scenes import take_scenes
 from kcfi.training.data.shards import ShardDataset
 from kcfi.training.load import load_pairs
 from kcfi.training.lora import add_lora
@@ -132,9 +133,10 @@ def train(recipe: Recipe, checkpoint: str | None = None) -> KCFITrainer:
         "pair_mix": as_dict(data.pair_mix),
         "streaming": data.streaming,
     }
-    train_pairs: Any = load_pairs(
-        data.dataset, data.train_split, data.num_train_pairs, revision=data.dataset_revision, **source
-    )
+    first = None if data.crops_per_scene else data.num_train_pairs
+    train_pairs: Any = load_pairs(data.dataset, data.train_split, first, revision=data.dataset_revision, **source)
+    if data.crops_per_scene:
+        train_pairs = take_scenes(train_pairs, data.num_train_pairs, data.crops_per_scene, args.seed)
     if isinstance(train_pairs, ShardDataset | RowDataset | RowStream) and train_pairs.commit:
         data.dataset_revision = recipe.values["dataset_revision"] = train_pairs.commit
     if isinstance(train_pairs, RowStream):
@@ -145,6 +147,8 @@ def train(recipe: Recipe, checkpoint: str | None = None) -> KCFITrainer:
             data.dataset, data.eval_split, data.num_eval_pairs, revision=data.dataset_revision, **source
         )
 
+    if args.objective == "scst" and recipe.model.model is None:
+        raise InputError("objective=scst goes on from captions that a model can write: give `model`, a finished one.")
     pin_models(recipe)
     set_seed(args.seed)
     with whole_weights(args):

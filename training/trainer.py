@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -33,12 +33,14 @@ from kcfi.files import name_some
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import NO_LABEL, InputError, KCFIProcessor
 from kcfi.training.arguments import KCFITrainingArguments
+from kcfi.training.average import WeightAverage
 from kcfi.training.checkpoints import UNFINISHED, begin, check_space, flush, publish, rotate, writing
 from kcfi.training.checks import (
     check_best_metric,
     check_cacheable,
     check_captions_per_pair,
     check_noise,
+    check_objective,
     check_settings,
     find_java,
 )
@@ -46,6 +48,7 @@ from kcfi.training.collator import IGNORED, KCFICollator, training_inputs
 from kcfi.training.data.order import EpochSampler
 from kcfi.training.data.readable_pairs import ReadablePairs
 from kcfi.training.data.rows import Position, RowDataset, RowStream
+from kcfi.training.data.scenes import column_of
 from kcfi.training.data.shards import ShardDataset
 from kcfi.training.dwa import DynamicWeightAverage
 from kcfi.training.feature_cache import FeatureCache
@@ -55,6 +58,7 @@ from kcfi.training.lora import save_start
 from kcfi.training.losses import LossBalance, evaluation_losses
 from kcfi.training.parameters import freeze, parameter_groups
 from kcfi.training.scoring.evaluate import PairPrediction, Scores, predict, sample_sheet
+from kcfi.training.scst import SelfCritic, policy_loss
 from kcfi.training.sharing.model_card import CARD_FILE, card_of_run
 from kcfi.training.stopping import StopCallback, outliving
 from kcfi.training.throughput import Throughput, peak_memory
@@ -142,6 +146,8 @@ class KCFITrainer(Trainer):
     - **Mask loss** (eq. 9): mean over the labelled pixels of the whole optimizer step, likewise. So the gradients do
       not depend on how a step is cut into micro-batches and ranks. A pair without captions adds to the mask loss
       alone, one without a mask to the caption loss alone.
+    - **Captions that the model draws** take the place of the caption loss with `args.objective` "scst" (`scst.py`).
+    - **Average**: with `args.ema_decay` evaluation sees an average of the weights, and the run ends with it.
     - **Weights** of the two: dynamic weight averaging, or 1 and 1 (`args.dwa`).
     - **Evaluation** generates captions and masks and scores them (`eval_s_m`, `eval_mask_f1`, ...); `eval_loss` is the
       sum of the two losses on the first caption of every pair. A few pairs are drawn each time, into
@@ -188,6 +194,8 @@ class KCFITrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         check_settings(args, kwargs)
+        kwargs["train_dataset"] = training_pairs(kwargs.get("train_dataset"), args)
+        check_objective(args, kwargs["train_dataset"])
         self.meteor = find_java(args)
         check_captions_per_pair(model, args, data_collator)
         self.evaluated = freeze(model, args)
@@ -198,8 +206,8 @@ class KCFITrainer(Trainer):
             check_cacheable(args, data_collator)
             self.feature_cache = FeatureCache(model.model, args.feature_cache)
         args.report_to = trackers(args.report_to)
-        kwargs["train_dataset"] = training_pairs(kwargs.get("train_dataset"), args)
         kwargs["eval_dataset"] = evaluation_pairs(kwargs.get("eval_dataset"))
+        data_collator.sampled = args.objective == "scst"
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         if self.eval_dataset is not None:
             check_best_metric(args, self.eval_dataset)
@@ -211,6 +219,8 @@ class KCFITrainer(Trainer):
             window = args.dwa_window if args.dwa == "window" else 1  # "epoch": known when training begins
             dwa = DynamicWeightAverage(args.dwa_temperature, window)
         self.balance = LossBalance(dwa)
+        self.average: WeightAverage | None = None  # while it trains
+        self.critic: SelfCritic | None = None  # made when training begins, from the captions of all training pairs
         self.throughput = Throughput()
         self.step_rates: dict[str, float] = {}  # learning rates of the last step
         self.tile_known = False
@@ -236,6 +246,13 @@ class KCFITrainer(Trainer):
         model = self.model
         if self.args.should_save:
             self._check_space()
+        if self.args.objective == "scst":
+            collator = self.data_collator
+            limits = (collator.captions_per_pair, self.args.generation_max_new_tokens)
+            captions = column_of(self._pairs(), "captions")
+            self.critic = SelfCritic(model, collator.processor, captions, *limits, seed=self.args.seed)
+        if self.args.ema_decay:
+            self.average = WeightAverage(model, self.args.ema_decay)
         before = model.caption_loss_function, model.model.stage_cache
         model.caption_loss_function = self.caption_loss
         if self.feature_cache is not None:
@@ -243,8 +260,12 @@ class KCFITrainer(Trainer):
         self.throughput.stop()
         try:
             with self.stop.listening():
-                return super().train(*args, **kwargs)
+                output = super().train(*args, **kwargs)
+            if self.average is not None and not self.stopped:
+                self.average.exchange()
+            return output
         finally:
+            self.average = None
             model.caption_loss_function, model.model.stage_cache = before
 
     def _check_space(self) -> None:
@@ -252,6 +273,8 @@ class KCFITrainer(Trainer):
         checkpoint = weights
         if not self.args.save_only_model:  # Adam keeps two numbers per weight
             checkpoint += 2 * sum(weight.nbytes for weight in self.model.parameters() if weight.requires_grad)
+        if self.args.ema_decay:
+            checkpoint += sum(weight.nbytes for weight in self.model.parameters() if weight.requires_grad)
         if self.args.save_strategy == "no":
             checkpoint = 0
         check_space(Path(str(self.args.output_dir)), checkpoint, self.args.save_total_limit, weights)
@@ -344,6 +367,10 @@ class KCFITrainer(Trainer):
         """
         self.throughput.start()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.critic is not None:
+            with self.accelerator.autocast():
+                batches = [self.critic.write(batch, self.state.global_step) for batch in batches]
+            self.critic.finish(lambda sums: self.accelerator.reduce(sums, "sum"), device)
         counts = torch.zeros(6, dtype=torch.int64, device=device)
         counts[5] = int(self.stop.received)
         sides = [side for batch in batches for size in batch.pop("sizes") for side in size]
@@ -401,7 +428,12 @@ class KCFITrainer(Trainer):
         inputs = training_inputs(inputs, self.model.model.language_model)
         for module in self.evaluated:
             module.eval()
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False, skip_logits=True)
+        if self.critic is None:
+            outputs = model(**inputs, num_items_in_batch=num_items_in_batch, use_cache=False, skip_logits=True)
+        else:
+            labels, advantages = inputs.pop("labels"), inputs.pop("advantages")
+            outputs = model(**inputs, use_cache=False)
+            outputs.caption_loss = policy_loss(outputs.logits, labels, advantages, cast(Any, num_items_in_batch))
         losses = self.balance.share(outputs, inputs.get("mask_labels"))
         total = self.balance.weigh(losses)
         if self.is_deepspeed_enabled and "mask" not in losses and outputs.mask_logits is not None:
@@ -458,7 +490,8 @@ class KCFITrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to a line of training: both losses and weights, learning rates, counts, speed, peak memory in MiB."""
         if "loss" in logs:
-            logs |= {**self.balance.logs(), **self.step_rates, **self.throughput.logs()}
+            rewards = self.critic.logs() if self.critic is not None else {}
+            logs |= {**self.balance.logs(), **rewards, **self.step_rates, **self.throughput.logs()}
             memory = peak_memory(self.args.device)
             if memory is not None:
                 logs["peak_memory_mib"] = memory
@@ -467,8 +500,9 @@ class KCFITrainer(Trainer):
     # Evaluation
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Trainer's; its time does not count in pairs/s of training."""
-        with self.throughput.paused():
+        """Trainer's, of the average where there is one; its time does not count in pairs/s of training."""
+        averaged = nullcontext() if self.average is None else self.average.in_place()
+        with self.throughput.paused(), averaged:
             return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(
@@ -591,6 +625,8 @@ class KCFITrainer(Trainer):
             self.accelerator.wait_for_everyone()
             folder = str(run / UNFINISHED)
             self.save_model(folder, _internal_call=True)
+            if self.average is not None and self.args.should_save:
+                self.average.save(folder)
             if not self.args.save_only_model:
                 self._save_optimizer_and_scheduler(folder)
                 self._save_scaler(folder)
@@ -631,6 +667,8 @@ class KCFITrainer(Trainer):
             self._load_weights(str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
+        if self.average is not None:
+            self.average.load(str(self.state.best_model_checkpoint))
 
     def _saves_whole_weights(self) -> bool:
         return isinstance(self.model, PreTrainedModel) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
@@ -657,6 +695,7 @@ class KCFITrainer(Trainer):
                 "loss": loss,  # summed since the last line of the log, per rank
                 "logged_step": self._globalstep_last_logged,
                 **self.balance.state_dict(),
+                **(self.critic.state_dict() if self.critic is not None else {}),
             }
             (Path(output_dir) / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
@@ -739,6 +778,10 @@ class KCFITrainer(Trainer):
             self.train_dataset.positions = dict(self.positions)
         self.throughput.count(state["pairs"] - self.throughput.pairs, state["captions"] - self.throughput.captions)
         self.balance.load_state_dict(state)
+        if self.critic is not None:
+            self.critic.load_state_dict(state)
+        if self.average is not None:
+            self.average.load(checkpoint)
         self.resumed = state
 
 
@@ -751,7 +794,7 @@ def _read_state(checkpoint: str) -> dict[str, Any]:
 class EpochCallback(TrainerCallback):
     """Tells sampler and collator the epoch, on which their choices depend; unreadable pairs count per epoch.
 
-    Behind every step it has the weights looked at.
+    Behind every step it has the weights looked at and averaged.
     """
 
     def __init__(self, trainer: KCFITrainer) -> None:
@@ -772,6 +815,8 @@ class EpochCallback(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the step is counted, logged or saved."""
         self.trainer.numbers.check_weights(self.trainer.model)
+        if self.trainer.average is not None:
+            self.trainer.average.update(state.global_step)
 
 
 class TowerCheckpointingCallback(TrainerCallback):

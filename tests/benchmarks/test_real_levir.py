@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from real_levir import claims, wrong_pixels
+from real_levir import against, claims, repeats, wrong_pixels
 
+from kcfi.processing import InputError
 from kcfi.training.scoring.evaluate import PairPrediction
 
 LEFT = np.zeros((90, 90), np.uint8)
@@ -42,3 +43,38 @@ def test_of_an_unchanged_pair_every_told_change_is_an_alarm():
 
 def test_wrong_pixels_are_those_marked_in_one_mask_alone():
     assert wrong_pixels(PairPrediction("a.png", True, BUILT, "", LEFT, NONE)) == 600
+
+
+def test_a_sentence_repeats_a_phrase_of_four_words():
+    assert repeats("A road is built and a road is built .")
+    assert not repeats("a road is built on the left and a house on the left .") and not repeats("no change")
+
+
+def judged(cider_d, repeated=0, pairs=163, **false):
+    """What the judge writes of a model, as far as `against` reads it."""
+    return [
+        {"captions": "model", "of": "all", "cider_d": cider_d},
+        {"captions": "always the same", "of": "all", "cider_d": 73.0},
+        {"claims": {name.replace("_", " "): count for name, count in false.items()}, "repeated phrases": repeated}
+        | {"pairs": pairs},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("now", "verdict"),
+    [
+        (judged(95.0, missed=4, false_alarm=3), "gains CIDEr-D and loses truth"),
+        (judged(95.0, missed=6), "gains CIDEr-D and keeps to the truth"),
+        (judged(95.0, repeated=1, missed=6), "gains CIDEr-D and loses truth"),
+        (judged(90.0, missed=7), "does not gain CIDEr-D and loses truth"),
+    ],
+)
+def test_a_model_that_gains_cider_d_by_claiming_what_is_false_is_reported_as_such(now, verdict):
+    assert against(judged(90.0, missed=4, wrong_place=2), now)["against"] == verdict
+
+
+def test_the_differences_stand_beside_the_verdict_and_other_pairs_are_refused():
+    line = against(judged(90.0, missed=4), judged(95.5, repeated=2, missed=3))
+    assert (line["cider_d"], line["false claims"], line["repeated phrases"]) == (5.5, -1, 2)
+    with pytest.raises(InputError, match="163 pairs before and 148 now"):
+        against(judged(90.0), judged(90.0, pairs=148))

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from kcfi.training.ablation_table import Cell, compare, read_set, write_tables
+from kcfi.training.ablation_table import Cell, compare, read_set, verdict_on, write_tables
 
 
 @pytest.fixture
@@ -135,6 +135,10 @@ def test_recipes_of_several_rows_run_once_per_seed_and_rows_and_seeds_can_be_cho
             {"rows": [{"group": "X", "label": "x", "recipe": "a.yaml", "paper": {"cider": 1.0}}]},
             "Unknown score in .*set.yaml 'cider': did you mean 'cider_d'",
         ),
+        (
+            {"rows": [{"group": "X", "label": "x", "recipe": "a.yaml", "claim": "better"}]},
+            "Unknown claim in .*set.yaml 'better'",
+        ),
     ],
 )
 def test_bad_sets_are_refused_with_what_would_be_right(folder, change, message):
@@ -151,3 +155,31 @@ def test_two_recipes_of_one_name_are_refused(folder):
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "rows": rows}))
     with pytest.raises(ValueError, match="need different file names"):
         read_set(path)
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [("higher", "confirmed"), ("lower", "refuted"), ("inconclusive", "undecided"), ("", "")],
+)
+def test_a_claim_is_confirmed_refuted_or_undecided(found, verdict):
+    assert verdict_on("higher", Cell(1.0, 1.0, 1.0, found)) == verdict
+
+
+def test_claims_stand_in_a_table_of_their_own_beside_what_became_of_them_on_drawn_pairs(folder):
+    path = folder / "set.yaml"
+    values = yaml.safe_load(path.read_text())
+    values["rows"][1] |= {"claim": "higher", "drawn": "refuted"}
+    path.write_text(yaml.safe_dump(values))
+    plan = read_set(path)
+    write_tables(plan, folder, {})
+    assert table(folder)[-1] == ["Table X", "with <b>", "higher", "-", "refuted"]
+    for seed in range(3):
+        write_results(folder, f"a-{seed}", 10.0 + seed)
+        write_results(folder, f"b-{seed}", 12.0 + seed)
+    write_tables(plan, folder, {})
+    assert "by CIDEr-D:" in (folder / "table.md").read_text()
+    assert table(folder)[-3:] == [
+        ["", "", "the paper", "here", "drawn pairs"],
+        ["---", "---", "---", "---", "---"],
+        ["Table X", "with <b>", "higher", "confirmed", "refuted"],
+    ]

@@ -301,3 +301,13 @@ def test_a_pair_with_neither_captions_nor_a_mask_is_named(processor, make_pairs)
 def test_more_captions_than_a_pair_can_have_are_refused(processor):
     with pytest.raises(ValueError, match="captions_per_pair=6"):
         KCFICollator(processor, captions_per_pair=6)
+
+
+def test_a_batch_for_captions_that_the_model_draws_has_prompts_and_all_references(processor, make_pairs):
+    pairs = make_pairs(4)
+    drawn = KCFICollator(processor, seed=3, sampled=True)([pairs[index] for index in range(4)])
+    plain = KCFICollator(processor, seed=3)([pairs[index] for index in range(4)])
+    assert "labels" not in drawn and torch.equal(drawn["pixel_values"], plain["pixel_values"])
+    assert drawn["references"] == [pairs[index]["captions"] for index in range(4)]
+    for prompt, row in zip(drawn["prompts"], plain["input_ids"].tolist(), strict=True):
+        assert row[: len(prompt)] == prompt

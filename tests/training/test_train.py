@@ -172,6 +172,71 @@ def test_a_killed_run_resumes_in_a_new_process_with_the_same_losses(recipe, tmp_
 
 
 @pytest.fixture
+def second(recipe, tmp_path):
+    """A second stage, behind one of the recipe."""
+    train.main([str(recipe), "--eval_strategy", "no", "--save_strategy", "no", "--output_dir", str(tmp_path / "one")])
+    values = {"base": recipe.name, "model": str(tmp_path / "one"), "objective": "scst", "dwa": "none"}
+    values |= dict.fromkeys(("vision_config", "text_model", "model_settings"))
+    values |= {"train_language_model": True, "num_train_epochs": 4, "eval_strategy": "no"}
+    values |= {"save_strategy": "steps", "save_steps": 3}
+    (tmp_path / "second.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path / "second.yaml"
+
+
+def rewards_of(folder):
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [[line["reward"], line["greedy_reward"]] for line in state["log_history"] if "reward" in line]
+
+
+@pytest.mark.slow
+def test_two_ranks_draw_and_learn_like_one(launched, second, tmp_path):
+    train.main([str(second), "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "whole")])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "kcfi_cli", "train"]
+    command = [*launcher, str(second), "--output_dir", str(tmp_path / "ranks")]
+    done = subprocess.run(command, capture_output=True, text=True, env=launched, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert log_of(tmp_path / "ranks") == [
+        (step, pytest.approx(loss, rel=1e-3)) for step, loss in log_of(tmp_path / "whole")
+    ]
+    assert rewards_of(tmp_path / "ranks") == [pytest.approx(line, rel=1e-4) for line in rewards_of(tmp_path / "whole")]
+
+
+@pytest.mark.slow
+def test_a_killed_second_stage_resumes_with_the_same_captions_and_losses(second, tmp_path):
+    command = [sys.executable, "-m", "kcfi.training.train", str(second)]
+    full, killed = tmp_path / "full", tmp_path / "killed"
+    subprocess.run([*command, "--output_dir", str(full)], check=True)
+    run = subprocess.Popen([*command, "--output_dir", str(killed)], stdout=subprocess.DEVNULL)
+    while not complete_checkpoints(killed):
+        assert run.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    run.kill()
+    run.wait()
+    subprocess.run([*command, "--output_dir", str(killed), "--resume"], check=True)
+    assert len(log_of(full)) == len(rewards_of(full)) == 16
+    assert log_of(killed) == log_of(full) and rewards_of(killed) == rewards_of(full)
+
+
+def test_captions_are_drawn_from_a_finished_model_alone(recipe):
+    with pytest.raises(InputError, match="objective=scst goes on from captions that a model can write: give `model`"):
+        train.main([str(recipe), "--objective", "scst", "--dwa", "none"])
+
+
+def test_a_recipe_takes_whole_scenes_by_its_seed_and_refuses_pairs_without_numbers(recipe, root, tmp_path):
+    options = ["--dataset", str(root), "--crops_per_scene", "16", "--num_train_pairs", "1", "--max_steps", "1"]
+    with pytest.raises(InputError, match=r"a\.png: its name does not end in the number of a crop"):
+        train.main([str(recipe), *options, "--eval_strategy", "no"])
+    captions = root / "LevirCCcaptions.json"
+    captions.write_text(captions.read_text().replace("a.png", "1.png").replace("b.png", "2.png"))
+    for old, new in (("a.png", "1.png"), ("b.png", "2.png")):
+        for kind in ("A", "B", "label"):
+            (root / "images" / "train" / kind / old).rename(root / "images" / "train" / kind / new)
+    train.main([str(recipe), *options, "--eval_strategy", "no"])
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert log[0]["pairs"] == 1
+
+
+@pytest.fixture
 def submit(launched, tmp_path):
     """Run slurm.sh as SLURM would on one machine with two devices; `srun` and `scontrol` are stand-ins."""
     for name, command in (

@@ -19,7 +19,7 @@ import os
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -97,10 +97,43 @@ class ShardDataset(Dataset[dict[str, Any]]):
         self.commit = commit_of(files)
         progress = tqdm(files, "opening shards", unit="shard", leave=False, delay=2)
         self.shards = [open_shard(file, dataset, split, columns or {}) for file in progress]
-        ends = accumulate(shard.num_rows for shard in self.shards)
-        self.ends = [end if num_pairs is None else min(end, num_pairs) for end in ends]
-        self.sizes = [end - start for start, end in zip([0, *self.ends], self.ends, strict=False)]
+        self._count([range(shard.num_rows) for shard in self.shards])
+        if num_pairs is not None:
+            self.keep(range(num_pairs))
         self._read: tuple[int, Any] = (-1, None)  # number of a shard, and its rows
+
+    def _count(self, rows: list[Sequence[int]]) -> None:
+        """Take the rows of every shard that are pairs."""
+        self.rows = rows
+        self.sizes = [len(some) for some in rows]
+        self.ends = list(accumulate(self.sizes))
+
+    def keep(self, indices: Container[int]) -> None:
+        """Have no other pairs than these from now on; they stay in their order.
+
+        Args:
+            indices: Of pairs; what is beyond the last one is left out of account.
+        """
+        pairs = zip([0, *self.ends], self.rows, strict=False)
+        self._count([[row for index, row in enumerate(rows, start) if index in indices] for start, rows in pairs])
+
+    def column(self, name: str) -> list[Any]:
+        """What all pairs have in one of the columns of `FEATURES`; no other column is read.
+
+        Args:
+            name: Ours of a column without images, whatever the data set calls it.
+
+        Returns:
+            A value per pair as in its example; None where there is none.
+        """
+        values: list[Any] = []
+        for shard, rows in zip(self.shards, self.rows, strict=True):
+            if name in shard.columns.values() and rows:
+                cells = shard.read([name])[name].to_pylist()
+                values += [complete_row({name: cells[row]}, ())[name] for row in rows]
+            else:
+                values += [None] * len(rows)
+        return values
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -112,7 +145,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
         if self._read[0] != number:
             self._read = (-1, None)  # never two of them in memory
             self._read = (number, self.shards[number].read())
-        row = self._read[1].slice(index - self.ends[number] + self.sizes[number], 1).to_pylist()[0]
+        place = self.rows[number][index - self.ends[number] + self.sizes[number]]
+        row = self._read[1].slice(place, 1).to_pylist()[0]
         return row_example(complete_row(row, folders_of([self.shards[number].file])), self.dataset, self.split)
 
 
@@ -130,16 +164,20 @@ class Shard:
     num_rows: int
     columns: dict[str, str]
 
-    def read(self) -> Any:
+    def read(self, names: Collection[str] = tuple(FEATURES)) -> Any:
         """Fetch the file, if it is on the Hub and not in the cache, and read its rows as an Arrow table.
+
+        Args:
+            names: Ours of the columns to read; those that the file lacks are left out.
 
         Raises:
             ValueError: If the file is damaged; names it.
         """
+        columns = {theirs: ours for theirs, ours in self.columns.items() if ours in names}
         path = datasets.DownloadManager().download(self.file)
         with refusing(f"{self.file}: not readable as parquet"), pyarrow.parquet.ParquetFile(path) as parquet:
-            table = parquet.read(list(self.columns))
-        return table.select(list(self.columns)).rename_columns(list(self.columns.values()))
+            table = parquet.read(list(columns))
+        return table.select(list(columns)).rename_columns(list(columns.values()))
 
 
 def data_files(dataset: str, revision: str | None = None) -> dict[str, list[str]]:

@@ -92,7 +92,7 @@ def caption_scores(
     if profile == "levir-ids":
         forms: Iterable[str] = _id_tokens(distinct, vocabulary_captions)
     else:
-        forms = _ptb_tokens(distinct) if meteor else map(_plain_tokens, distinct)
+        forms = _ptb_tokens(distinct) if meteor else map(plain_tokens, distinct)
     tokens = dict(zip(distinct, forms, strict=True))
     for index, sentences in enumerate(references):
         if not sentences or not all(tokens[sentence] for sentence in sentences):
@@ -177,7 +177,7 @@ def _ptb_tokens(sentences: list[str]) -> list[str]:
     return [" ".join(word for word in line.split() if word not in ptbtokenizer.PUNCTUATIONS) for line in lines]
 
 
-def _plain_tokens(sentence: str) -> str:
+def plain_tokens(sentence: str) -> str:
     """Tokenize without Java; equal to `_ptb_tokens` on every sentence of LEVIR-CC.
 
     Words keep inner hyphens and slashes, a possessive is a word of its own, punctuation is dropped and any other sign

@@ -221,13 +221,13 @@ def main(argv: list[str] | None = None) -> None:
     """Build tokenizer and model, pretrain, save a folder that `text_model` of a recipe takes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of 32 sketches")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of 32 sketches (0: random weights)")
     parser.add_argument("--scenes", type=int, default=16000, help="synthetic scenes to sketch")
     parser.add_argument("--grids", type=int, nargs="+", default=[8, 16], help="patches per side of the sketches")
     parser.add_argument("--seed", type=int, default=0, help="of scenes and weights")
     arguments = parser.parse_args(argv)
 
-    scenes = SyntheticDataset(min(arguments.scenes, 32 * arguments.steps), seed=arguments.seed)
+    scenes = SyntheticDataset(min(arguments.scenes, 32 * arguments.steps or 2000), seed=arguments.seed)
     captions = [caption for index in range(2000) for caption in scenes.truth(index % len(scenes))[2]]
     tokenizer = build_tokenizer(captions)
     processor: Any = KCFIProcessor.from_towers(tokenizer)
@@ -267,7 +267,8 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=Sketches(scenes, processor, tuple(arguments.grids)),
         data_collator=collate,
     )
-    trainer.train()
+    if arguments.steps:
+        trainer.train()
     model.save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
     write_tower_card(arguments.output, "python -m kcfi.training.towers.language_model")

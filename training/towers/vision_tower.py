@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     """Build the tower, pretrain it, save a folder that `vision_model` of a recipe takes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=600, help="optimizer steps of 16 images")
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps of 16 images (0: random weights)")
     parser.add_argument("--seed", type=int, default=1, help="of scenes and weights")
     arguments = parser.parse_args(argv)
 
@@ -126,9 +126,10 @@ def main(argv: list[str] | None = None) -> None:
             seed=arguments.seed,
             dataloader_num_workers=1,
         ),
-        train_dataset=Dates(SyntheticDataset(16 * arguments.steps, seed=arguments.seed), processor),
+        train_dataset=Dates(SyntheticDataset(16 * max(1, arguments.steps), seed=arguments.seed), processor),
     )
-    trainer.train()
+    if arguments.steps:
+        trainer.train()
     tower.save_pretrained(arguments.output)
     processor.save_pretrained(arguments.output)
     write_tower_card(arguments.output, "python -m kcfi.training.towers.vision_tower")

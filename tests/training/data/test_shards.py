@@ -337,3 +337,21 @@ def test_a_pair_without_a_name_or_with_a_caption_that_is_none_is_refused(write, 
 def test_a_device_is_no_image():
     with pytest.raises(FileNotFoundError, match=r"no such file \(/dev/zero\)"):
         shards.open_cell({"bytes": None, "path": "/dev/zero"}, "a.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "captions"),
+    [
+        (lambda rows: rows, [["a house appears ."]] * 2),
+        (
+            lambda rows: rows.remove_columns("captions").add_column("captions", ["one .", "two ."]),
+            [["one ."], ["two ."]],
+        ),
+        (lambda rows: rows.remove_columns(["captions", "changed"]), [None, None]),
+    ],
+)
+def test_a_column_is_read_alone_as_the_examples_have_it(write, change, captions):
+    pairs = ShardDataset(write(change), "train")
+    assert pairs.column("captions") == captions and pairs.column("filename") == ["a.png", "b.png"]
+    pairs.keep({1})
+    assert pairs.column("captions") == captions[1:] and pairs.column("filename") == ["b.png"] and len(pairs) == 1

@@ -102,7 +102,7 @@ def test_tokens_without_java_equal_ptb_on_every_sentence_of_levir_cc():
         text for split in ("train", "val", "test") for pair in read_captions(LEVIR_CC, split) for text in pair.captions
     }
     ordered = sorted(sentences)
-    assert [metrics._plain_tokens(text) for text in ordered] == metrics._ptb_tokens(ordered)
+    assert [metrics.plain_tokens(text) for text in ordered] == metrics._ptb_tokens(ordered)
 
 
 def test_tokens_without_java_equal_ptb_on_change_captions():
@@ -112,7 +112,7 @@ def test_tokens_without_java_equal_ptb_on_change_captions():
         'a house/road with 3 "large" roofs - grey - shows up',
         "the path \\ lane is 'new' ...",
     ]
-    assert [metrics._plain_tokens(text) for text in sentences] == metrics._ptb_tokens(sentences)
+    assert [metrics.plain_tokens(text) for text in sentences] == metrics._ptb_tokens(sentences)
 
 
 def test_ptb_tokens_equal_those_of_pycocoevalcap():

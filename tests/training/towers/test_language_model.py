@@ -72,8 +72,9 @@ def test_reader_puts_the_mean_of_a_patch_s_words_where_the_image_token_stands(pr
 
 
 @pytest.mark.slow
-def test_pretraining_command_writes_a_language_model_that_loads(tmp_path):
-    main(["--output", str(tmp_path), "--steps", "2"])
+@pytest.mark.parametrize("steps", ["0", "2"])
+def test_pretraining_command_writes_a_language_model_that_loads(tmp_path, steps):
+    main(["--output", str(tmp_path), "--steps", steps])
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert model.config.vocab_size == len(tokenizer)
     assert tokenizer("<row 3>")["input_ids"] == [tokenizer.convert_tokens_to_ids("<row 3>")]

@@ -61,7 +61,8 @@ def test_a_tower_beside_an_image_processor_of_kcfi_is_joined_with_its_normalisat
 
 
 @pytest.mark.slow
-def test_pretraining_command_writes_a_tower_that_loads(tmp_path):
-    main(["--output", str(tmp_path), "--steps", "1"])
+@pytest.mark.parametrize("steps", ["0", "1"])
+def test_pretraining_command_writes_a_tower_that_loads(tmp_path, steps):
+    main(["--output", str(tmp_path), "--steps", steps])
     assert len(AutoModel.from_pretrained(tmp_path).timm_model.blocks) == LAYERS[-1] + 1
     assert license_of(str(tmp_path)) == "apache-2.0"
