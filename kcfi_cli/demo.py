@@ -4,7 +4,7 @@ import argparse
 import math
 
 from kcfi_cli.lists import describer_settings
-from kcfi_cli.options import Commands, UsageError, add_model_options
+from kcfi_cli.options import Commands, UsageError, add_model_options, add_speed_option
 
 
 def add_parser(commands: Commands) -> None:
@@ -18,6 +18,7 @@ def add_parser(commands: Commands) -> None:
         epilog="example: kcfi demo --model runs/paper --port 8080",
     )
     add_model_options(parser)
+    add_speed_option(parser)
     parser.add_argument("--batch_size", type=int, default=8, help="tiles at a time (%(default)s); CPUs encode 2")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine alone; 0.0.0.0: all)"

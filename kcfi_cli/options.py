@@ -48,6 +48,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_speed_option(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that describe many pairs or tiles."""
+    parser.add_argument(
+        "--speed",
+        choices=["auto", "plain", "onnx"],
+        default="auto",
+        help="how the vision tower is run on a CPU: onnx = in ONNX Runtime, equal up to rounding and faster, after a "
+        'start (pip install "kcfi[onnx]"); auto = so for many pairs or tiles; plain = never (%(default)s)',
+    )
+
+
 def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     """The options of commands that draw synthetic pairs with real materials."""
     parser.add_argument("--materials", help="library of `kcfi data materials`: draw with real ground and roofs")

@@ -25,7 +25,7 @@ WORK = ".work"
 BLOCKS_TO_DO = "todo.arrow"
 LOCK = "lock"
 REFUSED = "refused"
-FREE = ("device", "batch_size", "compiled")  # settings of a describer that a later call may change
+FREE = ("device", "batch_size", "compiled", "speed")  # settings of a describer that a later call may change
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,11 @@ class Todo:
 
     def __len__(self) -> int:
         return int(self.file.num_record_batches)
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs all blocks have."""
+        return sum(self.file.get_batch(number).num_rows for number in range(len(self)))
 
     def rows(self, number: int) -> list[dict[str, Any]]:
         """The pairs of a block: `name`, `before`, `after`, and `position` in the list."""

@@ -140,12 +140,14 @@ def describe_scene(
         warnings += unordered_dates(described)
         tiles = math.prod(len(tile_starts(side, describer.view)) for side in (grid.width, grid.height))
         tiles *= len(pairs(len(dates)))
+        describer.expect(tiles)
         for line in [*warnings, *([f"{tiles:,} tiles are read."] if tiles > MANY else [])]:
             tqdm.write(line, file=sys.stderr)
         inputs = [[fingerprint(path), layer.offset] for path, layer in zip(dates, layers, strict=True)]
         least = min_area / (resolution**2 if grid.crs is None else 1)
         images = json.loads(describer.processor.image_processor.to_json_string())
-        record = {**settings, "image_processor": images, "versions": versions}
+        tower = type(describer.model.model.stage_cache).__name__  # its rounding
+        record = {**settings, "image_processor": images, "versions": versions, "tower": tower}
         found = compare(describer, layers, work, record, inputs, list(labels), least, max_captions, confirm)
         for number, layer in enumerate(layers):
             Image.fromarray(layer.overview(OVERVIEW)[0]).save(work / f"date-{number}.png")

@@ -1,0 +1,157 @@
+"""`--speed`: the tower in ONNX Runtime gives the same reports, and starts only where it pays."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import kcfi.speed
+from kcfi.models import build_describer, load
+from kcfi.processing import Describer
+from kcfi.speed import OnnxTower, difference, keep_tower, speed_up, tower_key
+from kcfi_cli import main
+
+pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
+
+
+@pytest.fixture(scope="module")
+def kept(detector, tmp_path_factory):
+    """A folder that holds the exported tower of the tiny detector."""
+    folder = tmp_path_factory.mktemp("kept")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kcfi.speed, "KEPT", folder)
+        model = load(str(detector))[0]
+        keep_tower(model, folder / tower_key(model) / "tower.onnx")
+    return folder
+
+
+@pytest.fixture
+def there(kept, monkeypatch):
+    monkeypatch.setattr(kcfi.speed, "KEPT", kept)
+    return kept
+
+
+@pytest.fixture
+def nothing(tmp_path, monkeypatch):
+    """Nothing is kept, and an export would be noticed."""
+    exported = []
+    monkeypatch.setattr(kcfi.speed, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(kcfi.speed, "export_tower", lambda model, path: exported.append(path))
+    return exported
+
+
+def is_fast(describer):
+    return isinstance(describer.model.model.stage_cache, OnnxTower)
+
+
+def test_reports_are_those_of_torch(detector, there, make_pair):
+    plain, fast = (build_describer(str(detector), "cpu", speed=speed) for speed in ("plain", "onnx"))
+    pairs = [tuple(make_pair(side, side, square=(8, 8, 24, 24))) for side in (32, 32, 32, 72)]
+    assert is_fast(fast) and not is_fast(plain)
+    for one, other in zip(*(each.describe_pairs(pairs, regions=True) for each in (plain, fast)), strict=True):
+        assert one.caption == other.caption and one.mask.any() and np.array_equal(one.mask, other.mask)
+        assert [region.caption for region in one.regions] == [region.caption for region in other.regions]
+        np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
+        np.testing.assert_allclose(one.key_changes, other.key_changes, atol=1e-4)
+
+
+def test_the_tower_is_exported_once_and_found_by_its_weights(detector, there):
+    model = load(str(detector))[0]
+    file = there / tower_key(model) / "tower.onnx"
+    written = file.stat().st_mtime_ns
+    assert keep_tower(model, file) == file and file.stat().st_mtime_ns == written
+    assert {path.name for path in there.iterdir()} <= {file.parent.name, f"{file.parent.name}.lock"}
+    next(model.model.vision_tower.parameters()).data[..., 0] += 1
+    assert tower_key(model) != file.parent.name
+
+
+@pytest.mark.parametrize(("pairs", "fast"), [(1, False), (kcfi.speed.LOADED - 1, False), (kcfi.speed.LOADED, True)])
+def test_auto_takes_a_tower_that_is_there_from_so_many_pairs_on(detector, there, pairs, fast):
+    describer = build_describer(str(detector), "cpu")
+    describer.expect(pairs)
+    assert is_fast(describer) == fast
+
+
+def test_auto_exports_for_very_many_pairs_alone(detector, nothing):
+    describer = build_describer(str(detector), "cpu")
+    describer.expect(kcfi.speed.EXPORTED - 1)
+    assert not nothing and not is_fast(describer)
+    with pytest.raises(FileNotFoundError):  # the export of this test writes nothing
+        describer.expect(kcfi.speed.EXPORTED)
+    assert len(nothing) == 1
+
+
+def test_a_large_image_expects_its_tiles_and_a_list_its_pairs(detector, there, make_pair, monkeypatch):
+    monkeypatch.setattr(kcfi.speed, "LOADED", 4)
+    describer = build_describer(str(detector), "cpu")
+    describer.describe(*make_pair(32, 32))
+    assert not is_fast(describer)
+    describer.describe(*make_pair(72, 72))
+    assert is_fast(describer)
+
+
+def test_a_tower_with_other_features_is_refused_by_onnx_and_left_aside_by_auto(detector, there, monkeypatch):
+    monkeypatch.setattr(kcfi.speed, "tower_key", lambda model: next(there.glob("*/")).name)
+    model, processor = load(str(detector), "cpu")
+    next(model.model.vision_tower.parameters()).data += 1  # no longer the exported one
+    describer = Describer(model, processor)
+    speed_up(describer, "auto", 10_000)
+    assert not is_fast(describer)
+    with pytest.raises(ValueError, match=r"--speed onnx: its features differ from torch's by .* Use --speed plain"):
+        speed_up(describer, "onnx", 1)
+
+
+def test_a_broken_file_is_refused_by_onnx_and_left_aside_by_auto(detector, tmp_path, monkeypatch):
+    monkeypatch.setattr(kcfi.speed, "KEPT", tmp_path)
+    describer = Describer(*load(str(detector), "cpu"))
+    file = tmp_path / tower_key(describer.model) / "tower.onnx"
+    file.parent.mkdir()
+    file.write_bytes(b"no graph")
+    speed_up(describer, "auto", 10_000)
+    assert not is_fast(describer)
+    with pytest.raises(ValueError, match="--speed onnx: the tower cannot be run there"):
+        speed_up(describer, "onnx", 1)
+
+
+def test_no_number_counts_as_a_difference(detector, there):
+    model = load(str(detector), "cpu")[0]
+    tower = OnnxTower(there / tower_key(model) / "tower.onnx")
+    assert difference(model, tower) is None
+    for weights in model.model.vision_tower.parameters():
+        weights.data.fill_(torch.nan)
+    assert "differ from torch's by nan" in difference(model, tower)
+
+
+def test_other_precisions_and_a_missing_extra_are_refused(detector, monkeypatch):
+    with pytest.raises(ValueError, match=r"--speed onnx: it computes in fp32, and the model in torch\.bfloat16"):
+        build_describer(str(detector), "cpu", "bfloat16", speed="onnx")
+    monkeypatch.setattr(kcfi.speed, "NEEDED", ("onnxruntime", "nowhere_to_be_found"))
+    with pytest.raises(ValueError, match=r'nowhere_to_be_found not installed: `pip install "kcfi\[onnx\]"`'):
+        build_describer(str(detector), "cpu", speed="onnx")
+    describer = build_describer(str(detector), "cpu")
+    describer.expect(10_000)
+    assert not is_fast(describer)
+
+
+def test_the_command_takes_it_for_a_pair_and_a_list_which_goes_on_with_another(
+    detector, there, make_pair, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for name, image in zip(("before.png", "after.png"), make_pair(32, 32, square=(8, 8, 24, 24)), strict=True):
+        image.save(name)
+    Path("list.csv").write_text("before,after\nbefore.png,after.png\n")
+    said = []
+    for inputs in (["before.png", "after.png"], ["list.csv"]):
+        for speed in ("plain", "onnx"):
+            output = f"{len(inputs)}-{speed}"
+            options = ["--model", str(detector), "--device", "cpu", "--json", "--speed", speed, "--output", output]
+            assert main(["caption", *inputs, *options]) == 0
+            said.append(json.loads(capsys.readouterr().out))
+    assert len({row["caption"] for row in said}) == 1
+    assert {row["changed_fraction"] for row in said[:2]} == {said[0]["changed_fraction"]}
+    again = ["list.csv", "--model", str(detector), "--device", "cpu", "--speed", "plain", "--output", "1-onnx"]
+    assert main(["caption", *again]) == 0
+    assert "1 were there" in capsys.readouterr().out
