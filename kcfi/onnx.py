@@ -1,7 +1,7 @@
 """Parts of a model as ONNX files: the mask without the sentence, and the vision tower alone.
 
 Whoever needs only where something changed runs a `Detector` in onnxruntime, without a language model and torch. A
-`Tower` is what `kcfi.speed` runs there in place of the model's own.
+`Tower` is what `kcfi.speed` runs in place of the model's own.
 """
 
 from importlib.util import find_spec
@@ -75,7 +75,6 @@ def export_detector(model: KCFIForConditionalGeneration, path: str | Path) -> No
     Raises:
         InputError: torch's exporter is not installed, the model is not in fp32, or it has no change detection head.
     """
-    _check(model)
     _export(Detector(model.eval()), model, path, ["mask_logits", "key_changes"])
 
 
@@ -89,21 +88,16 @@ def export_tower(model: KCFIForConditionalGeneration, path: str | Path) -> None:
     Raises:
         InputError: torch's exporter is not installed, or the model is not in fp32.
     """
-    _check(model)
     stages = range(model.config.num_stages)
     _export(Tower(model.eval()), model, path, [f"{date}_{stage}" for date in ("before", "after") for stage in stages])
 
 
-def _check(model: KCFIForConditionalGeneration) -> None:
-    """Refuse what cannot be exported."""
+def _export(part: nn.Module, model: KCFIForConditionalGeneration, path: str | Path, outputs: list[str]) -> None:
+    """Write a part of a model, which takes `pixel_values` and gives `outputs`, as an ONNX file."""
     if find_spec("onnxscript") is None:
         raise InputError('The ONNX exporter is not installed: `pip install "kcfi[onnx]"`.')
     if model.dtype != torch.float32:
         raise InputError(f"The model is in {model.dtype}: load it with dtype=torch.float32, or call model.float().")
-
-
-def _export(part: nn.Module, model: KCFIForConditionalGeneration, path: str | Path, outputs: list[str]) -> None:
-    """Write a part of a model that takes `pixel_values` as an ONNX file."""
     side: Any = model.config.image_size
     program: Any = torch.onnx.export(
         part.eval(),

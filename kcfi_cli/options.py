@@ -52,10 +52,11 @@ def add_speed_option(parser: argparse.ArgumentParser) -> None:
     """The option of commands that describe many pairs or tiles."""
     parser.add_argument(
         "--speed",
-        choices=["auto", "plain", "onnx"],
+        choices=["auto", "plain", "exact", "bf16"],
         default="auto",
-        help="how the vision tower is run on a CPU: onnx = in ONNX Runtime, equal up to rounding and faster, after a "
-        'start (pip install "kcfi[onnx]"); auto = so for many pairs or tiles; plain = never (%(default)s)',
+        help="what runs the vision tower on a CPU: plain = torch; exact = OpenVINO, equal up to rounding and faster "
+        'after a start (pip install "kcfi[fast]"); bf16 = OpenVINO in bf16, where sentences may differ; auto = exact '
+        "for many pairs or tiles, else plain (%(default)s)",
     )
 
 

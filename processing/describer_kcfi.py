@@ -259,7 +259,8 @@ class Describer:
 
     Attributes:
         expect: called with a number of pairs or tiles before so many are described, by whoever knows it: what makes
-            them faster and takes long to start may start then (`kcfi.speed`).
+            them faster, and takes a while to start, starts then (`kcfi.speed`).
+        encode: in place of `KCFIModel.get_stage_features`, with equal results; None = that.
 
     Raises:
         InputError: a tile smaller than a patch of the vision tower, an empty batch, several sentences asked for, or an
@@ -280,6 +281,7 @@ class Describer:
         self.model, self.processor, self.batch_size = model, processor, batch_size
         self.instruction, self.autocast, self.generation = instruction, autocast, generation
         self.expect: Callable[[int], None] = lambda pairs: None
+        self.encode: Callable[..., Any] | None = None
         self.calibration = Calibration(**(processor.calibration or {}))
         self.threshold = None if alarm_rate is None else self.calibration.threshold(alarm_rate)
         if alarm_rate is not None and model.model.change_detection_head is None:
@@ -493,7 +495,8 @@ class Describer:
         inputs = self.processor.image_processor(images, return_tensors="pt", **({} if as_trained else whole))
         pixels = inputs["pixel_values"].to(self.model.device, self.model.dtype)
         at_once = ENCODED_BY_CPU if pixels.device.type == "cpu" else len(pixels)
-        parts = [self.model.model.get_stage_features(part)[:2] for part in pixels.split(at_once)]
+        encode = self.encode or self.model.model.get_stage_features
+        parts = [encode(part)[:2] for part in pixels.split(at_once)]
         before, after = ([torch.cat(maps) for maps in zip(*date, strict=True)] for date in zip(*parts, strict=True))
         return before, after
 

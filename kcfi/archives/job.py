@@ -25,7 +25,7 @@ WORK = ".work"
 BLOCKS_TO_DO = "todo.arrow"
 LOCK = "lock"
 REFUSED = "refused"
-FREE = ("device", "batch_size", "compiled", "speed")  # settings of a describer that a later call may change
+FREE = ("device", "batch_size", "compiled")  # settings of a describer that a later call may change
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Job:
         """What decides what a row says, plain JSON; `weights` names those of the model."""
         content = {**asdict(self), "weights": weights}
         content["describer"] = {name: value for name, value in self.describer.items() if name not in FREE}
+        if content["describer"].get("speed") != "bf16":  # the others write the same rows
+            content["describer"].pop("speed", None)
         content["reading"] = {name: value for name, value in self.reading.items() if name != "max_image_pixels"}
         return json.loads(json.dumps(content))
 

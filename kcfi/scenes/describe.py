@@ -146,8 +146,8 @@ def describe_scene(
         inputs = [[fingerprint(path), layer.offset] for path, layer in zip(dates, layers, strict=True)]
         least = min_area / (resolution**2 if grid.crs is None else 1)
         images = json.loads(describer.processor.image_processor.to_json_string())
-        tower = type(describer.model.model.stage_cache).__name__  # its rounding
-        record = {**settings, "image_processor": images, "versions": versions, "tower": tower}
+        precision = getattr(describer.encode, "precision", None)  # None = that of torch, which rounds otherwise
+        record = {**settings, "image_processor": images, "versions": versions, "encoder": precision}
         found = compare(describer, layers, work, record, inputs, list(labels), least, max_captions, confirm)
         for number, layer in enumerate(layers):
             Image.fromarray(layer.overview(OVERVIEW)[0]).save(work / f"date-{number}.png")
