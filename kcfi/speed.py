@@ -83,7 +83,7 @@ def speed_up(describer: Describer, speed: Speed, pairs: int) -> None:
             keep_tower(describer.model, file)
             tower = FastTower(file, "bf16" if speed == "bf16" else "f32")
             reason = difference(describer.model, tower)
-        except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
+        except (OSError, RuntimeError, torch.onnx.errors.OnnxExporterError) as error:  # OSError: a full or locked disk
             reason = f"the vision tower does not run in OpenVINO: {str(error).splitlines()[0]}"
         if reason is None:
             describer.encode = tower

@@ -83,9 +83,20 @@ def test_auto_exports_for_very_many_pairs_alone(detector, nothing):
     describer = build_describer(str(detector), "cpu")
     describer.expect(kcfi.speed.EXPORTED - 1)
     assert not nothing and not is_fast(describer)
-    with pytest.raises(FileNotFoundError):  # the export of this test writes nothing
-        describer.expect(kcfi.speed.EXPORTED)
-    assert len(nothing) == 1
+    describer.expect(kcfi.speed.EXPORTED)
+    assert len(nothing) == 1 and not is_fast(describer)  # it wrote nothing, which stops nobody
+
+
+def test_a_folder_that_cannot_be_written_stops_exact_and_not_auto(detector, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(kcfi.speed, "KEPT", tmp_path / "file" / "kcfi")
+    describer = build_describer(str(detector), "cpu")
+    describer.expect(10_000)
+    assert not is_fast(describer)
+    with pytest.raises(
+        ValueError, match=r"--speed exact: the vision tower does not run in OpenVINO: .*Not a directory"
+    ):
+        speed_up(describer, "exact", 1)
 
 
 def test_a_large_image_expects_its_tiles_and_a_list_its_pairs(detector, there, make_pair, monkeypatch):
