@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from kcfi.files import read_yaml
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import INSTRUCTIONS, Describer, InputError, refusing
+from kcfi.speed import Speed, speed_up
 
 EMBEDDED = ("kcfi-tiny", "kcfi-small")  # installed with their weights: the quick one, the better one
 
@@ -62,6 +64,7 @@ def build_describer(
     instruction: str | None = None,
     alarm_rate: float | None = None,
     compiled: bool = False,
+    speed: Speed = "auto",
 ) -> Describer:
     """The Describer of a model by its name.
 
@@ -74,6 +77,7 @@ def build_describer(
         instruction: see `Describer`; None = the first of the paper.
         alarm_rate: see `Describer`.
         compiled: see `compiled_steps`.
+        speed: how the vision tower is run, see `kcfi.speed`.
 
     Raises:
         InputError: the model cannot be loaded, or a setting does not fit it.
@@ -81,7 +85,10 @@ def build_describer(
     network, processor = load(model, device, dtype)
     autocast = None if dtype else validation_dtype(model, network.device)
     settings = (tile, batch_size, instruction or INSTRUCTIONS[0], autocast, alarm_rate)
-    return Describer(network, processor, *settings, **(compiled_steps() if compiled else {}))
+    describer = Describer(network, processor, *settings, **(compiled_steps() if compiled else {}))
+    describer.expect = partial(speed_up, describer, speed)
+    describer.expect(1)  # refuses a speed that cannot be had
+    return describer
 
 
 def weights_of(name: str) -> str:

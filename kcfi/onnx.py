@@ -1,6 +1,7 @@
-"""The mask without the sentence: vision tower, perceiver and head of a model as one ONNX file.
+"""Parts of a model as ONNX files: the mask without the sentence, and the vision tower alone.
 
-Whoever needs only where something changed runs that file in onnxruntime, without a language model and without torch.
+Whoever needs only where something changed runs a `Detector` in onnxruntime, without a language model and torch. A
+`Tower` is what `kcfi.speed` runs in place of the model's own.
 """
 
 from importlib.util import find_spec
@@ -43,6 +44,23 @@ class Detector(nn.Module):
         return mask_logits, key_changes
 
 
+class Tower(nn.Module):
+    """The vision tower of a model: pixel values (B, 2, 3, S, S) -> 2 L maps (B, C, h, w), of before and then of after.
+
+    Args:
+        model: its weights are shared, not copied.
+    """
+
+    def __init__(self, model: KCFIForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model.model
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """See the class."""
+        before, after, _ = self.model.encode_dates(pixel_values)
+        return *before, *after
+
+
 def export_detector(model: KCFIForConditionalGeneration, path: str | Path) -> None:
     """Write the `Detector` of a model as an ONNX file.
 
@@ -57,17 +75,36 @@ def export_detector(model: KCFIForConditionalGeneration, path: str | Path) -> No
     Raises:
         InputError: torch's exporter is not installed, the model is not in fp32, or it has no change detection head.
     """
+    _export(Detector(model.eval()), model, path, ["mask_logits", "key_changes"])
+
+
+def export_tower(model: KCFIForConditionalGeneration, path: str | Path) -> None:
+    """Write the `Tower` of a model as an ONNX file, in the way of `export_detector`.
+
+    Args:
+        model: in fp32; it is put into evaluation mode.
+        path: file to write; its folder is created if missing.
+
+    Raises:
+        InputError: torch's exporter is not installed, or the model is not in fp32.
+    """
+    stages = range(model.config.num_stages)
+    _export(Tower(model.eval()), model, path, [f"{date}_{stage}" for date in ("before", "after") for stage in stages])
+
+
+def _export(part: nn.Module, model: KCFIForConditionalGeneration, path: str | Path, outputs: list[str]) -> None:
+    """Write a part of a model, which takes `pixel_values` and gives `outputs`, as an ONNX file."""
     if find_spec("onnxscript") is None:
         raise InputError('The ONNX exporter is not installed: `pip install "kcfi[onnx]"`.')
     if model.dtype != torch.float32:
         raise InputError(f"The model is in {model.dtype}: load it with dtype=torch.float32, or call model.float().")
     side: Any = model.config.image_size
     program: Any = torch.onnx.export(
-        Detector(model.eval()).eval(),
+        part.eval(),
         (torch.zeros(2, 2, 3, side, side, device=model.device),),  # two pairs: one would be taken for a constant
         dynamo=True,
         input_names=["pixel_values"],
-        output_names=["mask_logits", "key_changes"],
+        output_names=outputs,
         dynamic_shapes=({0: torch.export.Dim("pairs")},),
         verbose=False,
     )

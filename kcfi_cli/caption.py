@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kcfi_cli.lists import add_list_options, describer_settings, is_list, run_list
-from kcfi_cli.options import Commands, UsageError, add_model_options, check_writable
+from kcfi_cli.options import Commands, UsageError, add_model_options, add_speed_option, check_writable
 
 
 def add_parser(commands: Commands) -> None:
@@ -37,6 +37,7 @@ def add_parser(commands: Commands) -> None:
         help="image of the later date, of the same size; or the folder of the images with the same names",
     )
     add_model_options(parser)
+    add_speed_option(parser)
     parser.add_argument("--output", default="kcfi-output", type=Path, help="folder for the pictures (%(default)s)")
     parser.add_argument(
         "--bands",

@@ -3,7 +3,7 @@
 import argparse
 
 from kcfi_cli.lists import describer_settings
-from kcfi_cli.options import Commands, add_limit_options, add_model_options, limits_given
+from kcfi_cli.options import Commands, add_limit_options, add_model_options, add_speed_option, limits_given
 
 
 def add_parser(commands: Commands) -> None:
@@ -17,6 +17,7 @@ def add_parser(commands: Commands) -> None:
         epilog="example: kcfi demo --model runs/paper --port 8080",
     )
     add_model_options(parser)
+    add_speed_option(parser)
     parser.add_argument("--batch_size", type=int, default=8, help="tiles at a time (%(default)s); CPUs encode 2")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine alone; 0.0.0.0: all)"

@@ -91,4 +91,4 @@ def _summary(row: dict[str, Any]) -> str:
 def describer_settings(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `kcfi.models.build_describer`."""
     names = ("model", "device", "dtype", "tile", "batch_size", "instruction", "alarm_rate")
-    return {name: getattr(options, name) for name in names} | {"compiled": options.compile}
+    return {name: getattr(options, name) for name in names} | {"compiled": options.compile, "speed": options.speed}

@@ -78,6 +78,18 @@ def limits_given(options: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
+def add_speed_option(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that describe many pairs or tiles."""
+    parser.add_argument(
+        "--speed",
+        choices=["auto", "plain", "exact", "bf16"],
+        default="auto",
+        help="what runs the vision tower on a CPU: plain = torch; exact = OpenVINO, equal up to rounding and faster "
+        'after a start (pip install "kcfi[fast]"); bf16 = OpenVINO in bf16, where sentences may differ; auto = exact '
+        "for many pairs or tiles, else plain (%(default)s)",
+    )
+
+
 def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     """The options of commands that draw synthetic pairs with real materials."""
     parser.add_argument("--materials", help="library of `kcfi data materials`: draw with real ground and roofs")

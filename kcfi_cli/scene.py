@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from kcfi_cli.lists import add_list_options, describer_settings, is_list, run_list
-from kcfi_cli.options import Commands, UsageError, add_model_options, check_writable
+from kcfi_cli.options import Commands, UsageError, add_model_options, add_speed_option, check_writable
 
 SHOWN = 10  # changes that are printed
 
@@ -31,6 +31,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("-o", "--output", default="kcfi-scene", type=Path, help="folder for the results (%(default)s)")
     parser.add_argument("--site", type=Path, metavar="DIR", help="also a folder for any web server: a map to look at")
     add_model_options(parser)
+    add_speed_option(parser)
     parser.add_argument("--batch_size", type=int, default=8, help="tiles at a time (%(default)s); CPUs encode 2")
     parser.add_argument("--reproject", action="store_true", help="bring the later date to the earlier one's CRS")
     parser.add_argument("--align", action="store_true", help="take out a constant shift between the dates")

@@ -316,9 +316,15 @@ class KCFIModel(KCFIPreTrainedModel):
         """
         encode = self.encode_dates if self.stage_cache is None else self.stage_cache
         before, after, outputs = encode(pixel_values, **kwargs)
-        if self.stage_projection is not None:
-            before, after = self.stage_projection(before), self.stage_projection(after)
-        return before, after, outputs
+        return *self.project(before, after), outputs
+
+    def project(
+        self, before: list[torch.Tensor], after: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Stages of both dates as the tower gives them -> as they are compared, see `stage_projection_size`."""
+        if self.stage_projection is None:
+            return before, after
+        return self.stage_projection(before), self.stage_projection(after)
 
     def encode_dates(
         self, pixel_values: torch.Tensor, **kwargs: Any

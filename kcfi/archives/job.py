@@ -57,6 +57,8 @@ class Job:
         """What decides what a row says, plain JSON; `weights` names those of the model."""
         content = {**asdict(self), "weights": weights}
         content["describer"] = {name: value for name, value in self.describer.items() if name not in FREE}
+        if content["describer"].get("speed") != "bf16":  # the others write the same rows
+            content["describer"].pop("speed", None)
         content["reading"] = {name: value for name, value in self.reading.items() if name != "max_image_pixels"}
         return json.loads(json.dumps(content))
 
@@ -80,6 +82,11 @@ class Todo:
 
     def __len__(self) -> int:
         return int(self.file.num_record_batches)
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs all blocks have."""
+        return sum(self.file.get_batch(number).num_rows for number in range(len(self)))
 
     def rows(self, number: int) -> list[dict[str, Any]]:
         """The pairs of a block: `name`, `before`, `after`, and `position` in the list."""

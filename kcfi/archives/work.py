@@ -36,6 +36,8 @@ class Worker:
         for weights in [*self.describer.model.parameters(), *self.describer.model.buffers()]:
             # sums depend on where in memory numbers lie: as in their file here, and elsewhere for another device
             weights.data = weights.data.clone()
+        if self.job.scene is None:  # a scene knows its tiles
+            self.describer.expect(self.todo.pairs)
 
     def __call__(self, number: int) -> None:
         """Describe the pairs of a block, and write it; nothing if it is there."""

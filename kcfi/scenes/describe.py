@@ -143,12 +143,14 @@ def describe_scene(
         warnings += unordered_dates(described)
         tiles = math.prod(len(tile_starts(side, describer.view)) for side in (grid.width, grid.height))
         tiles *= len(pairs(len(dates)))
+        describer.expect(tiles)
         for line in [*warnings, *([f"{tiles:,} tiles are read."] if tiles > MANY else [])]:
             tqdm.write(line, file=sys.stderr)
         inputs = [[fingerprint(path), layer.offset] for path, layer in zip(dates, layers, strict=True)]
         least = min_area / (resolution**2 if grid.crs is None else 1)
         images = json.loads(describer.processor.image_processor.to_json_string())
-        record = {**settings, "image_processor": images, "versions": versions}
+        precision = getattr(describer.encode, "precision", None)  # None = that of torch, which rounds otherwise
+        record = {**settings, "image_processor": images, "versions": versions, "encoder": precision}
         found = compare(describer, layers, work, record, inputs, list(labels), least, max_captions, confirm, between)
         between()
         for number, layer in enumerate(layers):
