@@ -15,8 +15,6 @@ from kcfi.modeling_kcfi import KCFIForConditionalGeneration
 from kcfi.processing import INSTRUCTIONS, Describer, InputError, refusing
 from kcfi.speed import Speed, speed_up
 
-EMBEDDED = ("kcfi-tiny", "kcfi-small")  # installed with their weights: the quick one, the better one
-
 # Of models whose settings name code of their own: refused; transformers would ask on the terminal, and run it
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 
@@ -29,7 +27,7 @@ def default_device() -> torch.device:
 
 
 def load(name: str, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
-    """Model (in evaluation mode) and processor of a folder, Hub id or one of `EMBEDDED`.
+    """Model (in evaluation mode) and processor of a folder, Hub id or "kcfi-tiny".
 
     Args:
         name: of the model.
@@ -69,7 +67,7 @@ def build_describer(
     """The Describer of a model by its name.
 
     Args:
-        model: folder, Hub id or one of `EMBEDDED`.
+        model: folder, Hub id or "kcfi-tiny".
         device: see `load`.
         dtype: see `load`; None = computing as the run that made the model did, see `validation_dtype`.
         tile: see `Describer`.
@@ -95,7 +93,7 @@ def weights_of(name: str) -> str:
     """A name for the weights of a model that is not loaded: they differ, so does it.
 
     Args:
-        name: folder, Hub id or one of `EMBEDDED`.
+        name: folder, Hub id or "kcfi-tiny".
 
     Returns:
         A digest of the weights and settings in a folder; of a Hub id the commit.
@@ -138,21 +136,21 @@ def compiled_steps() -> dict[str, Any]:
     return {"cache_implementation": "static", "compile_config": settings}
 
 
-def embedded_model(name: str = "kcfi-tiny") -> str:
-    """Folder of a model that is installed with the package: one of `EMBEDDED`."""
-    return str(files("kcfi.hub_configs") / name)
+def embedded_model() -> str:
+    """Folder of `kcfi-tiny`, the model that is installed with the package."""
+    return str(files("kcfi.hub_configs") / "kcfi-tiny")
 
 
 def model_source(model: str) -> str:
-    """What `from_pretrained` takes for the name of a model: those of `EMBEDDED` come with the package.
+    """What `from_pretrained` takes for the name of a model: "kcfi-tiny" is the embedded one.
 
     A name that begins with a folder of this machine, like "runs/paper", is never looked up on the Hub.
 
     Raises:
         InputError: a path where there is no folder.
     """
-    if model in EMBEDDED:
-        return embedded_model(model)
+    if model == "kcfi-tiny":
+        return embedded_model()
     if Path(model).is_dir():
         return model
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model):

@@ -21,7 +21,7 @@ def serve(model: str, options: Sequence[str], **limits: Any) -> None:
     a function, which is replaced by one that puts a `ChatGuard` around the app.
 
     Args:
-        model: folder, Hub id or the name of an embedded model.
+        model: folder, Hub id or "kcfi-tiny".
         options: of `transformers serve`, for example `["--port", "8001"]`.
         **limits: of `RequestLimits`.
 

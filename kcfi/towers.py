@@ -21,7 +21,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from kcfi.files import check_names
 from kcfi.modeling_kcfi import KCFIConfig, KCFIForConditionalGeneration
 from kcfi.modeling_kcfi.modeling_kcfi import load_tower
-from kcfi.models import EMBEDDED, embedded_model
+from kcfi.models import embedded_model
 from kcfi.processing import InputError, KCFIProcessor
 
 
@@ -83,7 +83,7 @@ def join_towers(
         >>> model.config.num_patches, processor.num_patches, processor.image_token
         (324, 81, '<image>')
     """
-    text = embedded_model(text) if text in EMBEDDED else text
+    text = embedded_model() if text == "kcfi-tiny" else text
     check_names(settings, [field.name for field in dataclasses.fields(KCFIConfig)], "model setting")
     tower: Any = vision
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

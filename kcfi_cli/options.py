@@ -27,11 +27,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[Parser]"  # what `add_parser` 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
     """The option of commands that load a model."""
-    parser.add_argument(
-        "--model",
-        default="kcfi-tiny",
-        help="kcfi-small (better, ten times slower), folder or Hub id (default: the embedded kcfi-tiny)",
-    )
+    parser.add_argument("--model", default="kcfi-tiny", help="folder or Hub id (default: the embedded kcfi-tiny)")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

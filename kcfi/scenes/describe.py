@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from kcfi.models import EMBEDDED, embedded_model, load
+from kcfi.models import embedded_model, load
 from kcfi.processing import Describer, InputError
 from kcfi.processing.describer_kcfi import tile_starts
 from kcfi.processing.places_kcfi import tells_of_change
@@ -106,7 +106,7 @@ def describe_scene(
     name = describer.model.name_or_path
     versions = {name: version(name) for name in ("kcfi", "torch", "transformers", "rasterio")}
     settings: dict[str, Any] = {
-        "model": next((known for known in EMBEDDED if name == embedded_model(known)), name),
+        "model": "kcfi-tiny" if name == embedded_model() else name,
         "revision": getattr(describer.model.config, "_commit_hash", None),
         "weights": digest(describer.model),
         "instruction": describer.instruction,

@@ -187,7 +187,7 @@ def evaluate_model(
     """Score a model on a split and write results.json, predictions.json and pairs.png into one folder.
 
     Args:
-        model: folder, Hub id, or the name of an embedded model.
+        model: folder, Hub id, or "kcfi-tiny".
         dataset: "synthetic", a folder in the layout of LEVIR-CC / LEVIR-MCI, or what `datasets` opens (`load_pairs`).
         split: "train", "val" or "test".
         output: the results file; predictions and picture sheet are written beside it.

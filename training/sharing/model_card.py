@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from kcfi.files import read_json, read_yaml
 from kcfi.modeling_kcfi import KCFIConfig
-from kcfi.models import EMBEDDED, embedded_model
+from kcfi.models import embedded_model
 from kcfi.processing import InputError, refusing
 from kcfi.training.data.pairs import CLASS_NAMES
 
@@ -240,7 +240,7 @@ def license_of(model: str) -> str | None:
     The folder of a run without a card has the licence of what it began with. None where that is not known, or the Hub
     cannot be reached.
     """
-    folder = Path(embedded_model(model) if model in EMBEDDED else model)
+    folder = Path(embedded_model() if model == "kcfi-tiny" else model)
     card: Path | None = folder / CARD_FILE
     if not folder.is_dir():
         try:
