@@ -308,6 +308,10 @@ def read_results(path: Path) -> dict[str, Any]:
     with refusing(f"{path} is no results file of `kcfi evaluate`"):  # what a card says of it can be said
         if not all(isinstance(results[key], str) for key in ("model", "dataset", "split", "profile")):
             raise ValueError("model, dataset, split and profile are names")
+        drawn = results.get("synthetic", {})
+        tables = [results.get("captions", {}), results["mask"]["f1"] if "mask" in results else {}, drawn]
+        if not all(isinstance(table, dict) for table in tables) or not isinstance(drawn.get("pair_mix", {}), dict):
+            raise ValueError("captions, the F1 of masks and what was drawn are tables by name")
         eval_results(results, [])
         _results(results, [], sheet=False)
     return dict(results)

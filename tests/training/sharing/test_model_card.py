@@ -393,7 +393,17 @@ def test_the_trainer_writes_the_card_of_kcfi_push(tmp_path, run, model, processo
 
 
 @pytest.mark.parametrize(
-    "change", [{"profile": {}}, {"captions": {"all": 5}}, {"captions": {}}, {"mask": {"f1": {"change": "x"}}}]
+    "change",
+    [
+        {"profile": {}},
+        {"captions": {"all": 5}},
+        {"captions": {}},
+        {"captions": "x"},
+        {"mask": {"f1": {"change": "x"}}},
+        {"mask": {"f1": []}},
+        {"synthetic": "x"},
+        {"synthetic": {"pair_mix": []}},
+    ],
 )
 def test_a_results_file_of_which_a_card_cannot_tell_is_refused(tmp_path, scores, change):
     (tmp_path / "results.json").write_text(json.dumps({**scores, **change}))
