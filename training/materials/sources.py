@@ -250,11 +250,14 @@ def _checked(root: Path, values: Any, kinds: Sequence[TextureKind]) -> Source:
     twice = set(values["val"]) & set(values["test"])
     if twice:
         raise InputError(f"region '{min(twice)}' is in val and in test")
-    check_names(values.setdefault("legend", {}), LEGEND, "surface in legend")
+    for name in ("legend", "classes"):
+        if not isinstance(values.setdefault(name, {}), dict):
+            raise InputError(f"{name} is {values[name]!r}; expected a table")
+    check_names(values["legend"], LEGEND, "surface in legend")
     for surface, colour in values["legend"].items():
         if not (isinstance(colour, list) and len(colour) == 3 and all(value in range(256) for value in colour)):
             raise InputError(f"legend: {surface} is {colour!r}; expected a colour, for example [255, 0, 0]")
-    for scene, textures in values.setdefault("classes", {}).items():
+    for scene, textures in values["classes"].items():
         if not isinstance(scene, str) or not isinstance(textures, list):
             raise InputError(
                 f"classes: {scene} is {textures!r}; expected a list of kinds of texture, for example [woods]"

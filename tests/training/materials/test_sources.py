@@ -68,6 +68,8 @@ def test_colours_that_are_not_in_the_legend_are_unknown(town):
         ({"licence": None}, "licence is missing"),
         ({"metres_per_pixel": "0.5 m"}, "metres_per_pixel is '0.5 m'; expected a number"),
         ({"label": "masks"}, "Unknown entry 'label': did you mean 'labels'"),
+        ({"legend": ["road"]}, r"legend is \['road'\]; expected a table"),
+        ({"classes": "woods"}, "classes is 'woods'; expected a table"),
         ({"legend": {"house": [1, 2, 3]}}, "Unknown surface in legend 'house'"),
         ({"legend": {"road": [1, 2, 300]}}, "road is .* expected a colour"),
         ({"val": "3"}, r'expected a list of regions, for example \["3"\]'),
