@@ -59,8 +59,8 @@ _IMAGES = ("image_before", "image_after", "mask")
 
 MOST_BYTES = 2**32  # of a shard, unpacked
 CONVERTED = (
-    "Converted by `kcfi data convert` from a folder in the layout of LEVIR-CC or LEVIR-MCI. The images are the files of "
-    "that\nfolder, byte for byte. The terms of the data set that they come from apply."
+    "Converted by `kcfi data convert` from a folder in the layout of LEVIR-CC or LEVIR-MCI. The images are the files "
+    "of that\nfolder, byte for byte. The terms of the data set that they come from apply."
 )
 PAIRS_PER_SHARD = 256  # LEVIR-CC's training split in 27 shards: enough to share out among ranks and loader workers
 
