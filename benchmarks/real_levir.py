@@ -32,6 +32,7 @@ import numpy as np
 from tqdm import tqdm
 
 import kcfi  # noqa: F401 (registers the Auto classes)
+from kcfi.files import read_json
 from kcfi.models import load
 from kcfi.pictures import contact_sheet, overlay
 from kcfi.processing import Describer, InputError
@@ -128,6 +129,19 @@ def against(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> dict[str
     return {"against": verdict, "cider_d": cider, "false claims": false, "repeated phrases": repeated}
 
 
+def read_before(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the model before, of its --output.
+
+    Raises:
+        InputError: there are none, or they are of a version that did not count repeated phrases.
+    """
+    file = folder / "real_levir.json"
+    lines: list[dict[str, Any]] = read_json(file)
+    if not any("repeated phrases" in line for line in lines):
+        raise InputError(f"{file} does not count repeated phrases: make it anew with this version.")
+    return lines
+
+
 def main() -> None:
     """Measure, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,6 +152,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="--output of the model that this one was made from")
     parser.add_argument("--no-meteor", action="store_true")
     options = parser.parse_args()
+    before = read_before(options.before) if options.before else []  # at the start: a wrong folder costs no minutes
 
     model, processor = load(options.model)
     describer = Describer(model, processor)
@@ -195,8 +210,7 @@ def main() -> None:
     counts = Counter(kind for pair in predictions for kind in claims(pair))
     repeated = sum(repeats(pair.caption) for pair in predictions)
     lines.append({"claims": dict(sorted(counts.items())), "repeated phrases": repeated, "pairs": len(predictions)})
-    if options.before:
-        before = json.loads((options.before / "real_levir.json").read_text(encoding="utf-8"))
+    if before:
         lines.append(against(before, lines))
     for line in lines:
         print(json.dumps(line))

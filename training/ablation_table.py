@@ -31,6 +31,7 @@ METRICS = {
     "mask_mean_iou": "mask mIoU",
 }
 CLAIMED = ("higher", "lower")  # what the paper may claim of S_m*
+SPLITS = ("train", "val", "test")
 VERDICTS = ("confirmed", "refuted", "undecided")  # what may become of a claim
 RESULTS = "results.json"  # in the folder of a run, once it is scored
 LEGEND = (
@@ -150,6 +151,7 @@ def read_set(name: str | Path) -> AblationSet:
             f"No set of recipes {name}: give a YAML file, or one of the packaged sets: {', '.join(SETS)}."
         )
     plan = AblationSet(**_fields(read_yaml(path), AblationSet, str(path)))
+    check_names([plan.split], SPLITS, f"split in {path}")
     names: dict[str, Path] = {}
     with refusing(f"{path} is no set of recipes"):
         plan.rows = [Row(**_fields(row, Row, f"a row of {path}")) for row in plan.rows]

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from kcfi.processing import InputError
+
 AVERAGE_FILE = "average.safetensors"  # in a checkpoint
 START = 10  # steps: before, the average would mostly be of weights that have learned nothing
 
@@ -66,6 +68,13 @@ class WeightAverage:
         save_file({name: weight.contiguous() for name, weight in self.weights.items()}, Path(folder) / AVERAGE_FILE)
 
     def load(self, folder: str | Path) -> None:
-        """Read the average of a checkpoint."""
-        for name, weight in load_file(Path(folder) / AVERAGE_FILE).items():
+        """Read the average of a checkpoint.
+
+        Raises:
+            InputError: it was written without one.
+        """
+        file = Path(folder) / AVERAGE_FILE
+        if not file.exists():
+            raise InputError(f"{file} is missing: the run began without ema_decay. Resume it without, or start anew.")
+        for name, weight in load_file(file).items():
             self.weights[name].copy_(weight)

@@ -221,7 +221,7 @@ class SelfCritic:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        self._sums = torch.tensor(state["rewards"])
+        self._sums = torch.tensor(state.get("rewards", [0.0] * 4))  # none behind a first stage
 
 
 def _ended(caption: str) -> str:

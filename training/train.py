@@ -133,9 +133,9 @@ def train(recipe: Recipe, checkpoint: str | None = None) -> KCFITrainer:
         "pair_mix": as_dict(data.pair_mix),
         "streaming": data.streaming,
     }
-    first = None if data.crops_per_scene else data.num_train_pairs
+    first = data.num_train_pairs if data.crops_per_scene is None else None
     train_pairs: Any = load_pairs(data.dataset, data.train_split, first, revision=data.dataset_revision, **source)
-    if data.crops_per_scene:
+    if data.crops_per_scene is not None:
         train_pairs = take_scenes(train_pairs, data.num_train_pairs, data.crops_per_scene, args.seed)
     if isinstance(train_pairs, ShardDataset | RowDataset | RowStream) and train_pairs.commit:
         data.dataset_revision = recipe.values["dataset_revision"] = train_pairs.commit

@@ -220,6 +220,7 @@ class KCFITrainer(Trainer):
             dwa = DynamicWeightAverage(args.dwa_temperature, window)
         self.balance = LossBalance(dwa)
         self.average: WeightAverage | None = None  # while it trains
+        self.evaluating = False
         self.critic: SelfCritic | None = None  # made when training begins, from the captions of all training pairs
         self.throughput = Throughput()
         self.step_rates: dict[str, float] = {}  # learning rates of the last step
@@ -249,7 +250,7 @@ class KCFITrainer(Trainer):
         if self.args.objective == "scst":
             collator = self.data_collator
             limits = (collator.captions_per_pair, self.args.generation_max_new_tokens)
-            captions = column_of(self._pairs(), "captions")
+            captions = column_of(self.train_dataset, "captions")
             self.critic = SelfCritic(model, collator.processor, captions, *limits, seed=self.args.seed)
         if self.args.ema_decay:
             self.average = WeightAverage(model, self.args.ema_decay)
@@ -501,9 +502,15 @@ class KCFITrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's, of the average where there is one; its time does not count in pairs/s of training."""
-        averaged = nullcontext() if self.average is None else self.average.in_place()
-        with self.throughput.paused(), averaged:
+        if self.evaluating:  # Trainer evaluates each of several data sets through this method again
             return super().evaluate(*args, **kwargs)
+        averaged = nullcontext() if self.average is None else self.average.in_place()
+        self.evaluating = True
+        try:
+            with self.throughput.paused(), averaged:
+                return super().evaluate(*args, **kwargs)
+        finally:
+            self.evaluating = False
 
     def evaluation_loop(
         self,

@@ -69,8 +69,9 @@ def test_the_peak_is_what_a_side_takes_beyond_the_loaded_model():
         memory = bytearray(mib * 2**20)
         memory[::4096] = b"x" * len(memory[::4096])
 
-    side(200)  # the process has had a larger peak before
+    side(400)  # the process has had a larger peak before
     loaded = measure.loaded_memory()
-    sides = {"plain": lambda: side(100), "ours": lambda: side(50)}
+    sides = {"plain": lambda: side(200), "ours": lambda: side(100)}
     peaks = measure.take_turns(sides, 1, loaded).peaks
-    assert peaks["plain"] == pytest.approx(100, abs=10) and peaks["ours"] == pytest.approx(50, abs=10)
+    # a system that is short of memory takes pages of files back meanwhile: some MiB
+    assert peaks["plain"] == pytest.approx(200, abs=40) and peaks["ours"] == pytest.approx(100, abs=40)

@@ -1,8 +1,10 @@
 """The judge of real pairs: what counts as a false claim of a sentence."""
 
+import json
+
 import numpy as np
 import pytest
-from real_levir import against, claims, repeats, wrong_pixels
+from real_levir import against, claims, read_before, repeats, wrong_pixels
 
 from kcfi.processing import InputError
 from kcfi.training.scoring.evaluate import PairPrediction
@@ -71,6 +73,15 @@ def judged(cider_d, repeated=0, pairs=163, **false):
 )
 def test_a_model_that_gains_cider_d_by_claiming_what_is_false_is_reported_as_such(now, verdict):
     assert against(judged(90.0, missed=4, wrong_place=2), now)["against"] == verdict
+
+
+def test_lines_of_an_earlier_version_are_refused_at_the_start(tmp_path):
+    file = tmp_path / "real_levir.json"
+    file.write_text(json.dumps(judged(90.0)))
+    assert read_before(tmp_path) == judged(90.0)
+    file.write_text(json.dumps([{"claims": {}, "pairs": 163}]))
+    with pytest.raises(InputError, match=r"real_levir\.json does not count repeated phrases"):
+        read_before(tmp_path)
 
 
 def test_the_differences_stand_beside_the_verdict_and_other_pairs_are_refused():

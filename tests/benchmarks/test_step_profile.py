@@ -58,9 +58,13 @@ def test_steps_and_folders_are_profiled(options, title, detector, monkeypatch, c
     monkeypatch.setattr(describer_kcfi, "LONGEST", 4)
     monkeypatch.setattr(step_profile, "matmul_peak", lambda dtype: 1e12)
     monkeypatch.setattr(sys, "argv", ["step_profile.py", "--pairs", "1", *options])
+    tables = []  # the printed shares of so small a tower are rounded, to 0 % beside a busy disk
+    table = step_profile.table
+    monkeypatch.setattr(step_profile, "table", lambda *found: tables.append(found[0]) or table(*found))
     step_profile.main()
     printed = capsys.readouterr().out
-    assert printed.startswith(f"kcfi-tiny, fp32, {title};")
-    [tower] = [line for line in printed.splitlines() if line.startswith("| vision tower |")]
-    shares = [int(cell.split()[2].rstrip("%")) for cell in tower.split("|")[2:4]]
-    assert all(0 < share < 100 for share in shares)
+    assert printed.startswith(f"kcfi-tiny, fp32, {title};") and "\n| vision tower |" in printed
+    for spent in tables[0].values():
+        tower = sum(seconds for (part, _), seconds in spent.items() if part == "vision tower")
+        assert 0 < tower < spent.total()
+    assert len(tables[0]) == 2

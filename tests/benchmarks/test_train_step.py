@@ -57,6 +57,7 @@ def test_pooling_replaces_that_of_the_config_in_model_and_prompt():
     assert tokens[1] == [4 * count for count in tokens[2]]
 
 
+@pytest.mark.slow
 def test_compiled_the_packed_step_is_compared_with_itself(tiny, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced, which takes seconds
     torch.compiler.reset()

@@ -129,6 +129,7 @@ def test_recipes_of_several_rows_run_once_per_seed_and_rows_and_seeds_can_be_cho
     [
         ({"tilte": "x"}, "Unknown field of .*set.yaml 'tilte': did you mean 'title'"),
         ({"rows": [{"group": "X", "recipe": "a.yaml"}]}, "a row of .*set.yaml: label missing"),
+        ({"split": "vall"}, "Unknown split in .*set.yaml 'vall': did you mean 'val'"),
         ({"rows": ["a.yaml"]}, "must hold `field: value` lines, but is 'a.yaml'"),
         ({"rows": [{"group": "X", "label": "x", "recipe": "c.yaml"}]}, "No recipe c.yaml"),
         (

@@ -79,6 +79,25 @@ def test_evaluation_and_choice_are_of_the_average(make_trainer, make_pairs, no_j
     assert losses[trainer.state.best_global_step] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
 
 
+def test_of_several_evaluation_sets_each_sees_the_average(make_trainer, make_pairs, no_java):
+    settings = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": False}
+    settings |= {"max_steps": 3, "ema_decay": 0.9, "metric_for_best_model": "one_loss"}
+    sets = {"one": make_pairs(4), "other": make_pairs(4)}
+    trainer = make_trainer(make_pairs(), eval_dataset=sets, **settings)
+    trainer.train()
+    during = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
+    behind = trainer.evaluate()  # of the average, with which the run has ended
+    for name in ("eval_one_loss", "eval_other_loss"):
+        assert during[name] == pytest.approx(behind[name], rel=1e-5)
+
+
+def test_a_checkpoint_without_an_average_is_refused_by_name(make_trainer, make_pairs):
+    plain = make_trainer(make_pairs(), **{**SAVED, "ema_decay": 0.0, "max_steps": 2})
+    plain.train()
+    with pytest.raises(InputError, match=r"average\.safetensors is missing: the run began without ema_decay"):
+        make_trainer(make_pairs(), **SAVED).train(resume_from_checkpoint=f"{plain.args.output_dir}/checkpoint-2")
+
+
 @pytest.mark.parametrize("stop", [2, 4])
 def test_a_resumed_run_ends_with_the_same_average(make_trainer, make_pairs, stop):
     whole, again = make_trainer(make_pairs(), **SAVED), make_trainer(make_pairs(), **SAVED)

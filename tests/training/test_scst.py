@@ -6,6 +6,7 @@ import torch
 from kcfi.processing import INSTRUCTIONS, InputError
 from kcfi.processing.describer_kcfi import write_captions
 from kcfi.training.collator import KCFICollator
+from kcfi.training.data.pairs import UnreadablePairError
 from kcfi.training.scoring.cider import CiderD
 from kcfi.training.scst import END, GumbelNoise, SelfCritic, policy_loss, roll_out, until_end
 from tests.training.conftest import CHANGED, UNCHANGED
@@ -155,6 +156,27 @@ def test_a_resumed_run_has_bit_identical_losses(make_trainer, make_pairs, stop):
     again.train(resume_from_checkpoint=f"{folder}/checkpoint-{stop}")
     names = ("loss", "caption_loss", "mask_loss", "reward", "greedy_reward")
     assert lines(again, *names) == lines(whole, *names)
+
+
+def test_a_first_stage_is_gone_on_from(make_trainer, make_pairs):
+    settings = {**SCST, "max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    first = make_trainer(make_pairs(), **{**settings, "objective": "cross_entropy"})
+    first.train()
+    second = make_trainer(make_pairs(), **settings)
+    second.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-2")
+    assert "reward" not in first.state.log_history[-2] and "reward" in second.state.log_history[-2]
+
+
+def test_pairs_that_cannot_be_read_are_stood_in_for_where_words_are_weighed_too(make_trainer, make_pairs):
+    class Broken(make_pairs):
+        def __getitem__(self, index):
+            if index == 3:
+                raise UnreadablePairError("pair_3.png is broken.")
+            return super().__getitem__(index)
+
+    trainer = make_trainer(Broken(), max_steps=2, max_unreadable=0.5, **SCST)
+    trainer.train()
+    assert len(lines(trainer, "reward")) == 2
 
 
 @pytest.mark.parametrize(

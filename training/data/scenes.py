@@ -14,6 +14,8 @@ from torch.utils.data import Subset
 
 from kcfi.processing import InputError
 from kcfi.training.data.levir_cc import LevirCCDataset
+from kcfi.training.data.readable_pairs import ReadablePairs
+from kcfi.training.data.rows import RowDataset
 from kcfi.training.data.shards import ShardDataset
 
 
@@ -76,8 +78,10 @@ def take_scenes(pairs: Any, count: int | None, crops: int, seed: int) -> Any:
         These pairs, in the order of the data set.
 
     Raises:
-        InputError: As in `choose`; or `count` is None, or there are no names to choose by.
+        InputError: As in `choose`; or `crops` is below 1, `count` is None, or there are no names to choose by.
     """
+    if crops < 1:
+        raise InputError(f"crops_per_scene={crops} must be at least 1 (16 in LEVIR-CC), or be left out.")
     if count is None:
         raise InputError(f"crops_per_scene={crops} says how num_train_pairs are chosen: give both, or neither.")
     if not isinstance(pairs, LevirCCDataset | ShardDataset):
@@ -96,13 +100,19 @@ def column_of(pairs: Any, name: str) -> list[Any]:
     """What every pair of a data set has under one key of the example; images are decoded only where there is no way.
 
     Args:
-        pairs: Map-style data set of examples as in `pairs.py`.
+        pairs: Map-style data set of examples as in `pairs.py`, maybe in `ReadablePairs`.
         name: "filename", "captions" or "changed".
     """
     if isinstance(pairs, ShardDataset):
         return pairs.column(name)
     if isinstance(pairs, LevirCCDataset):
         return [getattr(pair, name) for pair in pairs.pairs]
+    if isinstance(pairs, RowDataset):
+        return [pairs.row(index).get(name) for index in range(len(pairs))]
+    if isinstance(pairs, ReadablePairs) and isinstance(
+        pairs.pairs, ShardDataset | LevirCCDataset | RowDataset | Subset
+    ):
+        return column_of(pairs.pairs, name)  # without a look at images nothing has to stand in for one
     if isinstance(pairs, Subset):
         values = column_of(pairs.dataset, name)
         return [values[index] for index in pairs.indices]

@@ -58,6 +58,10 @@ FEATURES = datasets.Features(
 _IMAGES = ("image_before", "image_after", "mask")
 
 MOST_BYTES = 2**32  # of a shard, unpacked
+CONVERTED = (
+    "Converted by `kcfi data convert` from a folder in the layout of LEVIR-CC or LEVIR-MCI. The images are the files "
+    "of that\nfolder, byte for byte. The terms of the data set that they come from apply."
+)
 PAIRS_PER_SHARD = 256  # LEVIR-CC's training split in 27 shards: enough to share out among ranks and loader workers
 
 
@@ -408,7 +412,7 @@ def read_file(path: str) -> bytes:
     return content
 
 
-def write_shards(root: str | Path, output: str | Path) -> None:
+def write_shards(root: str | Path, output: str | Path, origin: str = CONVERTED) -> None:
     """Copy pairs into parquet shards with a dataset card (`kcfi data convert`).
 
     The images are copied byte for byte and not looked into: that is what `kcfi data check` does. The folder appears
@@ -418,6 +422,7 @@ def write_shards(root: str | Path, output: str | Path) -> None:
     Args:
         root: Folder in a layout of `levir_cc.py`, or an archive (zip, tar) of one; all its splits are converted.
         output: Folder to create; it must be new or empty.
+        origin: What the card says of where the pairs come from.
 
     Raises:
         FileExistsError: If `output` is not empty.
@@ -429,7 +434,7 @@ def write_shards(root: str | Path, output: str | Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     if root.is_file():
         with unpacked(root, output.parent) as folder:
-            write_shards(folder, output)
+            write_shards(folder, output, origin)
         return
     _, pairs, problems = open_folder(root)
     if problems or not pairs:
@@ -449,7 +454,7 @@ def write_shards(root: str | Path, output: str | Path) -> None:
                 file = folder / "data" / f"{split}-{number:05d}-of-{len(starts):05d}.parquet"
                 datasets.Dataset.from_list(rows, features=FEATURES).to_parquet(file)
                 bar.update(len(rows))
-        (folder / "README.md").write_text(dataset_card(sources, folder), encoding="utf-8")
+        (folder / "README.md").write_text(dataset_card(sources, folder, origin), encoding="utf-8")
         move_into_place(folder, output)
 
 
@@ -459,12 +464,13 @@ def _row(source: LevirCCDataset, index: int) -> dict[str, Any]:
     return {"mask": None, **files, **vars(source.pairs[index])}
 
 
-def dataset_card(sources: list[LevirCCDataset], folder: Path) -> str:
+def dataset_card(sources: list[LevirCCDataset], folder: Path, origin: str) -> str:
     """Write the README.md of a data set: what `datasets.load_dataset` needs to find the splits, and what it holds.
 
     Args:
         sources: What was converted, one per split.
         folder: Where the shards are.
+        origin: Where the pairs come from, in sentences.
     """
     splits = [source.pairs[0].split for source in sources]
     files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
@@ -493,8 +499,7 @@ def dataset_card(sources: list[LevirCCDataset], folder: Path) -> str:
 
 # Pairs of aerial images with captions of what changed
 
-Converted by `kcfi data convert` from a folder in the layout of LEVIR-CC or LEVIR-MCI. The images are the files of that
-folder, byte for byte. The terms of the data set that they come from apply.
+{origin}
 
 {chr(10).join(table)}
 

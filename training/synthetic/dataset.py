@@ -50,7 +50,7 @@ from kcfi.training.synthetic.layout import (
     draw_layout,
     drop_hardly_visible,
 )
-from kcfi.training.synthetic.material_library import LibraryMaterials
+from kcfi.training.synthetic.material_library import LibraryMaterials, attributions
 from kcfi.training.synthetic.painting import Cover, Look, Painter, Window, draw_cover, draw_looks, draw_window
 from kcfi.training.synthetic.single_dates import SingleDatePair, draw_pair
 from kcfi.training.synthetic.textures import Materials, ProceduralMaterials
@@ -454,4 +454,13 @@ def synthesize_shards(output: str | Path, pairs: int, seed: int = 0, **options: 
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
         synthesize(Path(folder) / "pairs", pairs, seed, **options)
-        write_shards(Path(folder) / "pairs", output)
+        write_shards(Path(folder) / "pairs", output, _origin(seed, options.get("materials")))
+
+
+def _origin(seed: int, materials: str | Path | None) -> str:
+    """What the card of drawn shards says of where the pairs come from."""
+    text = f"Drawn by `kcfi data synthesize --shards` with seed {seed}: no pair shows a change that happened."
+    if materials is None:
+        return text
+    sources = "".join(f"\n- {source}" for source in attributions(materials))
+    return f"{text} Images of the ground are of\nthese sources, whose terms apply:\n{sources}"

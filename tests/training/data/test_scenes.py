@@ -5,6 +5,8 @@ import datasets
 import pytest
 
 from kcfi.processing import InputError
+from kcfi.training.data.readable_pairs import ReadablePairs
+from kcfi.training.data.rows import RowDataset
 from kcfi.training.data.scenes import choose, column_of, scene_of, take_scenes
 from kcfi.training.data.shards import write_shards
 from kcfi.training.load import load_pairs
@@ -77,7 +79,20 @@ def test_what_has_no_names_to_choose_by_is_refused(make_pairs, numbered):
         take_scenes(make_pairs(), 2, 16, 0)
     with pytest.raises(InputError, match="give both, or neither"):
         take_scenes(load_pairs(str(numbered[0]), "train"), None, 16, 0)
+    for crops in (0, -16):
+        with pytest.raises(InputError, match=f"crops_per_scene={crops} must be at least 1"):
+            take_scenes(load_pairs(str(numbered[0]), "train"), 1, crops, 0)
     assert column_of(make_pairs(2), "filename") == ["pair_0.png", "pair_1.png"]
+
+
+def test_sentences_of_rows_are_read_without_their_images():
+    images = {"image_before": "missing.png", "image_after": "missing.png"}
+    captions = [["a house appears ."], ["nothing ."]]
+    rows = [{**images, "captions": some, "changed": True, "filename": f"{some[0]}.png"} for some in captions]
+    pairs = RowDataset(datasets.Dataset.from_list(rows))
+    with pytest.raises(FileNotFoundError):
+        pairs[0]
+    assert column_of(pairs, "captions") == column_of(ReadablePairs(pairs), "captions") == captions
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real pairs are not here")

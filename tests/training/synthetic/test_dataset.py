@@ -400,6 +400,8 @@ def test_drawn_shards_hold_the_drawn_pairs_and_nothing_else_is_left(tmp_path):
     settings = SyntheticSettings(image_size=64)
     synthesize_shards(tmp_path / "shards", 12, seed=5, settings=settings)
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
+    card = (tmp_path / "shards" / "README.md").read_text()
+    assert "Drawn by `kcfi data synthesize --shards` with seed 5" in card and "data convert" not in card
     drawn, read = SyntheticDataset(10, "train", 5, settings), load_pairs(str(tmp_path / "shards"), "train")
     examples = {example["filename"]: example for example in (read[index] for index in range(len(read)))}
     assert len(examples) == 10  # in another order
