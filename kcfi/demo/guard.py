@@ -14,6 +14,7 @@ from urllib.parse import parse_qs
 
 from anyio.to_thread import run_sync
 from python_multipart.multipart import parse_options_header
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope
 
 from kcfi.demo.limits import Limits, check_upload, inside
@@ -87,7 +88,7 @@ class PageGuard(Guard):
 
 def few_files(scope: Scope, exchange: Exchange) -> Receive:
     """The parts of an upload, which is refused at more than `FILES` files: each is one of the disk, however small."""
-    _, options = parse_options_header(dict(scope["headers"]).get(b"content-type", b""))
+    _, options = parse_options_header(Headers(scope=scope).get("content-type"))  # of two headers the first, as Gradio
     border = b"--" + options.get(b"boundary", b"")
     borders, end = 0, b""  # of the borders seen, and what may be the beginning of the next one
 

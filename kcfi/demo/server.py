@@ -29,6 +29,7 @@ from kcfi.demo.runs import Runs
 from kcfi.demo.shelf import Shelf
 from kcfi.models import public_name
 from kcfi.processing import Describer, InputError
+from kcfi.web.memory import give_back
 
 SANDBOX = (  # of a report: it may draw itself, and nothing else
     "sandbox allow-scripts; default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -68,6 +69,7 @@ def build_app(describer: Describer, model: str, limits: Limits, folder: Path) ->
         page.answers.clear(limits.stored_seconds)
         page.scenes.clear(limits.stored_seconds)
         blocks.upload_file_set.clear()  # names of all uploads, that Gradio would keep for its end
+        give_back()
 
     async def tidy() -> None:
         while True:

@@ -21,6 +21,7 @@ from kcfi.web.limits import FORMATS, Refused, RequestLimits, check_header
 TAKEN = {"model", "messages", "stream", "max_tokens", "max_completion_tokens"}
 WITHOUT_EFFECT = {"temperature", "top_p", "seed", "user", "stream_options"}  # answers are greedy
 LONGEST_TEXT = 2000  # characters of an instruction; those of the paper have 200
+MOST_COMMAS = 10_000  # of a request, with those of its text: each may part two values, of 64 bytes and more once read
 SEND = "send two images inside of the request, each as data:image/png;base64,..., the earlier one first"
 
 
@@ -36,6 +37,8 @@ def plain_request(body: bytes, models: Sequence[str], image_token: str, limits: 
     Raises:
         Refused: 400, 413 or 415.
     """
+    if body.count(b",") > MOST_COMMAS:
+        raise Refused(413, "The request has more values than two images and a text: leave out what is not asked for.")
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -89,6 +92,8 @@ def _message(messages: Any) -> tuple[list[Any], str]:
     text = "".join(texts)
     if len(text) > LONGEST_TEXT:
         raise Refused(400, f"The text has {len(text):,} characters, at most {LONGEST_TEXT:,} are read: shorten it.")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise Refused(400, "The text is no Unicode (it has half of a pair of surrogates): write it anew.")
     return images, text
 
 

@@ -177,6 +177,13 @@ def test_files_are_counted_though_their_borders_come_in_pieces(client):
     assert answer.status_code == 413 and "More than" in sentence(answer)
 
 
+def test_files_are_counted_though_a_second_header_names_another_border(client):
+    part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n1\r\n'
+    kinds = [("content-type", f"multipart/form-data; boundary={border}") for border in ("x", "another")]
+    answer = client.http.post("/gradio_api/upload", content=part * (FILES + 1) + b"--x--\r\n", headers=kinds)
+    assert answer.status_code == 413 and "More than" in sentence(answer)
+
+
 def test_a_full_queue_is_told(serving, make_pair):
     with serving(waiting=2, megapixels=9) as client:
         large = make_pair(1500, 1500, (0, 0, 700, 700))

@@ -86,6 +86,13 @@ def test_a_zip_that_is_deleted_while_it_is_sent_is_sent(client, make_pair, monke
     assert answer.status_code == 200 and came == content
 
 
+def test_free_memory_is_given_back_though_nobody_asks(serving, monkeypatch):
+    given = threading.Event()
+    monkeypatch.setattr("kcfi.demo.server.give_back", given.set)
+    with serving():
+        assert given.wait(60)
+
+
 def test_what_is_too_old_is_deleted_though_nobody_asks(serving, make_pair):
     with serving(stored_seconds=2) as client:
         link = re.search(r'href="([^"]+)"', client.describe(*make_pair(40, 40))[2])[1]

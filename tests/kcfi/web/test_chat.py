@@ -103,6 +103,21 @@ def test_what_is_no_request_is_refused(body):
     assert "JSON" in refused(body)
 
 
+@pytest.mark.parametrize("value", [b"[]", b"{}", b"0.5"])
+def test_many_small_values_are_refused_before_they_take_memory(value):
+    body = b'{"messages": [' + b",".join([value] * 300_000) + b"]}"
+    tracemalloc.start()
+    told = refused(body, 413)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "more values" in told and most < len(body)
+
+
+def test_a_text_of_half_a_character_is_refused():
+    assert "no Unicode" in refused(request(text="a \ud800"))
+    assert passed(request(text="\U0001f3e0"))["messages"][0]["content"][2]["text"] == "\U0001f3e0"
+
+
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
