@@ -210,7 +210,7 @@ def test_its_model_has_every_parameter_in_the_group_of_its_part(read, name):
     expected = {
         "learning_rate": {
             "lr": args.learning_rate,
-            "parameters": size(parts.key_change_perceiver, parts.change_detection_head)
+            "parameters": size(parts.stage_projection, parts.key_change_perceiver, parts.change_detection_head)
             + (size(parts.language_model) if args.train_language_model else 0),  # its output layer is tied
         },
         "vision_learning_rate": {
@@ -222,7 +222,7 @@ def test_its_model_has_every_parameter_in_the_group_of_its_part(read, name):
     assert found == {name: group for name, group in expected.items() if group["parameters"]}
     learns = {parameter.requires_grad for parameter in parts.language_model.parameters()}
     whole = name.startswith("levir_few/") and name != "levir_few/frozen_language_model"
-    assert learns == {args.train_language_model} == {name == "tiny_real" or whole}
+    assert learns == {args.train_language_model} == {name in ("small", "tiny_real") or whole}
 
 
 def test_the_paper_recipe_is_what_the_defaults_are(read):
