@@ -18,11 +18,13 @@ class Limits(RequestLimits):
     """Limits of one page; the pixels are also those of the grid of a scene.
 
     Args:
-        stored_megabytes: of uploads and pictures on disk, and likewise of answers in memory; the oldest go first.
+        stored_megabytes: of uploads and pictures on disk, and likewise of reports; the oldest go first.
+        answer_megabytes: of answers in memory, 1 MB for a pair of 256 x 256 px; likewise.
         stored_seconds: that a file stays on disk.
     """
 
     stored_megabytes: float = 1024
+    answer_megabytes: float = 256
     stored_seconds: float = 3600
 
 

@@ -41,7 +41,7 @@ class Page:
 
     def __init__(self, describer: Describer, model: str, limits: Limits, runs: Runs, scenes: Path) -> None:
         self.describer, self.model, self.limits, self.runs, self.folder = describer, model, limits, runs, scenes
-        self.answers: Shelf[Answer] = Shelf(limits.stored_megabytes)
+        self.answers: Shelf[Answer] = Shelf(limits.answer_megabytes)
         self.scenes: Shelf[Any] = Shelf(limits.stored_megabytes)
 
     def describe(

@@ -61,7 +61,7 @@ def test_another_threshold_recolours_without_the_model(client, make_pair):
 
 
 def test_an_answer_that_is_gone_changes_nothing_and_says_so(serving, make_pair):
-    with serving(stored_megabytes=0.01) as client:  # room for one answer of 6,400 bytes
+    with serving(answer_megabytes=0.01) as client:  # room for one answer of 6,400 bytes
         client.describe(*make_pair(20, 20))
         other = Client(client.address, client.guard, client.folder)
         assert "sentence" in other.describe(*make_pair(20, 20))[0]
