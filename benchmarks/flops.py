@@ -103,18 +103,24 @@ def with_pooling(config: kcfi.KCFIConfig, pooling: int) -> kcfi.KCFIConfig:
     return kcfi.KCFIConfig(**{**config.to_dict(), "visual_token_pooling": pooling})
 
 
-def main() -> None:
-    """Print the counts of a config, packed and plain."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def asked(description: str | None) -> tuple[kcfi.KCFIConfig, int]:
+    """The config and the number of pairs of a step that the command line asks for."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default=kcfi.embedded_model(), help="folder or Hub id (kcfi-tiny)")
-    parser.add_argument("--pairs", type=int, default=1, help="of a training step (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=1, help="of a step, with five captions each (%(default)s)")
     parser.add_argument("--visual_token_pooling", type=int, help="instead of the config's")
     options = parser.parse_args()
     config = kcfi.KCFIConfig.from_pretrained(options.config)
     if options.visual_token_pooling is not None:
         config = with_pooling(config, options.visual_token_pooling)
-    packed, plain = (training_flops(config, options.pairs, packed=packed) for packed in (True, False))
-    step = f"training step, {options.pairs} pairs x 5 captions"
+    return config, options.pairs
+
+
+def main() -> None:
+    """Print the counts of a config, packed and plain."""
+    config, pairs = asked(__doc__)
+    packed, plain = (training_flops(config, pairs, packed=packed) for packed in (True, False))
+    step = f"training step, {pairs} pairs x 5 captions"
     print(f"{step}: {packed / 1e12:.3f} TFLOP; a row per caption: {plain / 1e12:.3f} TFLOP")
     print(f"caption of a pair: {caption_flops(config) / 1e9:.2f} GFLOP")
     for dtype in (torch.float32, torch.bfloat16):

@@ -12,19 +12,17 @@ convolutions move their tensors and all between them happens on the way, the mos
 card really does lies below: no product reaches the peak, and launches, communication and the loader are left out.
 """
 
-import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from flops import CAPTION, PROMPT, build, with_pooling
+from flops import CAPTION, PROMPT, asked, build
 from measure import operation_counter
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import kcfi
 from kcfi.training.collator import packed_attention_mask
 
 TARGET = 0.45  # share of a card's peak that is wanted
@@ -232,16 +230,9 @@ def table(parts: Mapping[str, Part], cards: Sequence[Card]) -> str:
 
 def main() -> None:
     """Print the table of a config, and what it says of the target."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", default=kcfi.embedded_model(), help="folder or Hub id (kcfi-tiny)")
-    parser.add_argument("--pairs", type=int, default=1, help="of a step, with five captions each (%(default)s)")
-    parser.add_argument("--visual_token_pooling", type=int, help="instead of the config's")
-    options = parser.parse_args()
-    config = kcfi.KCFIConfig.from_pretrained(options.config)
-    if options.visual_token_pooling is not None:
-        config = with_pooling(config, options.visual_token_pooling)
+    config, pairs = asked(__doc__)
     model = build(config).to(torch.bfloat16)
-    parts = {name: count(run) for name, run in parts_of(model, options.pairs).items()}
+    parts = {name: count(run) for name, run in parts_of(model, pairs).items()}
     parts[OPTIMIZER] = optimizer_step(model)
     print(table(parts, CARDS))
     kernels = [kernel for part in parts.values() for kernel in part.kernels]
@@ -250,7 +241,7 @@ def main() -> None:
         wanted = operations / (TARGET * card.peak)
         single, fused = (operations / card.peak / seconds(kernels, card, way) for way in (False, True))
         print(
-            f"{card.name}: {TARGET:.0%} of the peak is {1e3 * wanted:.0f} ms, {options.pairs / wanted:.0f} pairs/s; "
+            f"{card.name}: {TARGET:.0%} of the peak is {1e3 * wanted:.0f} ms, {pairs / wanted:.0f} pairs/s; "
             f"at most {single:.0%} kernel by kernel, {fused:.0%} fused"
         )
     memory = step_memory(model, parts)

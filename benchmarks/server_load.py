@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
@@ -43,7 +44,7 @@ LEAVES = 0.3  # s after which those leave who do not wait
 PATIENCE = 300  # s that the others wait, at most
 
 
-class Visitor:
+class Visitor(ABC):
     """One client after another, until the time is over.
 
     Args:
@@ -69,9 +70,9 @@ class Visitor:
             self.seen.append((what, time.monotonic() - begun))
             time.sleep(PAUSE)
 
+    @abstractmethod
     def visit(self) -> str:
         """Ask about the pair: a status, "right" or "wrong"."""
-        raise NotImplementedError
 
 
 class ChatVisitor(Visitor):

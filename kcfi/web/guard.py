@@ -4,6 +4,7 @@ The apps are those of others, and can do more than is wanted here. What they are
 guard: of `kcfi.demo.guard` for Gradio, of `kcfi.web.chat_guard` for the server of transformers.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from anyio import current_time, fail_after, move_on_after
@@ -23,7 +24,7 @@ class Broken(MultiPartException):
     """A request that ends early; at this class Starlette's parser of forms deletes the files that came with it."""
 
 
-class Guard:
+class Guard(ABC):
     """ASGI middleware; a subclass says what is asked of the app.
 
     Args:
@@ -58,9 +59,9 @@ class Guard:
             headers = {"connection": "close"} if unread else {}
             await JSONResponse(told, refusal.status, headers)(scope, receive, exchange.send)
 
+    @abstractmethod
     async def answer(self, scope: Scope, exchange: "Exchange") -> None:
         """Ask the app, or raise `Refused`."""
-        raise NotImplementedError
 
 
 def replayed(body: bytes, then: Receive) -> Receive:

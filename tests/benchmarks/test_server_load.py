@@ -15,7 +15,7 @@ def test_counts_times_and_memory_are_told_apart():
 
 
 def test_clients_behave_by_their_number():
-    visitors = [load.Visitor("http://127.0.0.1:9", number, ["a", "b", "c"]) for number in range(20)]
+    visitors = [load.ChatVisitor("http://127.0.0.1:9", number, ["a", "b", "c"]) for number in range(20)]
     assert [visitor.leaves for visitor in visitors].count(True) == 4
     assert [visitor.lies for visitor in visitors].count(True) == 2
     assert not any(visitor.leaves and visitor.lies for visitor in visitors)

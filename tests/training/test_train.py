@@ -152,22 +152,25 @@ def test_the_saved_recipe_repeats_the_run(recipe, tmp_path):
     assert log_of(again) == log_of(tmp_path / "run")
 
 
+def kill_and_resume(command, folder):
+    """Train in a process that is killed behind its first checkpoint, and go on in another."""
+    command = [*command, "--output_dir", str(folder)]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not complete_checkpoints(folder):
+        assert run.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    run.kill()
+    run.wait()
+    subprocess.run([*command, "--resume"], check=True)
+
+
 @pytest.mark.slow
 def test_a_killed_run_resumes_in_a_new_process_with_the_same_losses(recipe, tmp_path):
     options = ["--save_strategy", "steps", "--save_steps", "3", "--load_best_model_at_end", "false"]
     command = [sys.executable, "-m", "kcfi.training.train", str(recipe), "--eval_strategy", "no", *options]
     full, killed = tmp_path / "full", tmp_path / "killed"
     subprocess.run([*command, "--output_dir", str(full)], check=True)
-
-    run = subprocess.Popen(
-        [*command, "--output_dir", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not complete_checkpoints(killed):
-        assert run.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.01)
-    run.kill()
-    run.wait()
-    subprocess.run([*command, "--output_dir", str(killed), "--resume"], check=True)
+    kill_and_resume(command, killed)
     assert log_of(killed) == log_of(full)
 
 
@@ -206,13 +209,7 @@ def test_a_killed_second_stage_resumes_with_the_same_captions_and_losses(second,
     command = [sys.executable, "-m", "kcfi.training.train", str(second)]
     full, killed = tmp_path / "full", tmp_path / "killed"
     subprocess.run([*command, "--output_dir", str(full)], check=True)
-    run = subprocess.Popen([*command, "--output_dir", str(killed)], stdout=subprocess.DEVNULL)
-    while not complete_checkpoints(killed):
-        assert run.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.01)
-    run.kill()
-    run.wait()
-    subprocess.run([*command, "--output_dir", str(killed), "--resume"], check=True)
+    kill_and_resume(command, killed)
     assert len(log_of(full)) == len(rewards_of(full)) == 16
     assert log_of(killed) == log_of(full) and rewards_of(killed) == rewards_of(full)
 

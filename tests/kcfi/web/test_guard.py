@@ -106,4 +106,4 @@ def test_nothing_but_http_is_answered():
     async def fail(*_):
         raise AssertionError
 
-    asyncio.run(Guard(fail)({"type": "websocket"}, fail, fail))
+    asyncio.run(Echo(fail)({"type": "websocket"}, fail, fail))
