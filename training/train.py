@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, set_seed
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -110,12 +110,15 @@ def error_kept(output_dir: Path, rank: int = 0) -> Iterator[None]:
         raise
 
 
-def train(recipe: Recipe, checkpoint: str | None = None) -> KCFITrainer:
+def train(
+    recipe: Recipe, checkpoint: str | None = None, callbacks: Sequence[TrainerCallback] | None = None
+) -> KCFITrainer:
     """Load data, build model, build trainer, train, save.
 
     Args:
         recipe: of `parse_recipe`.
         checkpoint: of `find_checkpoint`, to go on from.
+        callbacks: for the trainer, beside its own.
 
     Raises:
         FileNotFoundError: no such data set.
@@ -164,6 +167,7 @@ def train(recipe: Recipe, checkpoint: str | None = None) -> KCFITrainer:
         train_dataset=train_pairs,
         eval_dataset=eval_pairs,
         processing_class=processor,
+        callbacks=list(callbacks or ()),
     )
     if trainer.is_world_process_zero():
         save_recipe(recipe, output_dir)
