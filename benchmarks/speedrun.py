@@ -6,12 +6,12 @@ kcfi data synthesize --pairs 4000 --seed 77 --shards --output runs/speedrun/draw
 python benchmarks/speedrun.py --recipe synthetic/fine_tuned_128px --steps 1000 --name row_0 --captions_per_pair 1
 ```
 
-The problem: a model that the recipe joins from a tower that knows drawn dates (`runs/tiny-vit`) and the language model
-of kcfi-tiny reads drawn pairs, of which the validation has 128 x 128 px. On the first 200 of `val` it has to reach, all
-at the same time, a caption loss of 0.60, S_m* 85 and mask F1 75. All else is free: every recipe and every field of one
-may follow. The clock is that of the training: models and first batches are not counted, nor are evaluations, which come
-at `--evaluations` even steps and, after the first half of the steps, end a run that is there. Every seed is a run of its
-own; a second call does what is missing.
+The problem: a model that the recipe joins from a tower that knows drawn dates (`runs/tiny-vit`) and the language
+model of kcfi-tiny reads drawn pairs, of which the validation has 128 x 128 px. On the first 200 of `val` it has to
+reach, all at the same time, a caption loss of 0.60, S_m* 85 and mask F1 75. All else is free: every recipe and every
+field of one may follow. The clock is that of the training: models and first batches are not counted, nor are
+evaluations, which come at `--evaluations` even steps and, after the first half of the steps, end a run that is there.
+Every seed is a run of its own; a second call does what is missing.
 """
 
 import argparse

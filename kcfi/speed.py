@@ -12,6 +12,7 @@ that many pairs or tiles come tells `Describer.expect`. What each way costs stan
 import hashlib
 import os
 import sys
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,20 +45,30 @@ class FastTower:
     """
 
     def __init__(self, file: Path, precision: str) -> None:
-        modules: dict[str, Any] = sys.modules
-        modules.setdefault("openvino_telemetry", None)  # "not there": else OpenVINO tells its maker of every import
-        import openvino  # the extra `fast`
-
         self.precision = precision
         threads = torch.get_num_threads()
         settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
-        self.model: Any = openvino.Core().compile_model(file, "CPU", settings)
+        self.model: Any = openvino_core().compile_model(file, "CPU", settings)
 
     def __call__(self, pixel_values: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Pixel values (B, 2, 3, S, S) -> stage features before and after, as of `KCFIModel.encode_dates`."""
         outputs = self.model([pixel_values.contiguous().numpy()])
         maps = [torch.from_numpy(outputs[number]) for number in range(len(self.model.outputs))]
         return maps[: len(maps) // 2], maps[len(maps) // 2 :]
+
+
+@cache
+def openvino_core() -> Any:
+    """OpenVINO's `Core`, one for the life of the process.
+
+    Its CPU plugin gives the thread that loads it another stack for signals, and frees that stack when the last `Core`
+    and model are gone, whichever thread that happens in: the next signal with a handler would then end the process.
+    """
+    modules: dict[str, Any] = sys.modules
+    modules.setdefault("openvino_telemetry", None)  # "not there": else OpenVINO tells its maker of every import
+    import openvino  # the extra `fast`
+
+    return openvino.Core()
 
 
 def speed_up(describer: Describer, speed: Speed, pairs: int) -> None:

@@ -1,6 +1,7 @@
 """`--speed`: the vision tower in OpenVINO gives the same reports, and starts only where it pays."""
 
 import json
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,6 +71,29 @@ def test_stages_are_projected_behind_a_fast_tower(make_detector, tmp_path, make_
         found, expected = fast._stages(pairs, as_trained=True), plain._stages(pairs, as_trained=True)
     assert is_fast(fast) and found[1][0].shape[1] == 6
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+LEFT_IN_A_THREAD = """
+import gc, os, signal, sys, threading
+from pathlib import Path
+from kcfi.speed import FastTower
+towers = [FastTower(Path(sys.argv[1]), "f32")]
+def leave():
+    towers.clear()
+    gc.collect()
+thread = threading.Thread(target=leave)
+thread.start()
+thread.join()
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_signal_is_handled_after_a_tower_was_freed_in_another_thread(detector, there):
+    """Failed before: SIGSEGV at the next signal, or end of a child process, with a handler."""
+    file = there / tower_key(load(str(detector))[0]) / FILE
+    command = [sys.executable, "-c", LEFT_IN_A_THREAD, str(file)]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "handled\n"
 
 
 def test_the_tower_is_exported_once_and_found_by_its_weights(detector, there):
