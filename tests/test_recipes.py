@@ -93,11 +93,13 @@ ABLATIONS["levir_few/pairs_608"] = {
     "levir_few/rate_1e-4": dict.fromkeys(RATES, 1e-4),
     "levir_few/rate_1e-3": dict.fromkeys(RATES, 1e-3),
     "levir_few/frozen_language_model": {"train_language_model": False},
+    "levir_few/frozen_vision_tower": {"train_vision_tower": False, "feature_cache": "runs/features"},
     "levir_few/augmented": {"augment": True},
     "levir_few/averaged": {"ema_decay": 0.99},
     "levir_few/scst_608": {
         "model": "runs/levir_few/pairs_608-0",
         "objective": "scst",
+        "metric_for_best_model": "s_m",
         "max_steps": 152,
         "eval_steps": 38,
         "save_steps": 38,
