@@ -37,7 +37,7 @@ class Card(NamedTuple):
     bandwidth: float  # bytes per second
 
 
-# NVIDIA's data sheets, read in the tables of others who quote them (2026-11-30); the sheets themselves were not at hand
+# NVIDIA's data sheets, read where others quote them (2026-11-30); the sheets themselves were not at hand
 CARDS = (
     # SXM, 80 GB, sheet 1758950-r4: https://glennklockwood.com/garden/processors/A100
     Card("A100", 312e12, 2.039e12),
