@@ -14,6 +14,14 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
+def read_run(file: Path) -> dict[str, Any]:
+    """A file of `make bench`, which has one part at least."""
+    run = json.loads(file.read_text(encoding="utf-8"))
+    if not (isinstance(run, dict) and run.get("reports")):
+        raise SystemExit(f"{file}: no results of `make bench` as it is now, or of no part: name a newer file.")
+    return run
+
+
 def rows_of(run: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
     """(benchmark, case) -> row."""
     return {(report["benchmark"], row["case"]): row for report in run["reports"] for row in report["rows"]}
@@ -37,7 +45,7 @@ def main() -> None:
         parser.error(
             f"two runs are compared, and here are {len(files)}: name two files, or let `make bench` run twice."
         )
-    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    runs = [read_run(file) for file in files]
     for file, run in zip(files, runs, strict=True):
         print(heading(file, run))
     old, new = (rows_of(run) for run in runs)

@@ -37,9 +37,13 @@ class Card(NamedTuple):
     bandwidth: float  # bytes per second
 
 
+# NVIDIA's data sheets, read where others quote them (2026-11-30); the sheets themselves were not at hand
 CARDS = (
-    Card("A100", 312e12, 2.039e12),  # NVIDIA A100 datasheet: SXM, 80 GB
-    Card("H100", 989.4e12, 3.35e12),  # NVIDIA H100 datasheet: SXM; it prints twice this peak, with sparsity
+    # SXM, 80 GB, sheet 1758950-r4: https://glennklockwood.com/garden/processors/A100
+    Card("A100", 312e12, 2.039e12),
+    # SXM5: https://archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html has 1,979 TFLOPS with sparsity, "1/2 lower
+    # without", and 3,350 GB/s; https://glennklockwood.com/garden/processors/h100 has 989.4, dense
+    Card("H100", 989.4e12, 3.35e12),
 )
 
 

@@ -1,7 +1,9 @@
 """All benchmarks that a CPU can pay for: `make bench`. Writes a file of `results/`, and tables of docs/performance.md.
 
 The file is named after the time at which the run began, in UTC, and holds the machine, the commit and every row:
-commit it, and `python benchmarks/compare.py` shows what moved since the run before.
+commit it, and `python benchmarks/compare.py` shows what moved since the run before. It is written after every part, so
+that a run that is stopped keeps what it has; a part that fails is noted in it, and the others go on. The page gets the
+tables of whole runs only.
 """
 
 import argparse
@@ -39,7 +41,7 @@ def with_tables(page: str, reports: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run one benchmark after the other."""
+    """Run one benchmark after the other; the exit status is 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
     options = parser.parse_args()
@@ -47,15 +49,23 @@ def main() -> None:
     began = datetime.now(UTC).isoformat(timespec="seconds")
     file = options.output / f"{began[:19].replace(':', '')}.json"
     reports: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    run = {"began": began, "commit": git_revision(), "reports": reports, "failed": failed}
     for name in tqdm(NAMES, "benchmarks"):
         command = [sys.executable, str(FOLDER / f"{name}.py"), "--json"]
         started = time.perf_counter()
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         seconds = time.perf_counter() - started
-        tqdm.write(f"{name}: {seconds:.0f} s")
-        reports.append({**json.loads(done.stdout.splitlines()[-1]), "seconds": seconds})
-    run = {"began": began, "commit": git_revision(), "reports": reports}
-    file.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        if done.returncode:
+            failed[name] = (done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1]
+            tqdm.write(f"{done.stderr}{name}: failed after {seconds:.0f} s")
+        else:
+            reports.append({**json.loads(done.stdout.splitlines()[-1]), "seconds": seconds})
+            tqdm.write(f"{name}: {seconds:.0f} s\n{table(reports[-1]['rows'])}")
+        file.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    print(f"results: {file}")
+    if failed:
+        sys.exit(f"{', '.join(failed)} failed: {PAGE.name} keeps the tables that it has.")
     PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), reports), encoding="utf-8")
 
 

@@ -7,6 +7,7 @@ python benchmarks/speed.py PAIRS --num_pairs 8 --towers VISION TEXT --longest 12
 
 PAIRS is what `kcfi evaluate --dataset` takes. Folders of 8 pairs are described from files to table rows and pictures,
 as by `kcfi caption A B`; the ways take turns, and so does "loop", what a user would write (`caption_folder.plain`).
+`scene.py --speed` does the same with a large scene.
 Milliseconds are of the clock and of the processor (all threads), medians over folders; the latter say more where
 others work on the machine. Differences are to "plain". Of joined towers perceiver, projector and head are random, so
 that only times and differences mean something.
@@ -17,7 +18,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,29 @@ def start(way: Any, model: Any, processor: Any, tile: int) -> tuple[Describer, f
     return describer, time.process_time() - started
 
 
+def start_all(
+    ways: Sequence[str], model: Any, processor: Any, tile: int, kept: Path
+) -> tuple[dict[str, Describer], dict[str, tuple[float, float]]]:
+    """Describers by way, and seconds of the processor until each is ready: the first time on a machine, and later.
+
+    Args:
+        ways: of `WAYS`.
+        model: of all describers.
+        processor: of all describers.
+        tile: px, of all describers.
+        kept: empty folder for what is exported, so that the first start is one.
+    """
+    kcfi.speed.KEPT = kept
+    describers, starts = {}, {}
+    for way in ways:
+        first = start(way, model, processor, tile)[1]
+        if way == "bf16" and "exact" in starts:  # the same files
+            first += starts["exact"][0] - starts["exact"][1]
+        describers[way], later = start(way, model, processor, tile)
+        starts[way] = (max(first, later), later)
+    return describers, starts
+
+
 def describe(folder: Path, describer: Describer, way: str) -> dict[str, str]:
     """Sentences by name; masks and overlays lie in FOLDER/WAY."""
     (folder / way).mkdir(exist_ok=True)
@@ -87,36 +111,42 @@ def table(
     starts: dict[str, tuple[float, float]],
     sentences: dict[str, dict[str, str]],
     masks: dict[str, np.ndarray],
+    unit: str = "pair",
+    size: int = FOLDER,
 ) -> str:
     """All ways as Markdown.
 
     Args:
-        clock: seconds of every folder, by way.
+        clock: seconds of every folder or round, by way.
         cpu: the same of the processor.
         starts: seconds of the processor until a way is ready, the first time on a machine and later.
         sentences: by way and name.
-        masks: by way, and "truth".
+        masks: by way, and "truth" where it is known.
+        unit: of the work.
+        size: units of a folder or round.
     """
-    heads = ["way", "start, first / later", "ms a pair, clock", "ms a pair, processor", "times plain (clock)"]
-    heads += ["pays after pairs, first / later", "other sentences", "other mask pixels", "building F1"]
+    heads = ["way", "start, first / later", f"ms a {unit}, clock", f"ms a {unit}, processor", "times plain (clock)"]
+    heads += [f"pays after {unit}s, first / later", "other sentences", "other mask pixels", "building F1"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    per_pair = {way: 1000 * statistics.median(taken) / FOLDER for way, taken in cpu.items()}
+    per_unit = {way: 1000 * statistics.median(taken) / size for way, taken in cpu.items()}
     for way in clock:
         ratio = statistics.median(one / other for one, other in zip(clock["plain"], clock[way], strict=True))
         first = f"| {way} | {' / '.join(f'{value:.1f} s' for value in starts[way]) if way in starts else '-'} "
-        first += f"| {1000 * statistics.median(clock[way]) / FOLDER:.0f} | {per_pair[way]:.0f} | {ratio:.2f} "
-        saved = (per_pair["plain"] - per_pair[way]) / 1000
+        first += f"| {1000 * statistics.median(clock[way]) / size:.0f} | {per_unit[way]:.0f} | {ratio:.2f} "
+        saved = (per_unit["plain"] - per_unit[way]) / 1000
         pays = (
             " / ".join(f"{math.ceil(value / saved)}" for value in starts[way]) if way in starts and saved > 0 else "-"
         )
         if way == "loop":
             lines.append(f"{first}| - | - | - | - |")
             continue
-        other = sum(sentences[way][name] != text for name, text in sentences["plain"].items())
+        names = sentences["plain"].keys() | sentences[way].keys()
+        other = sum(sentences["plain"].get(name) != sentences[way].get(name) for name in names)
         pixels = int((masks[way] != masks["plain"]).sum())
+        quality = f"{f1(masks[way], masks['truth']):.1f}" if "truth" in masks else "-"
         lines.append(
-            f"{first}| {pays} | {other} of {len(sentences['plain'])} | {pixels} of {masks['plain'].size} "
-            f"({pixels / masks['plain'].size:.4%}) | {f1(masks[way], masks['truth']):.1f} |"
+            f"{first}| {pays} | {other} of {len(names)} | {pixels} of {masks['plain'].size} "
+            f"({pixels / masks['plain'].size:.4%}) | {quality} |"
         )
     return "\n".join(lines)
 
@@ -140,17 +170,13 @@ def main() -> None:
     else:
         model, processor = load(options.model, "cpu")
     with tempfile.TemporaryDirectory() as name:
-        kcfi.speed.KEPT = Path(name) / "kept"  # so that the first start is one
         folders = write_folders(Path(name) / "pairs", options.pairs, options.split, options.num_pairs)
         tile = Image.open(next((folders[0] / "A").iterdir())).width
-        starts, sides = {}, {}
-        for way in options.ways:
-            first = start(way, model, processor, tile)[1]
-            if way == "bf16" and "exact" in starts:  # the same files
-                first += starts["exact"][0] - starts["exact"][1]
-            describer, later = start(way, model, processor, tile)
-            starts[way] = (max(first, later), later)
-            sides[way] = lambda folder, way=way, describer=describer: describe(folder, describer, way)
+        describers, starts = start_all(options.ways, model, processor, tile, Path(name) / "kept")
+        sides = {
+            way: lambda folder, way=way, describer=describer: describe(folder, describer, way)
+            for way, describer in describers.items()
+        }
         every: dict[str, Callable[[Path], Any]] = {
             "loop": lambda folder: caption_folder.plain(folder, model, processor),
             **sides,

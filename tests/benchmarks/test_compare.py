@@ -38,3 +38,12 @@ def test_without_files_the_two_newest_are_compared(tmp_path, monkeypatch, capsys
     write(tmp_path, "2026-11-29T230000.json", "long ago", same=(1.0, 10.0))
     compare.main()
     assert "b, same: ratio 2.00 -> 4.00, ours 10 -> 10 x/s (+0 %)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [[{"benchmark": "b", "rows": []}], {"began": "monday", "reports": []}, 3])
+def test_a_file_of_another_kind_is_named(tmp_path, monkeypatch, content):
+    new = write(tmp_path, "new.json", "tuesday", same=(5.0, 12.0))
+    (tmp_path / "bench.json").write_text(json.dumps(content))
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path / "bench.json"), new])
+    with pytest.raises(SystemExit, match=r"bench\.json: no results of `make bench` as it is now"):
+        compare.main()

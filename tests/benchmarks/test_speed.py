@@ -41,6 +41,14 @@ def test_the_table_says_what_each_way_costs_and_changes(drawn, detector, monkeyp
     assert loop.startswith("| loop | - |") and "| 0 of 8 | 0 of 8192 (0.0000%) |" in plain
 
 
+def test_what_only_one_way_says_is_another_sentence_and_units_have_a_name():
+    seconds, masks = {"plain": [2.0], "bf16": [1.0]}, dict.fromkeys(("plain", "bf16"), np.zeros((2, 2), int))
+    sentences = {"plain": {"a": "one", "b": "two"}, "bf16": {"a": "one", "c": "three"}}
+    heads, _, _, row = speed.table(seconds, seconds, {"bf16": (1.0, 0.5)}, sentences, masks, "tile", 4).splitlines()
+    assert "| ms a tile, clock |" in heads
+    assert row == "| bf16 | 1.0 s / 0.5 s | 250 | 250 | 2.00 | 4 / 2 | 2 of 3 | 0 of 4 (0.0000%) | - |"
+
+
 def test_a_way_pays_after_its_start_and_tells_its_differences():
     seconds = {"plain": [0.8, 0.8], "exact": [0.4, 0.4]}
     masks = {"truth": np.full((1, 2, 2), 255), "plain": np.full((1, 2, 2), 255), "exact": np.zeros((1, 2, 2), int)}
