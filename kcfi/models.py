@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CompileConfig
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from kcfi.files import read_yaml
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
@@ -116,7 +118,7 @@ def weights_of(name: str) -> str:
     source = model_source(name)
     if not Path(source).is_dir():
         with refusing(f"Cannot load the model {name!r}"):
-            return str(AutoConfig.from_pretrained(source, **NO_CODE)._commit_hash)
+            return str(extract_commit_hash(cached_file(source, CONFIG_NAME), None))
     digest = hashlib.sha256()
     kinds = (".safetensors", ".json", ".jinja")  # weights; settings, calibration, tokens; the prompt
     for path in sorted(path for path in Path(source).iterdir() if path.suffix in kinds):

@@ -44,8 +44,10 @@ def run(output: Path, call: str, workers: int | None = None) -> Iterator[int]:
     command = [*LAUNCH, "--num_processes", str(count), *["--multi_gpu"] * (count > 1)]
     command += ["-m", "kcfi.archives.processes", str(output), call]
     threads = max(1, (os.cpu_count() or 1) // count)
-    # nothing is written to the pipe: it closes with this process, however that ends, and ends those that read it
-    launcher = subprocess.Popen(command, stdin=subprocess.PIPE, env={"OMP_NUM_THREADS": str(threads), **os.environ})
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    # nothing is written to the pipe: it closes with this process, however that ends, and ends those that read it; in a
+    # session of their own they hear of no Ctrl-C, whose traceback each would print
+    launcher = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
     try:
         ended = False
         while not ended:
@@ -55,8 +57,8 @@ def run(output: Path, call: str, workers: int | None = None) -> Iterator[int]:
                     yield numbers.popleft()
             time.sleep(0 if ended else POLL)
     finally:
-        launcher.terminate()
-        launcher.communicate()  # closes the pipe, too
+        launcher.kill()
+        launcher.communicate()  # closes the pipe
     if left := sum(map(len, waiting)):
         raise ChildProcessError(
             f"A process of {count} ended (exit code {launcher.returncode}) with {left} blocks to do; what is "
