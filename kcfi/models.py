@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CompileConfig
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from kcfi.files import read_yaml
 from kcfi.modeling_kcfi import KCFIForConditionalGeneration
@@ -26,13 +28,16 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def load(name: str, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
+def load(
+    name: str, device: str | None = None, dtype: str | None = None, revision: str | None = None
+) -> tuple[Any, Any]:
     """Model (in evaluation mode) and processor of a folder, Hub id or "kcfi-tiny".
 
     Args:
         name: of the model.
-        device: as torch names it, "cuda:1"; None = `default_device`.
+        device: as torch names it, "cuda:1"; None = `default_device`. On "meta" no weights are read.
         dtype: "float32", "bfloat16" or "float16"; None = as it was saved on CUDA, float32 elsewhere.
+        revision: branch, tag or commit of a Hub id; None = the newest.
 
     Raises:
         InputError: it cannot be loaded, is no KCFI model, or the device is not there; says why.
@@ -45,11 +50,18 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> tupl
     chosen: Any = dtype or ("auto" if place.type == "cuda" else "float32")
     source = model_source(name)
     with refusing(f"Cannot load the model {name!r}"):
-        kind = AutoConfig.from_pretrained(source, **NO_CODE).model_type
+        hub: dict[str, Any] = {"revision": revision, **NO_CODE}
+        config = AutoConfig.from_pretrained(source, **hub)
+        kind = config.model_type
         if kind != "kcfi":
             raise InputError(f"Cannot load the model {name!r}: it is a model of type {kind!r}, not 'kcfi'.")
-        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=chosen, **NO_CODE)
-        processor = AutoProcessor.from_pretrained(source, **NO_CODE)
+        model: Any
+        if place.type == "meta":
+            with place:
+                model = AutoModelForImageTextToText.from_config(config, **NO_CODE)
+        else:
+            model = AutoModelForImageTextToText.from_pretrained(source, dtype=chosen, **hub)
+        processor = AutoProcessor.from_pretrained(source, **hub)
     return model.to(place).eval(), processor
 
 
@@ -63,6 +75,7 @@ def build_describer(
     alarm_rate: float | None = None,
     compiled: bool = False,
     speed: Speed = "auto",
+    revision: str | None = None,
 ) -> Describer:
     """The Describer of a model by its name.
 
@@ -76,11 +89,12 @@ def build_describer(
         alarm_rate: see `Describer`.
         compiled: see `compiled_steps`.
         speed: how the vision tower is run, see `kcfi.speed`.
+        revision: see `load`.
 
     Raises:
         InputError: the model cannot be loaded, or a setting does not fit it.
     """
-    network, processor = load(model, device, dtype)
+    network, processor = load(model, device, dtype, revision)
     autocast = None if dtype else validation_dtype(model, network.device)
     settings = (tile, batch_size, instruction or INSTRUCTIONS[0], autocast, alarm_rate)
     describer = Describer(network, processor, *settings, **(compiled_steps() if compiled else {}))
@@ -104,7 +118,7 @@ def weights_of(name: str) -> str:
     source = model_source(name)
     if not Path(source).is_dir():
         with refusing(f"Cannot load the model {name!r}"):
-            return str(AutoConfig.from_pretrained(source, **NO_CODE)._commit_hash)
+            return str(extract_commit_hash(cached_file(source, CONFIG_NAME), None))
     digest = hashlib.sha256()
     kinds = (".safetensors", ".json", ".jinja")  # weights; settings, calibration, tokens; the prompt
     for path in sorted(path for path in Path(source).iterdir() if path.suffix in kinds):

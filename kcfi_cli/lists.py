@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +65,18 @@ def run_list(options: argparse.Namespace, settings: dict[str, Any]) -> int:
     pairs = find_pairs(options.before, options.after)
     check_writable(options.output)
     engine = {name: getattr(options, name) for name in ("engine", "workers", "address", "block", "retry")}
-    with tqdm(total=len(pairs), desc="pairs", unit="pair", delay=0.5) as progress:
-        for rows in describe_archive(pairs, options.output, Job(**settings), **engine):
-            for row in rows:
-                tqdm.write(json.dumps(row) if options.json else f"{row['name']}: {row['error'] or _summary(row)}")
-            progress.update(len(rows))
+    blocks = describe_archive(pairs, options.output, Job(**settings), **engine)
+    try:
+        with closing(blocks), tqdm(total=len(pairs), desc="pairs", unit="pair", delay=0.5) as progress:
+            for rows in blocks:
+                for row in rows:
+                    tqdm.write(json.dumps(row) if options.json else f"{row['name']}: {row['error'] or _summary(row)}")
+                progress.update(len(rows))
+    except KeyboardInterrupt:
+        if (options.output / TABLE).exists():
+            stopped = f"Stopped. What is finished stands in {options.output / TABLE}; the same command does the rest."
+            print(stopped, file=sys.stderr)
+        raise
     covered = read_json(options.output / COVERAGE)
     if not options.json:
         print(f"{covered['done']} of {covered['pairs']} pairs: {options.output / TABLE}")

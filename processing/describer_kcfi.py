@@ -329,11 +329,20 @@ class Describer:
         Raises:
             InputError: regions without a head.
         """
-        if regions and self.model.model.change_detection_head is None:
-            raise InputError("This model has no change detection head: it cannot find regions.")
+        if regions:
+            self.check_regions()
         with self._inference():
             reports = self._describe_small([pair for pair in pairs if self.fits(pair[0])], regions)
             return [next(reports) if self.fits(pair[0]) else self._describe_large(*pair, regions) for pair in pairs]
+
+    def check_regions(self) -> None:
+        """Refuse a model that cannot find regions.
+
+        Raises:
+            InputError: it has no change detection head.
+        """
+        if self.model.model.change_detection_head is None:
+            raise InputError("This model has no change detection head: it cannot find regions.")
 
     @contextmanager
     def _inference(self) -> Iterator[None]:

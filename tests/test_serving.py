@@ -9,7 +9,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import httpx
 import numpy as np
@@ -320,12 +320,33 @@ def test_a_client_that_leaves_while_it_waits_frees_its_place_at_once(server, gua
     until(lambda: guard.places == 3)
 
 
-def test_a_client_that_leaves_while_it_sends_frees_its_place(server, guard):
+def drip(server):
+    """A request that begins and does not end."""
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9000\r\n\r\n{{"
-    with socket.create_connection((server.base_url.host, server.base_url.port)) as opened:
-        opened.sendall(head.encode())
-        until(lambda: guard.places == 2)
-    until(lambda: guard.places == 3)
+    opened = socket.create_connection((server.base_url.host, server.base_url.port))
+    opened.sendall(head.encode())
+    return opened
+
+
+def test_clients_that_send_a_byte_at_a_time_hold_up_nobody_and_make_room(server, guard, make_pair):
+    """Failed before: three of them, for as many places, shut the server for 300 s."""
+    from kcfi.web.guard import COMING
+
+    with ExitStack() as stack:
+        slow = [stack.enter_context(drip(server)) for _ in range(COMING)]
+        until(lambda: len(guard.coming) == COMING)
+        for each in slow:
+            each.sendall(b" ")
+        assert ask(server, make_pair(30, 20)).status_code == 200
+        assert slow[0].recv(1000).startswith(b"HTTP/1.1 408")
+        assert len(guard.coming) == COMING - 1
+    until(lambda: not guard.coming and guard.places == 3)
+
+
+def test_a_client_that_leaves_while_it_sends_makes_room(server, guard):
+    with drip(server):
+        until(lambda: guard.coming)
+    until(lambda: not guard.coming)
 
 
 def test_without_the_extra_the_package_to_install_is_named(monkeypatch, capsys):

@@ -6,15 +6,12 @@
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from filelock import FileLock, Timeout
 
 from kcfi.archives.blocks import IMAGES, SCENES, TABLE, block_name, blocks, finished, take_out_errors, texts
 from kcfi.files import read_json, write_whole
@@ -23,7 +20,6 @@ from kcfi.processing import InputError
 RECORD = "archive.json"
 WORK = ".work"
 BLOCKS_TO_DO = "todo.arrow"
-LOCK = "lock"
 REFUSED = "refused"
 FREE = ("device", "batch_size", "compiled")  # settings of a describer that a later call may change
 
@@ -56,7 +52,8 @@ class Job:
     def content(self, weights: str) -> dict[str, Any]:
         """What decides what a row says, plain JSON; `weights` names those of the model."""
         content = {**asdict(self), "weights": weights}
-        content["describer"] = {name: value for name, value in self.describer.items() if name not in FREE}
+        unsaid = {*FREE, "revision"}  # which `weights` is
+        content["describer"] = {name: value for name, value in self.describer.items() if name not in unsaid}
         if content["describer"].get("speed") != "bf16":  # the others write the same rows
             content["describer"].pop("speed", None)
         content["reading"] = {name: value for name, value in self.reading.items() if name != "max_image_pixels"}
@@ -96,32 +93,6 @@ class Todo:
     def path(self, number: int) -> Path:
         """The file of a block when it is done."""
         return self.output / block_name(self.rows(number))
-
-
-@contextmanager
-def only_call(output: Path) -> Iterator[None]:
-    """Around a call that writes into a folder: no other one does it at the same time, on a file system that locks.
-
-    Raises:
-        InputError: another call does.
-    """
-    work = output / WORK
-    work.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(work / LOCK)
-    try:
-        with suppress(NotImplementedError):  # a file system without locks
-            lock.acquire(timeout=0)
-    except Timeout as error:
-        raise InputError(
-            f"{output}: another call is at work there; wait for it, or choose another --output."
-        ) from error
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
-        with suppress(OSError):  # it holds what is to do
-            work.rmdir()
 
 
 def prepare(output: Path, pairs: pa.Table, job: Job, weights: str, block: int, retry: bool = False) -> int:

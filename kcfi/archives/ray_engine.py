@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kcfi.archives.calls import join_call
 from kcfi.archives.job import WORK, Todo, read_job
 from kcfi.archives.work import Worker
 from kcfi.processing import InputError
@@ -25,11 +26,12 @@ except ImportError as error:
 TRIES = 3  # at a block whose process dies; then its rows are errors
 
 
-def run(output: Path, workers: int | None = None, address: str | None = None) -> Iterator[int]:
+def run(output: Path, call: str, workers: int | None = None, address: str | None = None) -> Iterator[int]:
     """Do the blocks of an archive.
 
     Args:
         output: folder, where `prepare` was; all machines of a cluster see it under this path.
+        call: that does it, see `only_call`.
         workers: actors; None = one per GPU, or one.
         address: of a cluster, as `ray.init` takes it; None = that of RAY_ADDRESS, else this machine.
 
@@ -47,7 +49,7 @@ def run(output: Path, workers: int | None = None, address: str | None = None) ->
         numbers = ray.data.from_items([{"block": number} for number in range(count)], override_num_blocks=count)
         workers, share = _share(workers, read_job(output).describer["device"])
         pool = ray.data.ActorPoolStrategy(size=workers)
-        done = numbers.map_batches(Actor, fn_constructor_args=[str(output)], batch_size=1, compute=pool, **share)
+        done = numbers.map_batches(Actor, fn_constructor_args=[str(output), call], batch_size=1, compute=pool, **share)
         for row in done.iter_rows():
             yield int(row["block"])
     finally:
@@ -70,7 +72,8 @@ def _share(workers: int | None, device: str | None) -> tuple[int, dict[str, Any]
 class Actor:
     """What an actor does with the numbers of blocks that Ray Data gives it."""
 
-    def __init__(self, output: str) -> None:
+    def __init__(self, output: str, call: str) -> None:
+        self.lock = join_call(Path(output), call)
         self.worker, self.tries = Worker(Path(output)), Path(output, WORK, "tries")
         self.tries.mkdir(exist_ok=True)
 

@@ -5,8 +5,8 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +15,10 @@ import pyarrow.compute as pc
 
 from kcfi.archives import local
 from kcfi.archives.blocks import finished, read_rows, texts, write_csv
-from kcfi.archives.job import WORK, Job, Todo, only_call, prepare, refused
-from kcfi.models import weights_of
+from kcfi.archives.calls import only_call, wait_for_workers
+from kcfi.archives.job import WORK, Job, Todo, prepare, refused
+from kcfi.archives.work import check_job
+from kcfi.models import model_source, weights_of
 from kcfi.processing import InputError
 
 COVERAGE = "coverage.json"
@@ -57,7 +59,7 @@ def describe_archive(
     workers: int | None = None,
     address: str | None = None,
     retry: bool = False,
-) -> Iterator[list[dict[str, Any]]]:
+) -> Generator[list[dict[str, Any]], None, None]:
     """Describe pairs into parquet files in a folder, a file per block; at the end, captions.csv and coverage.json.
 
     What an earlier call did is not done again.
@@ -76,23 +78,27 @@ def describe_archive(
         The rows of each block once it is written, in any order.
 
     Raises:
-        InputError: the folder holds something else, another call writes into it, the model cannot do what the job asks
-            for, or an engine is not installed.
+        InputError: the folder holds something else, another call or its workers write into it, the model cannot do
+            what the job asks for, or an engine is not installed.
         ChildProcessError: a process of accelerate died.
     """
     _check_workers(workers, engine, job.describer.get("device"))
     start = time.monotonic()
     weights = weights_of(job.describer["model"])
+    if not Path(model_source(job.describer["model"])).is_dir():  # every process loads the commit that the Hub has now
+        job = replace(job, describer={**job.describer, "revision": weights})
+    check_job(job)
     output = output.absolute()
-    with only_call(output):
+    with only_call(output) as call:
         skipped = prepare(output, pairs, job, weights, block, retry)
         todo = Todo(output)
         try:
             if len(todo):
-                for number in _run(engine, output, workers, address):
+                for number in _run(engine, output, call, workers, address):
                     yield read_rows(todo.path(number))
         finally:
             todo.close()
+            wait_for_workers(output)  # what those of an engine that is stopped have written is in the table, too
             write_csv(output, job.schema)
             covered = _coverage(output, pairs, skipped, time.monotonic() - start)
             (output / COVERAGE).write_text(json.dumps(asdict(covered), indent=2) + "\n", encoding="utf-8")
@@ -107,27 +113,27 @@ def _check_workers(workers: int | None, engine: Engine, device: str | None) -> N
         raise InputError(f"device={device} is one device: give workers=1, or a device without a number.")
 
 
-def _run(engine: Engine, output: Path, workers: int | None, address: str | None) -> Iterator[int]:
+def _run(engine: Engine, output: Path, call: str, workers: int | None, address: str | None) -> Iterator[int]:
     """The numbers of blocks that an engine finishes; what a worker refuses is raised here for all of them."""
     try:
-        yield from _start(engine, output, workers, address)
+        yield from _start(engine, output, call, workers, address)
     except Exception:
         if message := refused(output):
             raise InputError(message) from None
         raise
 
 
-def _start(engine: Engine, output: Path, workers: int | None, address: str | None) -> Iterator[int]:
+def _start(engine: Engine, output: Path, call: str, workers: int | None, address: str | None) -> Iterator[int]:
     """The numbers of blocks that an engine finishes."""
     if engine == "local":
         return local.run(output)
     if engine == "accelerate":
         from kcfi.archives import processes
 
-        return processes.run(output, workers)
+        return processes.run(output, call, workers)
     from kcfi.archives import ray_engine  # needs the extra `ray`
 
-    return ray_engine.run(output, workers, address)
+    return ray_engine.run(output, call, workers, address)
 
 
 def _coverage(output: Path, pairs: pa.Table, skipped: int, seconds: float) -> Coverage:

@@ -8,9 +8,28 @@ import pyarrow as pa
 
 from kcfi.archives.blocks import rounded, write_block
 from kcfi.archives.images import describe_images
-from kcfi.archives.job import Todo, read_job, refuse
+from kcfi.archives.job import Job, Todo, read_job, refuse
 from kcfi.models import build_describer
-from kcfi.processing import InputError
+from kcfi.processing import Describer, InputError
+
+
+def check_job(job: Job) -> None:
+    """Refuse a job that no worker could do; the model is built without its weights.
+
+    What depends on the machine of a worker, `device` and `speed`, it refuses itself.
+
+    Raises:
+        InputError: the model's settings cannot be loaded, or it cannot do what the job asks for.
+    """
+    _build(job, device="meta", speed="plain")
+
+
+def _build(job: Job, **changed: Any) -> Describer:
+    """The describer of a job, with changed settings; a model without a head is refused now, and not in every row."""
+    describer = build_describer(**(job.describer | changed))
+    if job.regions or job.scene is not None:
+        describer.check_regions()
+    return describer
 
 
 class Worker:
@@ -27,9 +46,7 @@ class Worker:
     def __init__(self, output: Path, device: str | None = None) -> None:
         self.output, self.job, self.todo = output, read_job(output), Todo(output)
         try:
-            self.describer = build_describer(**(self.job.describer | ({"device": device} if device else {})))
-            # refuses a model without a head now, and not in every row
-            self.describer.describe_pairs([], regions=self.job.regions or self.job.scene is not None)
+            self.describer = _build(self.job, **({"device": device} if device else {}))
         except InputError as error:
             refuse(output, error)
             raise

@@ -25,8 +25,8 @@ ASKED = {("GET", "/health"), ("GET", "/v1/models"), ("POST", CHAT), ("OPTIONS", 
 class ChatGuard(Guard):
     """ASGI middleware around the server of transformers.
 
-    A request has a place from its first byte until its answer has ended or its client has left; there are as many as
-    runs may wait, and one more. Whoever comes then is refused before the request is read.
+    A request has a place from when all of it is there until its answer has ended or its client has left; there are as
+    many as runs may wait, and one more. Where none is free, a request is refused before it is read.
 
     Args:
         app: the server; it has loaded the model.
@@ -55,17 +55,22 @@ class ChatGuard(Guard):
         kind = dict(scope["headers"]).get(b"content-type", b"").partition(b";")[0].strip().lower()
         if kind != b"application/json":  # any page may let a browser send other kinds here
             raise Refused(415, "A request is of the Content-Type application/json.")
-        if not self.places:
-            raise Refused(429, "Too many others are waiting. Try again in a minute.")
+        self._check_places()
+        exchange.expect(scope, int(self.limits.megabytes * 1e6))
+        given = await exchange.read(), self.names, self.image_token, self.limits
+        self._check_places()  # others may have come faster
         self.places -= 1
         try:
-            exchange.expect(scope, int(self.limits.megabytes * 1e6))
-            given = await exchange.read(), self.names, self.image_token, self.limits
             body = await run_sync(plain_request, *given, limiter=self.reading)
             del given  # as large as the limit allows
             await self._ask(scope, exchange, body)
         finally:
             self.places += 1
+
+    def _check_places(self) -> None:
+        """Refuse a request if none is free."""
+        if not self.places:
+            raise Refused(429, "Too many others are waiting. Try again in a minute.")
 
     async def _ask(self, scope: Scope, exchange: Exchange, body: bytes) -> None:
         """Let the app answer, when it is the turn of this request.

@@ -7,7 +7,7 @@ guard: of `kcfi.demo.guard` for Gradio, of `kcfi.web.chat_guard` for the server 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from anyio import current_time, fail_after, move_on_after
+from anyio import CancelScope, current_time, fail_after, move_on_after
 from starlette.formparsers import MultiPartException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,6 +18,7 @@ from kcfi.web.runs import Left
 Headers = Sequence[tuple[bytes, bytes]]
 
 DRAINED = 2  # seconds for which the rest of a request that is refused is dropped
+COMING = 16  # requests that send their body at once; those of `kcfi serve` are in memory
 
 
 class Broken(MultiPartException):
@@ -27,14 +28,21 @@ class Broken(MultiPartException):
 class Guard(ABC):
     """ASGI middleware; a subclass says what is asked of the app.
 
+    Who sends slowly keeps nobody out: where `COMING` bodies are on their way, the next one takes the room of the one
+    that began first.
+
     Args:
         app: what is asked when nothing is refused.
+
+    Attributes:
+        coming: requests whose bodies are on their way, in the order in which they began.
     """
 
     headers: Headers = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+        self.coming: list[Exchange] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
@@ -42,9 +50,12 @@ class Guard(ABC):
             await self.app(scope, receive, send)
         if scope["type"] != "http":
             return
-        exchange = Exchange(receive, send, self.headers)
+        exchange = Exchange(receive, send, self.headers, self.coming)
         try:
-            await self.answer(scope, exchange)
+            try:
+                await self.answer(scope, exchange)
+            finally:
+                exchange.leave_room()
         except Exception as error:
             refusal = error if isinstance(error, Refused) else exchange.refusal
             if refusal is None and isinstance(error, Broken | Left):
@@ -77,6 +88,12 @@ def replayed(body: bytes, then: Receive) -> Receive:
 class Exchange:
     """A request, counted as it comes, and its answer, with headers of ours.
 
+    Args:
+        receive: the parts of the request.
+        send: the parts of the answer.
+        headers: of the answer.
+        coming: of the guard.
+
     Attributes:
         most: bytes of the request that are taken.
         refusal: why it is refused, if it is; whatever the app answers then, this is told.
@@ -85,10 +102,10 @@ class Exchange:
         full: what is told where the app says 503: it has no place left; None: what the app says.
     """
 
-    def __init__(self, receive: Receive, send: Send, headers: Headers) -> None:
-        self._receive, self._send, self._headers = receive, send, headers
+    def __init__(self, receive: Receive, send: Send, headers: Headers, coming: "list[Exchange]") -> None:
+        self._receive, self._send, self._headers, self._coming = receive, send, headers, coming
         self.most, self.came, self.started, self.whole = 0, 0, False, False
-        self.until = current_time() + RECEIVED
+        self._until, self._waits = current_time() + RECEIVED, CancelScope()  # for the next part
         self.refusal: Refused | None = None
         self.full: str | None = None
 
@@ -96,6 +113,20 @@ class Exchange:
         """Take so many bytes, and refuse a request that says that more will come."""
         self.most = most
         self.check(int(dict(scope["headers"]).get(b"content-length", b"0")))
+        if len(self._coming) == COMING:
+            self._coming[0].give_way()
+        self._coming.append(self)
+
+    def give_way(self) -> None:
+        """Refuse what has not come yet: another request needs the room."""
+        self.leave_room()
+        self.refusal = Refused(408, "The request came slowly, and many others came meanwhile: send it again.")
+        self._until = self._waits.deadline = current_time()
+
+    def leave_room(self) -> None:
+        """Count no longer among those that are on their way."""
+        if self in self._coming:
+            self._coming.remove(self)
 
     def check(self, came: int) -> None:
         """Refuse a request of so many bytes, if they are too many."""
@@ -109,17 +140,20 @@ class Exchange:
             return await self._receive()  # that the client leaves
         message: Message = {"type": "http.disconnect"}
         try:
-            with fail_after(self.until - current_time()):
+            with fail_after(self._until - current_time()) as self._waits:
                 message = await self._receive()
             self.whole = not message.get("more_body", False)
             self.came += len(message.get("body", b""))
             self.check(self.came)
         except TimeoutError:
-            self.refusal = Refused(408, f"The request did not come within {RECEIVED} s: give smaller files.")
+            late = Refused(408, f"The request did not come within {RECEIVED} s: give smaller files.")
+            self.refusal = self.refusal or late
         except Refused:
             pass  # told instead of whatever the app answers
         if self.refusal or message["type"] == "http.disconnect":
             raise Broken("The request ended early.")
+        if self.whole:
+            self.leave_room()
         return message
 
     async def read(self) -> bytes:

@@ -63,7 +63,7 @@ def start(command):
     started = []
 
     def build(*arguments):
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
         started.append(subprocess.Popen(**command(*arguments), **quiet))
         return started[-1]
 

@@ -8,7 +8,8 @@ import time
 import psutil
 import pytest
 
-from kcfi.archives.job import Job
+from kcfi.archives import calls
+from kcfi.archives.job import Job, read_job
 from kcfi.archives.pairs import find_pairs
 from kcfi.archives.run import describe_archive
 from tests.kcfi.archives.conftest import digest, table
@@ -50,6 +51,25 @@ def test_what_a_killed_process_leaves_is_done_by_the_next_call(large, command, s
     assert 1 <= len(table(tmp_path / "killed")) < 4
     subprocess.run(**command(folder, tmp_path / "killed", *options), capture_output=True, check=True)
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
+
+
+def test_no_call_begins_beside_processes_that_outlive_the_one_that_started_them(large, start, tmp_path, monkeypatch):
+    """Failed before: it began at once, and both wrote."""
+    folder, output = large(6), tmp_path / "out"
+    process = start(folder, output, "--engine", "accelerate", "--workers", 1, "--block", 1)
+    wait_for_rows(output, process)
+    [worker] = workers(process.pid)
+    worker.suspend()  # so that it does not notice
+    process.kill()
+    process.wait()
+    pairs, job = find_pairs(folder / "A", folder / "B"), Job(read_job(output).describer)
+    monkeypatch.setattr(calls, "PATIENCE", 1)
+    with pytest.raises(ValueError, match="a worker of an earlier call is still at work there"):
+        next(describe_archive(pairs, output, job, block=1))
+    worker.resume()
+    monkeypatch.setattr(calls, "PATIENCE", 60)
+    list(describe_archive(pairs, output, job, block=1))
+    assert not worker.is_running() and len(table(output)) == 6 and not (output / ".work").exists()
 
 
 def test_the_processes_end_with_the_one_that_started_them(large, start, tmp_path):

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from kcfi.archives.blocks import read_rows
+from kcfi.archives.calls import only_call
 from kcfi.archives.job import WORK, Job, prepare
 from kcfi.archives.pairs import find_pairs
 from kcfi.archives.run import describe_archive
@@ -48,7 +49,8 @@ def test_ray_writes_the_rows_of_one_process_and_is_asked_for_nothing_else(folder
 def test_a_block_whose_process_died_too_often_becomes_errors_and_others_are_done(folders, detector):
     job = Job({"model": str(detector)})
     prepare(folders / "out", find_pairs(folders / "A", folders / "B"), job, "w", block=3)
-    actor = ray_engine.Actor(str(folders / "out"))
+    with only_call(folders / "out") as call:
+        actor = ray_engine.Actor(str(folders / "out"), call)
     (folders / "out" / WORK / "tries" / "1").write_bytes(b"." * ray_engine.TRIES)
     (folders / "out" / WORK / "tries" / "2").write_bytes(b"." * (ray_engine.TRIES - 1))
     batch = {"block": np.array([1, 2])}

@@ -2,18 +2,23 @@
 
 import csv
 import json
+import os
 import random
 import signal
 import subprocess
 import time
 
+import huggingface_hub
 import pytest
 
 from kcfi.archives.job import Job
 from kcfi.archives.pairs import find_pairs
 from kcfi.archives.run import describe_archive
+from kcfi.archives.work import Worker
 from kcfi_cli import main
 from tests.kcfi.archives.conftest import SIZES, digest, table
+
+ENGINES = [("--engine", engine, "--workers", 1) for engine in ("accelerate", "ray")]
 
 
 @pytest.fixture
@@ -144,11 +149,62 @@ def test_workers_that_cannot_be_are_refused_before_anything_is_written(caption, 
     assert "must be at least 1" in (said := capsys.readouterr().err) or "cuda:1 is one device" in said
 
 
+@pytest.mark.parametrize("engine", ["local", "accelerate", "ray"])
+def test_a_bad_setting_is_told_before_an_engine_is_started(caption, folders, capfd, engine):
+    """Failed before: a worker told it, so Ray or accelerate was started first."""
+    assert caption("--engine", engine, "--workers", "1", "--alarm_rate", "5") == 2
+    assert capfd.readouterr().err.strip().startswith("kcfi: error: alarm_rate=5.0")
+    assert not (folders / "out").exists()
+
+
 @pytest.mark.parametrize("engine", ["local", pytest.param("accelerate", marks=pytest.mark.slow), "ray"])
-def test_a_bad_setting_ends_in_the_same_line_from_every_engine(caption, capfd, engine):
+def test_a_device_that_no_worker_has_ends_in_the_same_line_from_every_engine(caption, capfd, engine):
     if engine == "ray":
         pytest.importorskip("ray")
-    assert caption("--engine", engine, "--workers", "1", "--alarm_rate", "5") == 2
+    assert caption("--engine", engine, "--workers", "1", "--device", "nowhere") == 2
     said = capfd.readouterr().err
-    assert said.strip().splitlines()[-1].startswith("kcfi: error: alarm_rate=5.0")
+    assert said.strip().splitlines()[-1].startswith("kcfi: error: --device nowhere: ")
     assert engine == "accelerate" or "Traceback" not in said  # accelerate's own processes print theirs
+
+
+def test_every_process_loads_the_commit_that_the_hub_had_when_the_call_began(
+    folders, make_detector, tmp_path, monkeypatch
+):
+    """Failed before: each looked the id up anew, and with transformers 5.24 no id was found."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    model, commits = tmp_path / "hub/models--me--detector", ["a" * 40, "b" * 40]
+    for commit, threshold in zip(commits, (0.25, 0.75), strict=True):
+        make_detector(model / "snapshots" / commit, threshold)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commits[0])
+    pairs, output = find_pairs(folders / "A", folders / "B"), folders / "out"
+    running = describe_archive(pairs, output, Job({"model": "me/detector"}), block=3)
+    next(running)
+    (model / "refs" / "main").write_text(commits[1])
+    head = Worker(output).describer.model.model.change_detection_head
+    assert head.classifier.bias[0].item() == 0.25
+    running.close()
+    with pytest.raises(ValueError, match=f"with weights={commits[0]}, not {commits[1]}: choose another --output"):
+        next(describe_archive(pairs, output, Job({"model": "me/detector"}), block=3))
+    assert {row["model"] for row in table(output)} == {"me/detector"}
+
+
+@pytest.mark.parametrize("options", [(), *(pytest.param(engine, marks=pytest.mark.slow) for engine in ENGINES)])
+def test_ctrl_c_leaves_the_table_of_what_is_finished_and_says_how_to_go_on(large, start, tmp_path, options):
+    """Failed before: nothing was said."""
+    if "ray" in options:
+        pytest.importorskip("ray")
+    output = tmp_path / "out"
+    process = start(large(8), output, "--block", 1, *options)
+    while not list(output.glob("rows-*")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+    _, said = process.communicate()
+    assert process.returncode == 130, said
+    assert f"Stopped. What is finished stands in {output / 'captions.csv'}; the same command does the rest." in said
+    assert "Traceback" not in said
+    with (output / "captions.csv").open(newline="", encoding="utf-8") as file:
+        written = [row["name"] for row in csv.DictReader(file)]
+    assert 1 <= len(written) < 8 and written == [row["name"] for row in table(output)]
+    assert coverage(output)["done"] == len(written)

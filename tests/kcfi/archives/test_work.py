@@ -1,10 +1,12 @@
 """A block of pairs -> a block of the table."""
 
+import shutil
+
 import pytest
 
 from kcfi.archives.job import Job, Todo, prepare
 from kcfi.archives.pairs import find_pairs
-from kcfi.archives.work import Worker
+from kcfi.archives.work import Worker, check_job
 from tests.kcfi.archives.conftest import table
 
 
@@ -48,3 +50,13 @@ def test_what_the_model_cannot_do_is_refused_before_the_first_block(folders, mak
     prepare(folders / "out", find_pairs(folders / "A", folders / "B"), job, "w", block=4)
     with pytest.raises(ValueError, match="no change detection head"):
         Worker(folders / "out")
+    with pytest.raises(ValueError, match="no change detection head"):
+        check_job(job)
+
+
+def test_a_job_is_checked_without_weights_and_without_the_machine_of_a_worker(detector, tmp_path):
+    model = shutil.copytree(detector, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    describer = {"model": str(model), "device": "nowhere", "speed": "bf16"}
+    check_job(Job(describer, regions=True))
+    with pytest.raises(ValueError, match="A tile of 2 px is smaller than a patch"):
+        check_job(Job({**describer, "tile": 2}))

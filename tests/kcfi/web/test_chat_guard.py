@@ -39,17 +39,17 @@ class App:
 class Client:
     """One request; it leaves when `leaves` is set."""
 
-    def __init__(self, body=None, path=CHAT, method="POST", headers=(JSON,)):
+    def __init__(self, body=None, path=CHAT, method="POST", headers=(JSON,), whole=True):
         self.scope = {"type": "http", "method": method, "path": path, "headers": list(headers)}
         self.body, self.sent, self.leaves = body or json.dumps(request()).encode(), [], asyncio.Event()
-        self.given = False
+        self.given, self.whole = False, whole
 
     async def receive(self):
         if self.given:
             await self.leaves.wait()
             return {"type": "http.disconnect"}
         self.given = True
-        return {"type": "http.request", "body": self.body, "more_body": False}
+        return {"type": "http.request", "body": self.body, "more_body": not self.whole}
 
     async def send(self, message):
         self.sent.append(message)
@@ -87,6 +87,47 @@ def test_one_is_computed_some_wait_and_others_are_refused():
     run(guarded(app, waiting=2), *clients)
     assert [client.status for client in clients] == [200, 200, 200, 429, 429] and app.most == 1
     assert len(app.asked) == 3
+
+
+def test_who_sends_slowly_has_no_place_before_all_is_there():
+    """Failed before: as many as there are places shut the server."""
+    app, slow, quick = App(), [Client(b"{", whole=False) for _ in range(9)], Client()
+    guard = guarded(app)
+
+    async def quick_then_all_leave():
+        await asyncio.wait_for(guard(quick.scope, quick.receive, quick.send), 5)
+        assert len(guard.coming) == 9 and guard.places == 9
+        for client in slow:
+            client.leaves.set()
+
+    async def all_of_them():
+        others = (guard(client.scope, client.receive, client.send) for client in slow)
+        await asyncio.gather(*others, quick_then_all_leave())
+
+    asyncio.run(all_of_them())
+    assert [client.status for client in (*slow, quick)] == [None] * 9 + [200] and not guard.coming
+
+
+def test_who_finds_no_place_when_all_is_there_is_refused():
+    app, late = App(words=20), Client()
+    guard = guarded(app, waiting=1)
+    others = [Client(), Client()]
+
+    async def begin_early():
+        late_receive, began = late.receive, asyncio.Event()
+
+        async def receive():
+            began.set()
+            while guard.places:
+                await asyncio.sleep(0.01)
+            return await late_receive()
+
+        asked = asyncio.ensure_future(guard(late.scope, receive, late.send))
+        await began.wait()
+        await asyncio.gather(asked, *(guard(client.scope, client.receive, client.send) for client in others))
+
+    asyncio.run(begin_early())
+    assert [client.status for client in (late, *others)] == [429, 200, 200] and guard.places == 2
 
 
 def test_who_leaves_while_it_waits_is_never_computed():

@@ -82,6 +82,43 @@ def test_a_request_that_comes_too_slowly_is_refused(monkeypatch):
     assert status == 408 and b"did not come within" in body
 
 
+def at_once(guard, count):
+    """`count` clients of which each sends a byte and no more, then one that sends all: statuses, in that order."""
+
+    async def client(answers, *parts):
+        messages = [{"type": "http.request", "body": part, "more_body": part != parts[-1]} for part in parts]
+
+        async def receive():
+            return messages.pop(0) if len(messages) > (b"" in parts) else await asyncio.Event().wait()
+
+        async def send(message):
+            answers.append(message.get("status"))
+
+        await guard({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send)
+
+    async def all_of_them():
+        slow = [[] for _ in range(count)]
+        waiting = [asyncio.ensure_future(client(answers, b"a", b"")) for answers in slow]
+        await asyncio.sleep(0)
+        quick = []
+        await asyncio.wait_for(client(quick, b"a", b"b"), 5)
+        await asyncio.sleep(0.2)
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+        assert guard.coming == []
+        return [answers[0] if answers else None for answers in (*slow, quick)]
+
+    return asyncio.run(all_of_them())
+
+
+def test_who_sends_slowly_makes_room_for_others_and_the_first_of_them_alone(monkeypatch):
+    """Failed before: nobody had to."""
+    monkeypatch.setattr(module, "DRAINED", 0.05)
+    assert at_once(Echo(echo), module.COMING - 1) == [None] * (module.COMING - 1) + [200]
+    assert at_once(Echo(echo), module.COMING) == [408] + [None] * (module.COMING - 1) + [200]
+
+
 def test_an_app_without_a_place_is_told_in_our_words():
     status, _, body = call(Echo(echo), b"full")
     assert status == 429 and json.loads(body)["error"] == "Too many are here."
