@@ -55,6 +55,8 @@ def load(
         kind = config.model_type
         if kind != "kcfi":
             raise InputError(f"Cannot load the model {name!r}: it is a model of type {kind!r}, not 'kcfi'.")
+        commit = _commit(source, revision)
+        hub["revision"] = commit or revision  # one for all files, though the Hub gets a newer one meanwhile
         model: Any
         if place.type == "meta":
             with place:
@@ -62,6 +64,7 @@ def load(
         else:
             model = AutoModelForImageTextToText.from_pretrained(source, dtype=chosen, **hub)
         processor = AutoProcessor.from_pretrained(source, **hub)
+    model.config._commit_hash = commit  # transformers 5.24 says it nowhere
     return model.to(place).eval(), processor
 
 
@@ -118,7 +121,7 @@ def weights_of(name: str) -> str:
     source = model_source(name)
     if not Path(source).is_dir():
         with refusing(f"Cannot load the model {name!r}"):
-            return str(extract_commit_hash(cached_file(source, CONFIG_NAME), None))
+            return str(_commit(source))
     digest = hashlib.sha256()
     kinds = (".safetensors", ".json", ".jinja")  # weights; settings, calibration, tokens; the prompt
     for path in sorted(path for path in Path(source).iterdir() if path.suffix in kinds):
@@ -126,6 +129,11 @@ def weights_of(name: str) -> str:
             digest.update(path.name.encode())
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def _commit(source: str, revision: str | None = None) -> str | None:
+    """The commit of a model of the Hub; None of a folder that is no snapshot of one."""
+    return extract_commit_hash(cached_file(source, CONFIG_NAME, revision=revision), None)
 
 
 def validation_dtype(model: str, device: torch.device) -> torch.dtype | None:

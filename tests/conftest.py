@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: an unknown id fails at once
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -138,3 +139,15 @@ def windows(monkeypatch):
         rename(source, target, **options)
 
     monkeypatch.setattr("os.rename", rename_onto_nothing)
+
+
+@pytest.fixture
+def hub_detectors(make_detector, tmp_path, monkeypatch):
+    """The commits of a cached Hub id, "me/detector": of main, whose threshold is 0.25, and of v1, where it is 0.75."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    commits = {"main": "a" * 40, "v1": "b" * 40}
+    (references := tmp_path / "hub/models--me--detector/refs").mkdir(parents=True)
+    for (name, commit), threshold in zip(commits.items(), (0.25, 0.75), strict=True):
+        make_detector(references.parent / "snapshots" / commit, threshold)
+        (references / name).write_text(commit)
+    return commits

@@ -75,7 +75,7 @@ class PageGuard(Guard):
                     raise Refused(400, "A request for answers names one session.")
                 stack.enter_context(self.runs.listen(sessions[0]))
             if scope["method"] == "POST" and path.startswith(UPLOAD):
-                exchange.expect(scope, int(self.limits.megabytes * 1e6) + ENVELOPE_BYTES)
+                exchange.expect(scope, request_bytes(self.limits))
                 receive = few_files(scope, exchange)
             elif scope["method"] == "POST":
                 exchange.expect(scope, EVENT_BYTES)
@@ -84,6 +84,11 @@ class PageGuard(Guard):
                 await run_sync(check_event, self.folder, body, self.limits)
                 receive = replayed(body, exchange.receive)
             await self.app(scope, receive, exchange.send)
+
+
+def request_bytes(limits: Limits) -> int:
+    """Bytes of a request with files, at most."""
+    return int(limits.megabytes * 1e6) + ENVELOPE_BYTES
 
 
 def few_files(scope: Scope, exchange: Exchange) -> Receive:

@@ -22,7 +22,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.responses import StreamingResponse
 
 from kcfi.demo import answers
-from kcfi.demo.guard import PageGuard
+from kcfi.demo.guard import PageGuard, request_bytes
 from kcfi.demo.limits import Limits, sweep
 from kcfi.demo.page import EXAMPLES, GONE, THRESHOLD, Page
 from kcfi.demo.runs import Runs
@@ -134,7 +134,7 @@ def build_app(describer: Describer, model: str, limits: Limits, folder: Path) ->
         blocks,
         path="/",
         show_error=False,  # messages of errors are for whoever runs the page; ours are `gr.Error`
-        max_file_size=int(limits.megabytes * 1e6),
+        max_file_size=request_bytes(limits),  # of a file alone: never reached, as Gradio's refusal is no JSON
         footer_links=[],
         run_history=False,
         enable_monitoring=False,

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import time
 
-import huggingface_hub
 import pytest
 
 from kcfi.archives.job import Job
@@ -167,24 +166,17 @@ def test_a_device_that_no_worker_has_ends_in_the_same_line_from_every_engine(cap
     assert engine == "accelerate" or "Traceback" not in said  # accelerate's own processes print theirs
 
 
-def test_every_process_loads_the_commit_that_the_hub_had_when_the_call_began(
-    folders, make_detector, tmp_path, monkeypatch
-):
+def test_every_process_loads_the_commit_that_the_hub_had_when_the_call_began(folders, hub_detectors, tmp_path):
     """Failed before: each looked the id up anew, and with transformers 5.24 no id was found."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    model, commits = tmp_path / "hub/models--me--detector", ["a" * 40, "b" * 40]
-    for commit, threshold in zip(commits, (0.25, 0.75), strict=True):
-        make_detector(model / "snapshots" / commit, threshold)
-    (model / "refs").mkdir()
-    (model / "refs" / "main").write_text(commits[0])
+    old, new = hub_detectors.values()
     pairs, output = find_pairs(folders / "A", folders / "B"), folders / "out"
     running = describe_archive(pairs, output, Job({"model": "me/detector"}), block=3)
     next(running)
-    (model / "refs" / "main").write_text(commits[1])
+    (tmp_path / "hub/models--me--detector/refs/main").write_text(new)
     head = Worker(output).describer.model.model.change_detection_head
     assert head.classifier.bias[0].item() == 0.25
     running.close()
-    with pytest.raises(ValueError, match=f"with weights={commits[0]}, not {commits[1]}: choose another --output"):
+    with pytest.raises(ValueError, match=f"with weights={old}, not {new}: choose another --output"):
         next(describe_archive(pairs, output, Job({"model": "me/detector"}), block=3))
     assert {row["model"] for row in table(output)} == {"me/detector"}
 

@@ -145,6 +145,12 @@ def test_too_many_bytes_are_refused(serving):
         assert event.status_code == 413
 
 
+def test_a_file_of_all_the_bytes_of_a_request_is_taken(serving):
+    """Failed before: Gradio refused it, in words that are no JSON; larger uploads, too, by how their bytes came."""
+    with serving(megabytes=0.1) as client:
+        assert client.upload(bytes(105_000))
+
+
 def test_too_many_bytes_are_refused_though_nobody_said_how_many_come(serving):
     def parts():
         yield b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'

@@ -251,6 +251,17 @@ def test_not_a_number_may_be_what_is_no_data(scene, describer, tmp_path):
     assert named == other and json.loads(json.dumps(named.settings, allow_nan=False)) == other.settings
 
 
+def test_the_commit_of_a_model_of_the_hub_is_told(scene, detector, hub_detectors, tmp_path):
+    """Failed before: transformers 5.24 says it nowhere, so it was null."""
+    dates, told = scene(), []
+    for name, revision in (("me/detector", None), ("me/detector", "v1"), (str(detector), None)):
+        describer = Describer(*load(name, revision=revision))
+        found = describe_scene(dates, tmp_path / "out", describer, max_captions=0)
+        told.append(json.loads((tmp_path / "out" / "summary.json").read_text())["settings"]["revision"])
+        assert told[-1] == found.settings["revision"]
+    assert told == [*hub_detectors.values(), None]
+
+
 def test_other_weights_have_another_digest():
     layer = torch.nn.BatchNorm1d(4).to(torch.bfloat16)
     digests = [digest(layer)]
