@@ -51,7 +51,8 @@ def run(folder: Path, options: argparse.Namespace, seed: int, more: list[str]) -
     if is_complete(folder):
         return
     every = max(1, options.steps // options.evaluations)
-    fields = PROBLEM | {"seed": seed, "output_dir": folder, "max_steps": options.steps, "save_strategy": "no"}
+    fields = PROBLEM | {"seed": seed, "output_dir": folder, "max_steps": options.steps}
+    fields |= {"save_strategy": "no", "load_best_model_at_end": False}
     fields |= {"eval_strategy": "steps", "eval_steps": every, "logging_steps": every, "eval_delay": options.steps // 2}
     settings = [text for name, value in fields.items() for text in (f"--{name}", str(value))]
     train(parse_recipe(options.recipe, [*more, *settings]), callbacks=[AtTarget()])
