@@ -119,7 +119,8 @@ def main() -> None:
         line = next((line for line in lines if is_there(line)), lines[-1])
         rows.append({"seed": seed, "there": is_there(line), "step": line["step"], "seconds": line["seconds"]})
         rows[-1] |= {name: line[name] for name in TARGET}
-        rows[-1]["machine"] = json.loads((folder / MACHINE).read_text(encoding="utf-8"))
+        where = folder / MACHINE  # the first runs have none
+        rows[-1]["machine"] = json.loads(where.read_text(encoding="utf-8")) if where.is_file() else None
     about = {"recipe": options.recipe, "steps": options.steps, "fields": more, "seeds": rows}
     (options.output / options.name / "results.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 

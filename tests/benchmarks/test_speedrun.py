@@ -45,6 +45,14 @@ def lines_of(seed):
     return speedrun.history(Path(f"runs/speedrun/tried/{seed}"))
 
 
+@pytest.mark.parametrize("missed", [None, *speedrun.TARGET])
+def test_all_of_the_target_has_to_be_met_at_the_same_time(missed):
+    scores = dict(speedrun.TARGET)
+    if missed:
+        scores[missed] += 0.01 if missed == "eval_caption_loss" else -0.01
+    assert speedrun.is_there(scores) == (missed is None)
+
+
 def test_the_target_ends_a_run_and_a_second_call_does_what_is_missing(call, monkeypatch, capsys):
     monkeypatch.setattr(speedrun, "TARGET", EASY)
     call()
