@@ -12,7 +12,8 @@ time, a caption loss of 0.60, S_m* 85 and mask F1 75 (roads and buildings, at th
 free: every recipe, and every field that is neither of the problem nor of the clock, may follow. The clock counts
 training alone, with its first batch; not the loading of models, nor evaluations. These come in the second half of the
 steps (`--evaluations` would be those of both halves), and end a run that is there. Every seed is a run of its own; a
-second call does what is missing, and begins a seed that was stopped anew. In one process; needs Java.
+second call does what is missing, and begins a seed that was stopped anew. In one process; needs Java and
+`pip install "kcfi[bench]"`.
 """
 
 import argparse
