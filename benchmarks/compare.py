@@ -15,11 +15,21 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def read_run(file: Path) -> dict[str, Any]:
-    """A file of `make bench`, which has one part at least."""
-    run = json.loads(file.read_text(encoding="utf-8"))
-    if not (isinstance(run, dict) and run.get("reports")):
-        raise SystemExit(f"{file}: no results of `make bench` as it is now, or of no part: name a newer file.")
-    return run
+    """A file of `make bench`, which has one part at least.
+
+    Raises:
+        SystemExit: it is another file, damaged, or not there.
+    """
+    try:
+        run: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        heading(file, run)
+        if all(row["ours"] and row["ratio"] and row["unit"] for row in rows_of(run).values()):
+            return run
+    except OSError as error:
+        raise SystemExit(f"{file}: not readable ({error.strerror}).") from error
+    except (ValueError, LookupError, TypeError, AttributeError):
+        pass  # no JSON, or other JSON
+    raise SystemExit(f"{file}: no results of `make bench` as it is now, or of no part: name a newer file.")
 
 
 def rows_of(run: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:

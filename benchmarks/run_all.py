@@ -19,6 +19,7 @@ from typing import Any
 from measure import table
 from tqdm import tqdm
 
+from kcfi.files import write_whole
 from kcfi.training.train import git_revision
 
 FOLDER = Path(__file__).parent
@@ -56,17 +57,18 @@ def main() -> None:
         started = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         seconds = time.perf_counter() - started
-        if done.returncode:
-            failed[name] = (done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1]
+        if done.returncode or not done.stdout:
+            last = (done.stderr.splitlines() or ["nothing was printed"])[-1]
+            failed[name] = f"exit status {done.returncode}: {last}"  # of a part that is killed the line tells nothing
             tqdm.write(f"{done.stderr}{name}: failed after {seconds:.0f} s")
         else:
             reports.append({**json.loads(done.stdout.splitlines()[-1]), "seconds": seconds})
             tqdm.write(f"{name}: {seconds:.0f} s\n{table(reports[-1]['rows'])}")
-        file.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        write_whole(file, json.dumps(run, indent=2) + "\n")
     print(f"results: {file}")
     if failed:
         sys.exit(f"{', '.join(failed)} failed: {PAGE.name} keeps the tables that it has.")
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), reports), encoding="utf-8")
+    write_whole(PAGE, with_tables(PAGE.read_text(encoding="utf-8"), reports))
 
 
 if __name__ == "__main__":

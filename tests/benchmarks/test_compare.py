@@ -40,10 +40,28 @@ def test_without_files_the_two_newest_are_compared(tmp_path, monkeypatch, capsys
     assert "b, same: ratio 2.00 -> 4.00, ours 10 -> 10 x/s (+0 %)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", [[{"benchmark": "b", "rows": []}], {"began": "monday", "reports": []}, 3])
-def test_a_file_of_another_kind_is_named(tmp_path, monkeypatch, content):
+MACHINE = {"threads": 1, "cores": 1, "cpu": "c", "torch": "2", "load": 0.0}
+ROWLESS = {"benchmark": "b", "machine": MACHINE, "rows": [{"case": "c"}]}
+OTHERS = [
+    [{"benchmark": "b", "rows": []}],
+    {"began": "monday", "reports": []},
+    3,
+    {"reports": [3]},
+    {"reports": {"a": 1}},
+]
+OTHERS += [{"began": "monday", "commit": "a", "reports": [ROWLESS]}]
+
+
+@pytest.mark.parametrize("content", [*map(json.dumps, OTHERS), '{"began": ', "\udcff"])
+def test_a_file_of_another_kind_or_a_damaged_one_is_named(tmp_path, monkeypatch, content):
     new = write(tmp_path, "new.json", "tuesday", same=(5.0, 12.0))
-    (tmp_path / "bench.json").write_text(json.dumps(content))
+    (tmp_path / "bench.json").write_text(content, errors="surrogateescape")
     monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path / "bench.json"), new])
     with pytest.raises(SystemExit, match=r"bench\.json: no results of `make bench` as it is now"):
+        compare.main()
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path / "none.json"), str(tmp_path / "none.json")])
+    with pytest.raises(SystemExit, match=r"none\.json: not readable \(No such file or directory\)"):
         compare.main()

@@ -75,10 +75,27 @@ def test_a_part_that_fails_is_noted_and_the_others_go_on(page, tmp_path, monkeyp
     assert "AssertionError: the masks differ\ntwo: failed after" in capsys.readouterr().out
     [file] = (tmp_path / "results").iterdir()
     run = json.loads(file.read_text())
-    assert run["failed"] == {"two": "AssertionError: the masks differ"}
+    assert run["failed"] == {"two": "exit status 1: AssertionError: the masks differ"}
     assert [report["benchmark"] for report in run["reports"]] == [
         "one"
     ] and page.read_text() == run_all.BEGIN + run_all.END
+
+
+@pytest.mark.parametrize(
+    ("script", "noted"),
+    [
+        ("import os; os.write(2, b'UserWarning: harmless'); os.kill(os.getpid(), 9)", "exit status -9: UserWarning"),
+        ("pass", "exit status 0: nothing was printed"),
+    ],
+)
+def test_a_part_that_is_killed_or_silent_has_failed(page, tmp_path, monkeypatch, script, noted):
+    (tmp_path / "two.py").write_text(script)
+    monkeypatch.setattr(run_all, "NAMES", ["two", "one"])
+    with pytest.raises(SystemExit, match="two failed"):
+        run_all.main()
+    [file] = (tmp_path / "results").iterdir()  # written as a whole: no part of it lies beside
+    run = json.loads(file.read_text())
+    assert run["failed"]["two"].startswith(noted) and len(run["reports"]) == 1
 
 
 def test_a_run_that_is_stopped_keeps_the_parts_that_it_has(page, tmp_path, monkeypatch):
