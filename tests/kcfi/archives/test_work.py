@@ -60,3 +60,9 @@ def test_a_job_is_checked_without_weights_and_without_the_machine_of_a_worker(de
     check_job(Job(describer, regions=True))
     with pytest.raises(ValueError, match="A tile of 2 px is smaller than a patch"):
         check_job(Job({**describer, "tile": 2}))
+
+
+def test_a_tower_of_timm_is_checked_without_weights_and_a_model_that_is_nowhere_is_refused():
+    check_job(Job({"model": "kcfi-tiny", "alarm_rate": 0.05}, regions=True))
+    with pytest.raises(ValueError, match="Cannot load the model 'nobody/nothing'"):
+        check_job(Job({"model": "nobody/nothing"}))
