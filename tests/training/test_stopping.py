@@ -51,7 +51,8 @@ def test_a_run_stopped_by_sigterm_exits_with_0_and_resumes_as_if_it_had_not_been
 
     class Stopped(train.KCFITrainer):
         def __init__(self, *args, **kwargs):
-            super().__init__(*args, callbacks=[Terminated(stop - 1)], **kwargs)  # noticed when the next step begins
+            kwargs["callbacks"] = [Terminated(stop - 1)]  # noticed when the next step begins
+            super().__init__(*args, **kwargs)
 
     options += ["--output_dir", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
@@ -67,7 +68,8 @@ def test_a_run_stopped_by_sigterm_exits_with_0_and_resumes_as_if_it_had_not_been
 def test_the_last_step_finishes_a_run_though_sigterm_came(recipe, tmp_path, monkeypatch):
     class Late(train.KCFITrainer):
         def __init__(self, *args, **kwargs):
-            super().__init__(*args, callbacks=[Terminated(7)], **kwargs)  # of 8
+            kwargs["callbacks"] = [Terminated(7)]  # of 8
+            super().__init__(*args, **kwargs)
 
     monkeypatch.setattr(train, "KCFITrainer", Late)
     train.main([str(recipe), "--eval_strategy", "no", "--save_strategy", "no", "--report_to", "none"])
