@@ -187,16 +187,20 @@ def test_ctrl_c_leaves_the_table_of_what_is_finished_and_says_how_to_go_on(large
     if "ray" in options:
         pytest.importorskip("ray")
     output = tmp_path / "out"
-    process = start(large(8), output, "--block", 1, *options)
+    process = start(large(40), output, "--block", 1, *options)
     while not list(output.glob("rows-*")):
         assert process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
-    _, said = process.communicate()
+    try:
+        _, said = process.communicate(timeout=4)
+    except subprocess.TimeoutExpired:  # Python drops an interrupt that falls into a destructor: pressed again
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate()
     assert process.returncode == 130, said
     assert f"Stopped. What is finished stands in {output / 'captions.csv'}; the same command does the rest." in said
     assert "Traceback" not in said
     with (output / "captions.csv").open(newline="", encoding="utf-8") as file:
         written = [row["name"] for row in csv.DictReader(file)]
-    assert 1 <= len(written) < 8 and written == [row["name"] for row in table(output)]
+    assert 1 <= len(written) < 40 and written == [row["name"] for row in table(output)]
     assert coverage(output)["done"] == len(written)
