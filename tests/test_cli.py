@@ -138,7 +138,7 @@ def test_a_dtype_reaches_a_pair_and_a_list_whose_table_tells(capsys, pair, detec
         assert main(["caption", *inputs, "--model", str(detector), *bf16, "--output", f"out{len(inputs)}"]) == 0
     kept = [
         model.dtype for model, _ in loaded if model.device.type != "meta"
-    ]  # a list is checked without weights first
+    ]  # lists are checked first
     assert kept == [torch.bfloat16] * 2
     capsys.readouterr()
     with_it = "out1 was written with dtype=bfloat16, not None: choose another --output."
