@@ -136,9 +136,7 @@ def test_a_dtype_reaches_a_pair_and_a_list_whose_table_tells(capsys, pair, detec
     Path("list.csv").write_text("before,after\nbefore.png,after.png\n")
     for inputs in (pair, ["list.csv"]):
         assert main(["caption", *inputs, "--model", str(detector), *bf16, "--output", f"out{len(inputs)}"]) == 0
-    kept = [
-        model.dtype for model, _ in loaded if model.device.type != "meta"
-    ]  # lists are checked first
+    kept = [model.dtype for model, _ in loaded if model.device.type != "meta"]  # lists are checked first
     assert kept == [torch.bfloat16] * 2
     capsys.readouterr()
     with_it = "out1 was written with dtype=bfloat16, not None: choose another --output."
