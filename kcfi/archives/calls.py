@@ -24,7 +24,7 @@ PATIENCE = 60  # s for which a call waits for workers that are to end
 
 @contextmanager
 def only_call(output: Path) -> Iterator[str]:
-    """Around a call that writes into a folder: nobody else does at the same time, on a file system that locks.
+    """Around a call that writes into a folder: nobody else does at the same time.
 
     Yields:
         A name for the call, by which its workers join it.
@@ -36,8 +36,7 @@ def only_call(output: Path) -> Iterator[str]:
     (work / WORKERS).mkdir(parents=True, exist_ok=True)
     lock = FileLock(work / LOCK)
     try:
-        with suppress(NotImplementedError):  # a file system without locks
-            lock.acquire(timeout=0)
+        lock.acquire(timeout=0)
     except Timeout as error:
         raise InputError(
             f"{output}: another call is at work there; wait for it, or choose another --output."
@@ -68,8 +67,7 @@ def join_call(output: Path, call: str) -> FileLock:
     """
     work = output / WORK
     lock = FileLock(work / WORKERS / uuid4().hex, thread_local=False)
-    with suppress(NotImplementedError):
-        lock.acquire()
+    lock.acquire()
     if not (work / CALL).is_file() or (work / CALL).read_text(encoding="utf-8") != call:
         raise InputError(f"{output}: the call that started this worker has ended.")
     return lock
@@ -85,8 +83,7 @@ def wait_for_workers(output: Path) -> None:
     for path in (output / WORK / WORKERS).glob("*"):
         lock = FileLock(path)
         try:
-            with suppress(NotImplementedError):
-                lock.acquire(timeout=max(0.0, end - time.monotonic()))
+            lock.acquire(timeout=max(0.0, end - time.monotonic()))
         except Timeout as error:
             raise InputError(
                 f"{output}: a worker of an earlier call is still at work there; end it, or choose another --output."
