@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from kcfi.files import as_dict, check_names, parse_yaml, read_yaml
 from kcfi.processing import InputError
@@ -174,6 +175,13 @@ class KCFITrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = field(
         default=32, metadata={"help": "Pairs per micro-batch and device (each with `captions_per_pair` captions)."}
     )
+    muon: bool = field(
+        default=False,
+        metadata={
+            "help": "Muon (timm's) for the matrices of what joins the towers, the perceiver, the projector and the "
+            "head, which begin at random; NAdamW, part of it, for all else."
+        },
+    )
     objective: Literal["cross_entropy", "scst"] = field(
         default="cross_entropy",
         metadata={
@@ -302,6 +310,12 @@ class KCFITrainingArguments(TrainingArguments):
             raise InputError(f"ema_decay={self.ema_decay} must be at least 0 (no average) and below 1.")
         if self.ema_decay and (self.deepspeed or self.fsdp):
             raise InputError("ema_decay: the weights of a model that is split among processes are not averaged.")
+        if self.muon and (self.deepspeed or self.fsdp):
+            raise InputError("muon: it needs whole matrices, and not those that are split among processes.")
+        if self.muon and self.optim != field_defaults()["optim"]:
+            raise InputError(
+                f"muon takes the place of optim={OptimizerNames(self.optim).value}: leave one of them out."
+            )
         if self.dwa_window < 1:
             raise InputError(f"dwa_window={self.dwa_window} must be at least 1 optimizer step.")
 

@@ -54,9 +54,11 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups: (all else, vision tower, projector) x (with, without weight decay), empty ones left out.
 
+    For `args.muon` those of the two towers are apart, and have "use_fallback", which is NAdamW.
+
     Args:
         model: after `freeze`.
-        args: the three learning rates and the weight decay.
+        args: the three learning rates, the weight decay and `muon`.
         decayed: names of the parameters that decay (no biases, no norms).
 
     Returns:
@@ -69,13 +71,16 @@ def parameter_groups(
     }
     parts = {"vision_": model.model.vision_tower, "projector_": model.model.projector}
     owner = {id(parameter): name for name, part in parts.items() for parameter in part.parameters()}
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    pretrained = [model.model.vision_tower, model.model.language_model, model.lm_head]
+    towers = {id(parameter) for part in pretrained for parameter in part.parameters()}
+    groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 may have split it
             wide = sum(size > 1 for size in shape) > 1  # unlike batch norms and layer scales, which have other names
             decays = name in decayed and wide
-            groups.setdefault((owner.get(id(parameter), ""), decays), []).append(parameter)
+            by_nadamw = args.muon and id(parameter) in towers
+            groups.setdefault((owner.get(id(parameter), ""), decays, by_nadamw), []).append(parameter)
 
     placed = [id(parameter) for parameters in groups.values() for parameter in parameters]
     trainable = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
@@ -86,6 +91,9 @@ def parameter_groups(
             "params": parameters,
             "lr": rates[part],
             "weight_decay": args.weight_decay if decay else 0.0,
+            **({"use_fallback": True} if by_nadamw else {}),
         }
-        for (part, decay), parameters in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))
+        for (part, decay, by_nadamw), parameters in sorted(
+            groups.items(), key=lambda item: (item[0][0], not item[0][1], item[0][2])
+        )
     ]

@@ -14,6 +14,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
+from timm.optim import Muon
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -346,9 +347,13 @@ class KCFITrainer(Trainer):
     # Optimizer
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW (or `args.optim`) over `parameter_groups`."""
+        """AdamW (or `args.optim`, or Muon) over `parameter_groups`."""
         if self.optimizer is None:
             groups = parameter_groups(self.model, self.args, self.get_decay_parameter_names(self.model))
+            if self.args.muon:
+                betas, eps = (self.args.adam_beta1, self.args.adam_beta2), self.args.adam_epsilon
+                self.optimizer = Muon(groups, betas=betas, eps=eps, nesterov=True)
+                return self.optimizer
             optimizer_class, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
                 self.args, self.model
             )

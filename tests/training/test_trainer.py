@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.utils import ParallelismConfig
 from PIL import Image
+from timm.optim import NAdamW
 from torch._dynamo.utils import counters
 from torch.utils.data import Subset
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainerCallback, TrainingArguments
@@ -99,6 +100,49 @@ def test_every_trainable_parameter_is_in_one_group_with_its_rate_and_decay(make_
     assert groups[id(model.model.change_detection_head.linear.weight)]["lr"] == 1e-2
     assert groups[id(model.model.change_detection_head.linear.weight)]["weight_decay"] == 0.1
     assert {groups[id(p)]["name"] for p in model.model.vision_tower.parameters()} == {"vision_learning_rate"}
+
+
+PLAIN = {"lr": 1e-3, "weight_decay": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("model.projector.linear_1.weight", lambda ps: torch.optim.Muon(ps, adjust_lr_fn="match_rms_adamw", **PLAIN)),
+        ("model.projector.linear_1.bias", lambda ps: NAdamW(ps, **PLAIN)),
+        ("model.vision_tower.layers.0.mlp.fc1.weight", lambda ps: NAdamW(ps, **PLAIN)),
+    ],
+)
+def test_muon_moves_new_matrices_and_nadamw_all_else(make_trainer, make_pairs, name, reference):
+    keep, settings = Gradients(), {"weight_decay": 0.0, "warmup_steps": 0, "max_grad_norm": 0}
+    trainer = make_trainer(make_pairs(), callbacks=[keep], max_steps=1, muon=True, **settings)
+    weight = trainer.model.get_parameter(name)
+    expected = torch.nn.Parameter(weight.detach().clone())
+    trainer.train()
+    expected.grad = keep.first[name]
+    reference([expected]).step()
+    torch.testing.assert_close(weight.detach(), expected.detach(), rtol=0, atol=2e-4)  # of steps of 1e-3, in bf16
+
+
+def test_muon_resumes_exactly(make_trainer, make_pairs):
+    settings = {"max_steps": 6, "muon": True, "save_strategy": "steps", "save_steps": 2}
+    whole, again = make_trainer(make_pairs(), **settings), make_trainer(make_pairs(), **settings)
+    whole.train()
+    again.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-4")
+    others = dict(again.model.named_parameters())
+    assert all(torch.equal(weight, others[name]) for name, weight in whole.model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fsdp": True}, "muon: it needs whole matrices"),
+        ({"optim": "adafactor"}, "place of optim=adafactor"),
+    ],
+)
+def test_what_muon_cannot_go_with_is_refused(tmp_path, settings, message):
+    with pytest.raises(InputError, match=message):
+        arguments(tmp_path, muon=True, **settings)
 
 
 def test_a_frozen_module_with_dropout_drops_nothing_out(model, processor, make_trainer, make_pairs):
