@@ -224,7 +224,7 @@ def test_its_model_has_every_parameter_in_the_group_of_its_part(read, name):
     assert found == {name: group for name, group in expected.items() if group["parameters"]}
     learns = {parameter.requires_grad for parameter in parts.language_model.parameters()}
     whole = name.startswith("levir_few/") and name != "levir_few/frozen_language_model"
-    assert learns == {args.train_language_model} == {name in ("small", "tiny_real") or whole}
+    assert learns == {args.train_language_model} == {name in ("small", "tiny_real", "own_pairs") or whole}
 
 
 def test_the_paper_recipe_is_what_the_defaults_are(read):
