@@ -111,6 +111,7 @@ PLAIN = {"lr": 1e-3, "weight_decay": 0.0}
         ("model.projector.linear_1.weight", lambda ps: torch.optim.Muon(ps, adjust_lr_fn="match_rms_adamw", **PLAIN)),
         ("model.projector.linear_1.bias", lambda ps: NAdamW(ps, **PLAIN)),
         ("model.vision_tower.layers.0.mlp.fc1.weight", lambda ps: NAdamW(ps, **PLAIN)),
+        ("model.change_detection_head.classifier.weight", lambda ps: NAdamW(ps, lr=1e-2, weight_decay=0.0)),
     ],
 )
 def test_muon_moves_new_matrices_and_nadamw_all_else(make_trainer, make_pairs, name, reference):
