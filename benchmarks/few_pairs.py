@@ -54,7 +54,13 @@ def main() -> None:
     runs = defaultdict[tuple[str, int], list[dict[str, float]]](list)
     for folder in sorted(options.judged.iterdir()):
         if (match := FOLDER.fullmatch(folder.name)) and (folder / "real_levir.json").is_file():
-            runs[match["kind"], int(match["pairs"])].append(read_scores(folder))
+            try:
+                runs[match["kind"], int(match["pairs"])].append(read_scores(folder))
+            except (ValueError, LookupError, StopIteration) as error:
+                parser.error(
+                    f"{folder}: real_levir.json (made without --no-meteor) or whu.txt is cut off or lacks a score "
+                    f"({error!r}): judge this model anew."
+                )
     if not runs:
         parser.error(f"{options.judged} has no folder KIND_PAIRS-SEED with a real_levir.json: see --help.")
 

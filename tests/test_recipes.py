@@ -227,6 +227,11 @@ def test_its_model_has_every_parameter_in_the_group_of_its_part(read, name):
     assert learns == {args.train_language_model} == {name in ("small", "tiny_real", "own_pairs") or whole}
 
 
+def test_pairs_of_ones_own_have_no_resolution_but_what_is_given(read):
+    data = read("own_pairs").data
+    assert (data.ground_sampling_distance, data.num_train_pairs, data.crops_per_scene) == (None, None, None)
+
+
 def test_the_paper_recipe_is_what_the_defaults_are(read):
     recipe, default = read("paper"), KCFIConfig()
     config = config_of(recipe)

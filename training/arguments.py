@@ -179,7 +179,7 @@ class KCFITrainingArguments(TrainingArguments):
         default=False,
         metadata={
             "help": "Muon (timm's) for the matrices of what joins the towers, the perceiver, the projector and the "
-            "head, which begin at random; NAdamW, part of it, for all else."
+            "head; NAdamW, part of it, for all else, LoRA adapters too."
         },
     )
     objective: Literal["cross_entropy", "scst"] = field(

@@ -703,6 +703,7 @@ class KCFITrainer(Trainer):
                 "captions": self.throughput.captions,
                 "order": self._order(),
                 "other_steps": self.other_steps,
+                "muon": self.args.muon,
                 "positions": positions,  # of the readers of a stream, per rank
                 "loss": loss,  # summed since the last line of the log, per rank
                 "logged_step": self._globalstep_last_logged,
@@ -778,10 +779,20 @@ class KCFITrainer(Trainer):
         return place
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's, and what `_save_optimizer_and_scheduler` wrote beside it.
+
+        Raises:
+            InputError: the checkpoint is of another optimizer, with or without Muon.
+        """
+        state = _read_state(checkpoint) if checkpoint else {}
+        if state.get("muon", self.args.muon) != self.args.muon:  # older checkpoints do not tell
+            raise InputError(
+                f"{checkpoint} was written by a run with muon={state['muon']}, this one has muon={self.args.muon}: an "
+                "optimizer cannot go on from the state of another. Resume with the same."
+            )
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        state = _read_state(checkpoint)
         if state["other_steps"] != self.other_steps:  # the same share of the schedule, in steps of the new size
             cast(Any, self.lr_scheduler).last_epoch = self.state.global_step - self.other_steps
         if isinstance(self.train_dataset, RowStream):

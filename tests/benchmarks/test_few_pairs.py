@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "few_pairs.py"
@@ -44,6 +45,18 @@ def test_seeds_are_put_together_and_drawn(tmp_path):
     ]
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.size == (1600, 300)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [("whu.txt", ""), ("real_levir.json", "[{"), ("real_levir.json", '[{"captions": "model", "told apart": 90.0}]')],
+)
+def test_a_file_that_is_cut_off_is_told_by_its_folder(tmp_path, file, text):
+    folder = tmp_path / "judged" / "all_38-0"
+    judge(folder, 52.0, 60.0)
+    (folder / file).write_text(text)
+    result = run(tmp_path)
+    assert result.returncode == 2 and f"{folder}: real_levir.json" in result.stderr
 
 
 def test_a_folder_without_judged_models_is_told(tmp_path):

@@ -111,17 +111,20 @@ PLAIN = {"lr": 1e-3, "weight_decay": 0.0}
         ("model.projector.linear_1.weight", lambda ps: torch.optim.Muon(ps, adjust_lr_fn="match_rms_adamw", **PLAIN)),
         ("model.projector.linear_1.bias", lambda ps: NAdamW(ps, **PLAIN)),
         ("model.vision_tower.layers.0.mlp.fc1.weight", lambda ps: NAdamW(ps, **PLAIN)),
+        ("model.change_detection_head.classifier.weight", lambda ps: NAdamW(ps, lr=1e-2, weight_decay=0.0)),
     ],
 )
 def test_muon_moves_new_matrices_and_nadamw_all_else(make_trainer, make_pairs, name, reference):
     keep, settings = Gradients(), {"weight_decay": 0.0, "warmup_steps": 0, "max_grad_norm": 0}
     trainer = make_trainer(make_pairs(), callbacks=[keep], max_steps=1, muon=True, **settings)
     weight = trainer.model.get_parameter(name)
-    expected = torch.nn.Parameter(weight.detach().clone())
+    before = weight.detach().clone()
+    expected = torch.nn.Parameter(before.clone())
     trainer.train()
     expected.grad = keep.first[name]
     reference([expected]).step()
-    torch.testing.assert_close(weight.detach(), expected.detach(), rtol=0, atol=2e-4)  # of steps of 1e-3, in bf16
+    step, difference = expected.detach() - before, weight.detach() - expected.detach()
+    assert difference.norm() < 0.35 * step.norm()  # timm's and torch's Muon differ by 0.25, half a step by 0.48
 
 
 def test_muon_resumes_exactly(make_trainer, make_pairs):
@@ -131,6 +134,15 @@ def test_muon_resumes_exactly(make_trainer, make_pairs):
     again.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-4")
     others = dict(again.model.named_parameters())
     assert all(torch.equal(weight, others[name]) for name, weight in whole.model.named_parameters())
+
+
+@pytest.mark.parametrize("muon", [True, False])
+def test_a_run_does_not_switch_to_or_from_muon(make_trainer, make_pairs, muon):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    began, other = (make_trainer(make_pairs(), muon=value, **settings) for value in (not muon, muon))
+    began.train()
+    with pytest.raises(InputError, match=f"checkpoint-1 was written by a run with muon={not muon}, .*muon={muon}"):
+        other.train(resume_from_checkpoint=f"{began.args.output_dir}/checkpoint-1")
 
 
 @pytest.mark.parametrize(
