@@ -352,7 +352,7 @@ class KCFITrainer(Trainer):
             groups = parameter_groups(self.model, self.args, self.get_decay_parameter_names(self.model))
             if self.args.muon:
                 betas, eps = (self.args.adam_beta1, self.args.adam_beta2), self.args.adam_epsilon
-                self.optimizer = Muon(groups, betas=betas, eps=eps, nesterov=True)
+                self.optimizer = Muon(groups, betas=betas, eps=eps, nesterov=True, adjust_lr_fn="match_rms_adamw")
                 return self.optimizer
             optimizer_class, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
                 self.args, self.model
