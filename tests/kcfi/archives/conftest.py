@@ -1,8 +1,10 @@
 """Pairs to describe, and what a table holds."""
 
+import functools
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -59,12 +61,17 @@ def command(detector):
 
 @pytest.fixture
 def start(command):
-    """The same, started and not waited for; it ends with the test."""
+    """The same, started and not waited for; it ends with the test.
+
+    It hears Ctrl-C, as below a terminal: where the tests are a background job of a shell, children inherit that
+    SIGINT is ignored.
+    """
     started = []
+    hear = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
     def build(*arguments):
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-        started.append(subprocess.Popen(**command(*arguments), **quiet))
+        started.append(subprocess.Popen(**command(*arguments), **quiet, preexec_fn=hear))
         return started[-1]
 
     yield build
